@@ -1,0 +1,1 @@
+"""The space of deep models, small enough to read in an evening."""
