@@ -1,0 +1,286 @@
+"""The paper's networks as plain ``nn.Module``s, sized from the image and the number of classes.
+
+Nothing here knows about batches of nets: `netspace_lite.functional` runs any of these classes, or
+yours, for many nets at once. A class decorated with `architecture` remembers its arguments, so a
+saved zoo can build it again from its JSON file.
+"""
+
+import copy
+import functools
+import inspect
+import math
+
+import torch
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+ARCHITECTURES: dict[str, type[nn.Module]] = {}
+
+
+def architecture(cls):
+    """Class decorator: register ``cls`` by name and keep constructor arguments in ``.config``.
+
+    The arguments have to be plain JSON values (numbers, strings, lists of those). Decorate your own
+    modules with it and zoos of them save and load like the built-in ones.
+    """
+    init = cls.__init__
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def remember(self, *args, **kwargs):
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        init(self, *args, **kwargs)
+        self.config = {k: v for k, v in bound.arguments.items() if k != "self"}
+
+    cls.__init__ = remember
+    ARCHITECTURES[cls.__name__] = cls
+    return cls
+
+
+def describe(module: nn.Module) -> dict:
+    """What `build` needs to make ``module`` again: ``{"name": str, "config": dict or None}``.
+
+    ``config`` is None for a module whose class is not registered; only its user can build it.
+    """
+    return {"name": type(module).__name__, "config": getattr(module, "config", None)}
+
+
+def build(description: dict) -> nn.Module:
+    """Make the module that `describe` described, freshly initialised.
+
+    Raises ValueError for a class that is not registered.
+    """
+    name, config = description["name"], description["config"]
+    if name not in ARCHITECTURES or config is None:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(
+            f"architecture {name!r} can't be built by name: it is none of {known}. "
+            "Pass your own module with module=..., or decorate its class with @architecture."
+        )
+    return ARCHITECTURES[name](**config)
+
+
+def _conv_size(size: int, kernel: int, stride: int, padding: int) -> int:
+    return (size + 2 * padding - kernel) // stride + 1
+
+
+@architecture
+class LeNetLike(nn.Module):
+    """Strided convolutions, then linear layers, with leaky ReLU (paper section IV).
+
+    Args:
+        image: (C, H, W) of one image, H == W.
+        classes: number of classes K.
+        channels: output channels of each stride-2 convolution. The paper's CIFAR-10 net is
+            (6, 16); its TinyImageNet count of 79,612 parameters comes out with (4, 8, 16).
+        hidden: widths of the linear layers before the last.
+        kernel: side of the convolution window; 5 without padding as in the paper, 3 (padded
+            by 1) suits 8×8 digits.
+    """
+
+    def __init__(self, image, classes, channels=(6, 16), hidden=(120, 84), kernel=5):
+        super().__init__()
+        depth, size, _ = image
+        padding = 0 if kernel == 5 else kernel // 2
+        layers = []
+        for width in channels:
+            layers += [nn.Conv2d(depth, width, kernel, 2, padding), nn.LeakyReLU()]
+            depth, size = width, _conv_size(size, kernel, 2, padding)
+        if size < 1:
+            raise ValueError(f"images of {image} are too small for {len(channels)} convolutions")
+        layers.append(nn.Flatten())
+        features = depth * size * size
+        for width in hidden:
+            layers += [nn.Linear(features, width), nn.LeakyReLU()]
+            features = width
+        self.layers = nn.Sequential(*layers, nn.Linear(features, classes))
+
+    def forward(self, x):
+        """x: [B, C, H, W] -> logits [B, K]."""
+        return self.layers(x)
+
+
+@architecture
+class VanillaCNN(nn.Module):
+    """3×3 convolutions with leaky ReLU and one linear layer (paper section IV).
+
+    Args:
+        image: (C, H, W) of one image, H == W.
+        classes: number of classes K.
+        channels, strides: one entry per convolution. Defaults are the paper's CIFAR-10 net; its
+            TinyImageNet count of 112,856 comes out with (8, 16, 32, 64, 64), all strides 2.
+    """
+
+    def __init__(self, image, classes, channels=(8, 8, 32, 64, 64), strides=(2, 1, 2, 1, 2)):
+        super().__init__()
+        depth, size, _ = image
+        layers = []
+        for width, stride in zip(channels, strides, strict=True):
+            layers += [nn.Conv2d(depth, width, 3, stride, 1), nn.LeakyReLU()]
+            depth, size = width, _conv_size(size, 3, stride, 1)
+        linear = nn.Linear(depth * size * size, classes)
+        self.layers = nn.Sequential(*layers, nn.Flatten(), linear)
+
+    def forward(self, x):
+        """x: [B, C, H, W] -> logits [B, K]."""
+        return self.layers(x)
+
+
+def _norm(channels: int, batch_norm: bool) -> nn.Module:
+    return nn.BatchNorm2d(channels) if batch_norm else nn.Identity()
+
+
+class Block(nn.Module):
+    """Two 3×3 convolutions and a shortcut, 1×1 convolved where the shape changes."""
+
+    def __init__(self, inputs, outputs, stride, batch_norm):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1)
+        self.norm1 = _norm(outputs, batch_norm)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1)
+        self.norm2 = _norm(outputs, batch_norm)
+        changes = stride != 1 or inputs != outputs
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride) if changes else nn.Identity()
+        self.norm3 = _norm(outputs, batch_norm and changes)
+        self.activation = nn.LeakyReLU()
+
+    def forward(self, x):
+        y = self.activation(self.norm1(self.conv1(x)))
+        return self.activation(self.norm2(self.conv2(y)) + self.norm3(self.shortcut(x)))
+
+
+@architecture
+class ResNet(nn.Module):
+    """CIFAR-style residual net of depth 6n+2 (paper section IV; He et al. 2016, section 4.2).
+
+    Args:
+        image: (C, H, W) of one image, H == W.
+        classes: number of classes K.
+        depth: 6n+2, that is 8, 14, 20, 32, 56 ...
+        channels: stem, then the three stages.
+        batch_norm: with normalisation layers, for training one net. Packed nets are weights and
+            biases only: use `fold_batchnorm` first, or train without.
+    """
+
+    def __init__(self, image, classes, depth=8, channels=(16, 16, 32, 64), batch_norm=False):
+        super().__init__()
+        if depth < 8 or depth % 6 != 2:
+            raise ValueError(f"a ResNet's depth is 6n+2 (8, 14, 20, ...), not {depth}")
+        inputs, size, _ = image
+        stem, *stages = channels
+        self.stem = nn.Conv2d(inputs, stem, 3, 1, 1)
+        self.norm = _norm(stem, batch_norm)
+        self.activation = nn.LeakyReLU()
+        blocks, width = [], stem
+        for stage, channel in enumerate(stages):
+            for i in range((depth - 2) // 6):
+                stride = 2 if stage > 0 and i == 0 else 1
+                blocks.append(Block(width, channel, stride, batch_norm))
+                width, size = channel, math.ceil(size / stride)
+        self.blocks = nn.Sequential(*blocks)
+        window = min(8, size)  # the paper's 8×8 pooling, or all of a smaller image
+        self.pool = nn.AvgPool2d(window)
+        self.linear = nn.Linear(width * (size // window) ** 2, classes)
+
+    def forward(self, x):
+        """x: [B, C, H, W] -> logits [B, K]."""
+        x = self.blocks(self.activation(self.norm(self.stem(x))))
+        return self.linear(self.pool(x).flatten(1))
+
+
+class Sine(nn.Module):
+    """sin(omega · x), the activation of a SIREN (Sitzmann et al. 2020)."""
+
+    def __init__(self, omega):
+        super().__init__()
+        self.omega = omega
+
+    def forward(self, x):
+        return torch.sin(self.omega * x)
+
+
+@architecture
+class Siren(nn.Module):
+    """Signed distance net 3→hidden→hidden→1 with sine activations (paper section IV).
+
+    Args:
+        hidden: width of both hidden layers; the paper's 256 gives 67,073 parameters.
+        omega: frequency inside the sines, the paper's 30.
+    """
+
+    def __init__(self, hidden=256, omega=30.0):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(3, hidden),
+            Sine(omega),
+            nn.Linear(hidden, hidden),
+            Sine(omega),
+            nn.Linear(hidden, 1),
+        )
+        with torch.no_grad():  # Sitzmann et al. 2020, section 3.2
+            self.layers[0].weight.uniform_(-1 / 3, 1 / 3)
+            for layer in self.layers[2::2]:
+                bound = math.sqrt(6 / hidden) / omega
+                layer.weight.uniform_(-bound, bound)
+
+    def forward(self, points):
+        """points: [B, 3] in the unit sphere -> signed distances [B, 1]."""
+        return self.layers(points)
+
+
+PAPER_SIZES = {
+    "cifar10": {
+        "LeNetLike": (LeNetLike, {}),
+        "VanillaCNN": (VanillaCNN, {}),
+        "ResNet8": (ResNet, {"depth": 8}),
+        "ResNet32": (ResNet, {"depth": 32}),
+        "ResNet56": (ResNet, {"depth": 56}),
+    },
+    "tinyimagenet": {
+        "LeNetLike": (LeNetLike, {"channels": (4, 8, 16)}),
+        "VanillaCNN": (VanillaCNN, {"channels": (8, 16, 32, 64, 64), "strides": (2,) * 5}),
+        "ResNet8": (ResNet, {"depth": 8}),
+        "ResNet32": (ResNet, {"depth": 32}),
+        "ResNet56": (ResNet, {"depth": 56}),
+    },
+}
+_PAPER_IMAGES = {"cifar10": ((3, 32, 32), 10), "tinyimagenet": ((3, 64, 64), 200)}
+
+
+def paper_net(name: str, dataset: str = "cifar10") -> nn.Module:
+    """One of the paper's classifiers at its published size.
+
+    Args:
+        name: "LeNetLike", "VanillaCNN", "ResNet8", "ResNet32" or "ResNet56".
+        dataset: "cifar10" (3×32×32, 10 classes) or "tinyimagenet" (3×64×64, 200 classes).
+    """
+    if name not in PAPER_SIZES.get(dataset, {}):
+        raise ValueError(f"no paper net {name!r} on {dataset!r}: see PAPER_SIZES for what there is")
+    cls, config = PAPER_SIZES[dataset][name]
+    return cls(*_PAPER_IMAGES[dataset], **config)
+
+
+def fold_batchnorm(module: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose convolutions have absorbed the BatchNorm2d after them.
+
+    A convolution followed directly by a batch norm becomes one convolution with bias that computes
+    the same (``torch.nn.utils.fusion``), and the batch norm becomes the identity. What is left
+    is weights and biases only, so it can be packed.
+
+    Raises ValueError if a batch norm does not follow a convolution directly.
+    """
+    folded = copy.deepcopy(module).eval()
+    modules = dict(folded.named_modules())
+    for node in fx.symbolic_trace(folded).graph.nodes:
+        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
+            continue
+        conv = node.args[0]
+        name = conv.target if conv.op == "call_module" else ""
+        if not isinstance(modules.get(name), nn.Conv2d) or len(conv.users) > 1:
+            raise ValueError(f"can't fold {node.target!r}: no convolution of its own before it")
+        folded.set_submodule(name, fuse_conv_bn_eval(modules[name], modules[node.target]))
+        folded.set_submodule(node.target, nn.Identity())
+    if getattr(folded, "config", {}).get("batch_norm"):
+        folded.config = {**folded.config, "batch_norm": False}
+    return folded

@@ -1,0 +1,123 @@
+"""A net is a row: where each parameter of an architecture lives, and the PRep made of rows.
+
+N nets of one architecture are a matrix ``rows: [N, P]``; row n holds all parameters of net n in
+module order. The parameter representation (PRep, paper section III-A) is the same row padded with
+zeros and cut into T chunks of L values: ``prep: [N, T, L]``. Both directions are views wherever
+strides allow, so a layer's weights are read in place from the decoder's output.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of an architecture's parameters, in module order.
+
+    Example: ``Layout.of(nn.Linear(2, 3))`` has names ("weight", "bias"), offsets (0, 6), size 9.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Layout":
+        """The layout of ``module``'s parameters. Raises ValueError if it has none, or buffers.
+
+        Buffers such as a batch norm's running statistics are not part of a row; fold them first.
+        """
+        parameters = dict(module.named_parameters())
+        if not parameters:
+            raise ValueError(f"{type(module).__name__} has no parameters: there is nothing to pack")
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
+            raise ValueError(
+                f"{type(module).__name__} has batch norm layers, whose running statistics are not "
+                "parameters: call fold_batchnorm(module) before packing"
+            )
+        return cls(tuple(parameters), tuple(tuple(p.shape) for p in parameters.values()))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of values of each parameter."""
+        return [prod(shape) for shape in self.shapes]
+
+    @property
+    def offsets(self) -> list[int]:
+        """Where each parameter starts in a row."""
+        return [0, *accumulate(self.sizes)][:-1]
+
+    @property
+    def size(self) -> int:
+        """P, the number of parameters of one net."""
+        return sum(self.sizes)
+
+    def chunks(self, length: int) -> int:
+        """T, the number of chunks of ``length`` values that hold one net."""
+        return -(-self.size // length)
+
+    def views(self, rows: Tensor) -> dict[str, Tensor]:
+        """Each parameter of all nets as a strided view into ``rows``: name -> [N, *shape]."""
+        check_rows(rows, self.size)
+        return {
+            name: rows.narrow(1, offset, size).unflatten(1, shape) if shape else rows[:, offset]
+            for name, shape, offset, size in zip(
+                self.names, self.shapes, self.offsets, self.sizes, strict=True
+            )
+        }
+
+    def pack(self, nets) -> Tensor:
+        """Modules or state dicts of this architecture -> rows [N, P], bit-exact.
+
+        Raises ValueError naming the first net and parameter that is missing or has another shape.
+        """
+        nets = list(nets)
+        if not nets:
+            raise ValueError("no nets to pack: give at least one module or state dict")
+        return torch.stack([self._row(n, net) for n, net in enumerate(nets)])
+
+    def _row(self, n: int, net) -> Tensor:
+        state = net.state_dict() if isinstance(net, nn.Module) else net
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            found = tuple(state[name].shape) if name in state else "missing"
+            if found != shape:
+                raise ValueError(f"net {n}: parameter {name!r} should be {shape}, but is {found}")
+        return torch.cat([state[name].detach().reshape(-1) for name in self.names])
+
+    def unpack(self, rows: Tensor) -> list[dict[str, Tensor]]:
+        """rows [N, P] -> N state dicts whose tensors are views of ``rows``."""
+        views = self.views(rows)
+        return [{name: view[n] for name, view in views.items()} for n in range(len(rows))]
+
+
+def check_rows(rows: Tensor, size: int) -> None:
+    """Raise ValueError unless ``rows`` is a matrix [N, size] with N > 0."""
+    if rows.dim() != 2 or rows.shape[1] != size or len(rows) == 0:
+        raise ValueError(
+            f"packed rows should be [N, {size}] with at least one net, not {list(rows.shape)}"
+        )
+
+
+def to_prep(rows: Tensor, chunks: int, length: int) -> Tensor:
+    """rows [N, P] -> prep [N, T, L], zero-padded; a view where P == T·L.
+
+    Raises ValueError if T·L values can't hold a row.
+    """
+    room = chunks * length
+    if rows.shape[1] > room:
+        raise ValueError(f"{rows.shape[1]} parameters don't fit {chunks} chunks of {length}")
+    if rows.shape[1] < room:
+        rows = F.pad(rows, (0, room - rows.shape[1]))
+    return rows.unflatten(1, (chunks, length))
+
+
+def from_prep(prep: Tensor, size: int) -> Tensor:
+    """prep [N, T, L] -> rows [N, P], the first ``size`` values of each net, as a view."""
+    rows = prep.flatten(1)
+    if rows.shape[1] < size:
+        raise ValueError(f"a PRep of {list(prep.shape[1:])} holds fewer than {size} parameters")
+    return rows[:, :size]
