@@ -1,0 +1,192 @@
+"""Labelled images in memory: digits (embedded), your own ``.npz``, CIFAR-10.
+
+Images stay one tensor; mini-batches are drawn by index. Nothing here unpickles anything.
+"""
+
+import os
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pooch
+import torch
+from sklearn.datasets import load_digits as sklearn_digits
+from torch import Tensor
+
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_MD5 = "md5:c32a1d4ab5d03f1284b67883e8d87530"
+
+
+@dataclass
+class Images:
+    """Images x: [B, C, H, W] float32 and their labels y: [B] int64 in 0..K-1."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index) -> "Images":
+        return Images(self.x[index], self.y[index])
+
+
+@dataclass
+class ImageData:
+    """A data set split three ways, standardised by the training images' mean and spread.
+
+    ``train`` fits nets and the space, ``val`` picks the best state, ``test`` is only reported on.
+    """
+
+    name: str
+    train: Images
+    val: Images
+    test: Images
+    classes: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return tuple(self.train.x.shape[1:])
+
+
+def load_digits(seed: int = 0) -> ImageData:
+    """scikit-learn's 1,797 handwritten digits, 8×8 grey: 60% train, 15% validation, 25% test."""
+    digits = sklearn_digits()
+    x, y = digits.images[:, None] / 16, digits.target
+    order = np.random.default_rng(seed).permutation(len(y))
+    cut = round(0.75 * len(y))
+    return _split("digits", x[order[:cut]], y[order[:cut]], x[order[cut:]], y[order[cut:]], seed)
+
+
+def load_images(path, seed: int = 0, val: float = 0.2) -> ImageData:
+    """Your own images from an ``.npz`` with ``x_train, y_train, x_test, y_test``.
+
+    Args:
+        path: file with x of shape [B, H, W] (grey), [B, H, W, 3] or [B, 3, H, W] (RGB), H == W,
+            uint8 in 0..255 or float; y of shape [B], whole numbers 0..K-1 without gaps.
+        seed: decides which training images become the validation set.
+        val: share of the training images to validate on.
+
+    Raises ValueError saying which array is wrong, and how, before anything is kept.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no image file {path}: give an .npz with x_train, y_train, ...")
+    arrays = _read_npz(path)
+    for part in ("train", "test"):
+        arrays[f"x_{part}"] = _check_images(f"x_{part}", arrays[f"x_{part}"])
+        arrays[f"y_{part}"] = _check_labels(part, arrays[f"y_{part}"], len(arrays[f"x_{part}"]))
+    train, test = arrays["x_train"], arrays["x_test"]
+    if train.shape[1:] != test.shape[1:]:
+        raise ValueError(f"x_train is {train.shape} but x_test is {test.shape}: sizes differ")
+    missing = sorted(set(range(arrays["y_train"].max() + 1)) - set(arrays["y_train"].tolist()))
+    if missing or arrays["y_test"].max() > arrays["y_train"].max():
+        raise ValueError(
+            "y_train should hold every class 0..K-1 that occurs; "
+            + (f"it lacks {missing}" if missing else "y_test has classes that y_train lacks")
+        )
+    return _split(path.stem, train, arrays["y_train"], test, arrays["y_test"], seed, val)
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    names = ("x_train", "y_train", "x_test", "y_test")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            absent = [name for name in names if name not in file]
+            if absent:
+                raise ValueError(f"{path} lacks {', '.join(absent)}; it should hold {names}")
+            return {name: file[name] for name in names}
+    except (zipfile.BadZipFile, EOFError, OSError, AttributeError) as error:
+        raise ValueError(f"{path} is not a readable .npz file: {error}") from error
+    except ValueError as error:
+        if "pickle" in str(error).lower():
+            raise ValueError(
+                f"{path} holds pickled objects, which are never loaded: save plain arrays"
+            ) from error
+        raise
+
+
+def _check_images(name: str, x: np.ndarray) -> np.ndarray:
+    """Any accepted image array -> float32 [B, C, H, W], uint8 scaled to 0..1."""
+    if x.dtype != np.uint8 and x.dtype.kind != "f":
+        raise ValueError(f"{name} should be uint8 or float, not {x.dtype}")
+    if x.ndim == 3:
+        x = x[:, None]
+    elif x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
+        x = x.transpose(0, 3, 1, 2)
+    if x.ndim != 4 or x.shape[1] not in (1, 3) or x.shape[2] != x.shape[3] or len(x) == 0:
+        raise ValueError(
+            f"{name} should be square grey or RGB images, [B, H, H] or [B, H, H, 3], not {x.shape}"
+        )
+    x = x.astype(np.float32) / 255 if x.dtype == np.uint8 else x.astype(np.float32)
+    if not np.isfinite(x).all():
+        raise ValueError(f"{name} holds {np.sum(~np.isfinite(x))} values that are NaN or infinite")
+    return x
+
+
+def _check_labels(part: str, y: np.ndarray, images: int) -> np.ndarray:
+    if y.shape != (images,):
+        raise ValueError(f"y_{part} should be one label an image, [{images}], not {y.shape}")
+    if y.dtype.kind not in "iu" or y.min() < 0:
+        raise ValueError(f"y_{part} should be whole numbers from 0, not {y.dtype} from {y.min()}")
+    return y.astype(np.int64)
+
+
+def load_cifar10(folder=None, seed: int = 0, val: int = 5000) -> ImageData:
+    """CIFAR-10 from its official *binary* files (data_batch_1.bin ... test_batch.bin).
+
+    Args:
+        folder: where the .bin files lie. Without it the archive is fetched once and its hash
+            checked; ``NETSPACE_CIFAR10`` names a folder too.
+        seed: decides which training images become the validation set.
+        val: number of validation images.
+    """
+    folder = folder or os.environ.get("NETSPACE_CIFAR10")
+    folder = Path(folder) if folder else _fetch_cifar10()
+    train = [_read_cifar10(folder / f"data_batch_{i}.bin") for i in range(1, 6)]
+    x, y = (np.concatenate(parts) for parts in zip(*train, strict=True))
+    x_test, y_test = _read_cifar10(folder / "test_batch.bin")
+    return _split("cifar10", x, y, x_test, y_test, seed, val / len(x))
+
+
+def _fetch_cifar10() -> Path:
+    archive = Path(
+        pooch.retrieve(CIFAR10_URL, CIFAR10_MD5, "cifar-10-binary.tar.gz", progressbar=True)
+    )
+    folder = archive.parent / "cifar-10-batches-bin"
+    if not (folder / "test_batch.bin").exists():
+        with tarfile.open(archive) as tar:
+            tar.extractall(archive.parent, filter="data")
+    return folder
+
+
+def _read_cifar10(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """One file of records of 1 label byte and 3·32·32 pixel bytes."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: unpack cifar-10-binary.tar.gz there")
+    raw = np.fromfile(path, np.uint8)
+    if raw.size == 0 or raw.size % 3073:
+        raise ValueError(f"{path} has {raw.size} bytes, no multiple of 3,073: download it again")
+    records = raw.reshape(-1, 3073)
+    if records[:, 0].max() > 9:
+        raise ValueError(f"{path} has labels over 9: it is not a CIFAR-10 binary file")
+    return records[:, 1:].reshape(-1, 3, 32, 32).astype(np.float32) / 255, records[:, 0]
+
+
+def _split(name, x, y, x_test, y_test, seed, val=0.2) -> ImageData:
+    """Draw the validation set from the training images and standardise all by the rest."""
+    order = np.random.default_rng(seed + 1).permutation(len(y))
+    held = max(1, round(val * len(y)))
+    train, val_index = order[held:], order[:held]
+    mean = x[train].mean((0, 2, 3), keepdims=True)
+    std = x[train].std() + 1e-8
+
+    def images(x, y):
+        x = torch.from_numpy(((x - mean) / std).astype(np.float32))
+        return Images(x, torch.from_numpy(y.astype(np.int64)))
+
+    parts = images(x[train], y[train]), images(x[val_index], y[val_index]), images(x_test, y_test)
+    return ImageData(name, *parts, classes=int(y.max()) + 1)
