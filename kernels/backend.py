@@ -1,0 +1,89 @@
+"""Which implementation runs: the Triton kernels, or the PyTorch references.
+
+`auto` (the default) takes Triton for CUDA tensors and PyTorch for all others. The environment
+variable `NETSPACE_BACKEND` overrides the default, and `with backend("torch"):` overrides both.
+"""
+
+import os
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Triton is published for Linux; elsewhere the PyTorch references do the work
+
+    class _NoTriton:
+        """Stands in for `triton` and `triton.language` so that kernel files import anywhere."""
+
+        constexpr = int
+
+        @staticmethod
+        def jit(fn=None, **options):
+            return fn if fn is not None else lambda f: f
+
+    triton = tl = _NoTriton()
+
+HAS_TRITON = not isinstance(triton, type) and hasattr(triton, "compile")
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+NAMES = ("auto", "torch", "triton")
+
+_chosen: ContextVar[str | None] = ContextVar("netspace_backend", default=None)
+
+
+@contextmanager
+def backend(name: str):
+    """Choose the backend of every op called inside the `with` block.
+
+    Args:
+        name: "auto" (Triton for CUDA tensors, else PyTorch), "torch" or "triton".
+
+    Raises:
+        ValueError: for any other name.
+
+    Example:
+        >>> with backend("torch"):
+        ...     y = batched_linear(x, weight, bias)
+    """
+    token = _chosen.set(_valid(name, "backend"))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def current_backend() -> str:
+    """The backend in force here: the innermost `backend(...)`, `NETSPACE_BACKEND`, or "auto"."""
+    chosen = _chosen.get()
+    if chosen is not None:
+        return chosen
+    return _valid(os.environ.get("NETSPACE_BACKEND", "auto"), "NETSPACE_BACKEND")
+
+
+def use_triton(tensor: torch.Tensor) -> bool:
+    """Whether an op on `tensor` should launch its Triton kernel.
+
+    Raises:
+        RuntimeError: if "triton" was asked for and cannot run: not installed, or a CPU tensor
+            outside Triton's interpreter.
+    """
+    name = current_backend()
+    if name == "torch" or (name == "auto" and not (tensor.is_cuda and HAS_TRITON)):
+        return False
+    if not HAS_TRITON:
+        raise RuntimeError("The triton backend was chosen but the triton package isn't installed.")
+    if name == "triton" and not (tensor.is_cuda or INTERPRETED):
+        raise RuntimeError(
+            f"The triton backend was chosen for a tensor on {tensor.device}. Move it to a CUDA "
+            "device, or set TRITON_INTERPRET=1 before Python starts to run the kernels in "
+            "Triton's interpreter."
+        )
+    return not (tensor.dtype == torch.float64 and not INTERPRETED)
+
+
+def _valid(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source} must be one of {', '.join(NAMES)}, not {name!r}.")
+    return name

@@ -1,0 +1,45 @@
+"""One linear layer of N nets at once: y[n, b, o] = act(Σ_i x[n, b, i] · w[n, o, i] + bias[n, o])."""
+
+import torch
+import torch.nn.functional as F
+
+from .common import activate, check_layer
+
+
+def batched_linear(
+    x, weight, bias=None, activation=None, slope=0.01, omega=1.0, precision=None
+) -> torch.Tensor:
+    """Apply N linear layers, one per net, with weights read in place from packed rows.
+
+    Args:
+        x: inputs `[N, B, I]` of any strides (typically a transposed view of sample-major
+            `[B, N, I]`), or `[B, I]` shared by all nets.
+        weight: `[N, O, I]`, a view into packed rows: contiguous within a net, any stride between.
+        bias: `[N, O]`, likewise, or None.
+        activation: None, "leaky_relu" (negative `slope`) or "sine" (sin(omega · y)).
+        precision: of fp32 products in the Triton kernels, "ieee" or "tf32"; None follows
+            `torch.get_float32_matmul_precision()`.
+
+    Returns:
+        `[N, B, O]`, in the inputs' dtype.
+
+    Raises:
+        ValueError: on wrong ranks, mismatched nets, no nets, mixed devices or dtypes, or weights
+            that are not contiguous within a net.
+    """
+    check_layer("batched_linear", x, weight, bias, 2, activation)
+    return batched_linear_reference(x, weight, bias, activation, slope, omega)
+
+
+def batched_linear_reference(x, weight, bias=None, activation=None, slope=0.01, omega=1.0):
+    """The same in PyTorch: any device and dtype, differentiable, composes with torch.func."""
+    nets, out, inner = weight.shape
+    if x.ndim == 2:  # all nets read the same inputs: one dense product with N·O outputs
+        flat_bias = None if bias is None else bias.reshape(nets * out)
+        y = F.linear(x, weight.reshape(nets * out, inner), flat_bias)
+        y = y.view(-1, nets, out).transpose(0, 1)
+    elif bias is None:
+        y = torch.bmm(x, weight.transpose(1, 2))
+    else:
+        y = torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+    return activate(y, activation, slope, omega)
