@@ -1,0 +1,107 @@
+"""Tensors and their readable record on disk: atomic to write, checked when read, never pickled.
+
+A folder holds ``NAME.json``, which a person can read, and ``NAME-HASH.safetensors``, which it
+points to. The JSON file is replaced last and in one step, so an interrupted save leaves the old
+version whole, and a file that was cut short or edited is refused.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+
+def save(folder, name: str, record: dict, tensors: dict[str, Tensor]) -> None:
+    """Write ``record`` (JSON values) and ``tensors`` under ``name`` in ``folder``, atomically."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    payload = save_tensors({key: value.detach().contiguous() for key, value in tensors.items()})
+    digest = hashlib.sha256(payload).hexdigest()
+    file = f"{name}-{digest[:12]}.safetensors"
+    full = {**record, "tensors": {"file": file, "sha256": digest}}
+    text = json.dumps({**full, "checksum": _checksum(full)}, indent=1)
+    _replace(folder / file, payload)
+    _replace(folder / f"{name}.json", text.encode())
+    for old in _tensor_files(folder, name):
+        if old.name != file:
+            old.unlink()
+
+
+def load(folder, name: str) -> tuple[dict, dict[str, Tensor]]:
+    """Read what `save` wrote.
+
+    Raises FileNotFoundError if there is none, and ValueError naming the file and the reason if one
+    was truncated, edited or replaced.
+    """
+    path = Path(folder) / f"{name}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}: nothing was saved under that name")
+    try:
+        record = json.loads(path.read_text())
+        checksum, stored = record.pop("checksum"), record["tensors"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): restore it or save again") from error
+    if checksum != _checksum(record):
+        raise ValueError(f"{path} was edited after it was saved: restore it or save again")
+    file = path.with_name(Path(stored["file"]).name)
+    if not file.is_file():
+        raise ValueError(f"{file} is missing, though {path.name} names it")
+    payload = file.read_bytes()
+    if hashlib.sha256(payload).hexdigest() != stored["sha256"]:
+        raise ValueError(
+            f"{file} was truncated or edited: it has {len(payload)} bytes and another checksum "
+            f"than {path.name} states; restore it or save again"
+        )
+    try:
+        tensors = load_tensors(payload)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no safetensors file: {error}") from error
+    del record["tensors"]
+    return record, tensors
+
+
+def exists(folder, name: str) -> bool:
+    """Whether `save` has completed for ``name``."""
+    return (Path(folder) / f"{name}.json").is_file()
+
+
+def delete(folder, name: str) -> None:
+    """Remove what `save` wrote, if it is there."""
+    (Path(folder) / f"{name}.json").unlink(missing_ok=True)
+    for file in _tensor_files(Path(folder), name):
+        file.unlink()
+
+
+def fingerprint(*tensors: Tensor) -> str:
+    """A short hash of the tensors' values, to recognise the same data again."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def as_json(value) -> str:
+    """``value`` as JSON text that is the same for the same content (tuples are lists)."""
+    return json.dumps(value, sort_keys=True)
+
+
+def _checksum(record: dict) -> str:
+    return hashlib.sha256(as_json(record).encode()).hexdigest()
+
+
+def _tensor_files(folder: Path, name: str) -> list[Path]:
+    return [f for f in folder.glob(f"{name}-*.safetensors") if f.stem.rpartition("-")[0] == name]
+
+
+def _replace(path: Path, payload: bytes) -> None:
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "wb") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
