@@ -21,12 +21,20 @@ except ImportError:  # Triton is published for Linux; elsewhere the PyTorch refe
         constexpr = int
 
         @staticmethod
-        def jit(fn=None, **options):
-            return fn if fn is not None else lambda f: f
+        def jit(fn):
+            return fn
+
+        @staticmethod
+        def autotune(configs, **options):
+            return lambda fn: fn
+
+        @staticmethod
+        def Config(meta, **options):
+            return meta
 
     triton = tl = _NoTriton()
 
-HAS_TRITON = not isinstance(triton, type) and hasattr(triton, "compile")
+HAS_TRITON = hasattr(triton, "compile")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 NAMES = ("auto", "torch", "triton")
 

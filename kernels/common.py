@@ -1,9 +1,12 @@
-"""What several ops share: activations and the checks every layer makes of its arguments."""
+"""What several ops share: activations, launch configurations and the checks of arguments."""
 
 import torch
 import torch.nn.functional as F
 
+from .backend import INTERPRETED, tl, triton
+
 ACTIVATIONS = (None, "leaky_relu", "sine")
+NONE, LEAKY, SINE = 0, 1, 2  # how kernels know the activations, in the order of ACTIVATIONS
 
 
 def activate(y, activation=None, slope=0.01, omega=1.0):
@@ -15,12 +18,74 @@ def activate(y, activation=None, slope=0.01, omega=1.0):
     return torch.sin(omega * y)
 
 
+@triton.jit
+def reduce_angle(x):
+    """x − 2π·round(x / 2π) in fp32, with 2π in two parts so that large angles stay accurate.
+
+    The GPU's sine is only accurate near zero; SIREN feeds it angles of ω·30 radians and more.
+    201/32 has 8 significant bits, so turns · 201/32 is exact up to 2¹⁶ turns.
+    """
+    turns = tl.floor(x * 0.15915494309189535 + 0.5)
+    return (x - turns * 6.28125) - turns * 0.0019353071795864769
+
+
+@triton.jit
+def act_forward(z, slope, omega, ACT: tl.constexpr):
+    """The activation of an fp32 tile: 0 none, 1 leaky ReLU, 2 sin(omega · z)."""
+    if ACT == 1:
+        z = tl.where(z > 0, z, z * slope)
+    if ACT == 2:
+        z = tl.sin(reduce_angle(z * omega))
+    return z
+
+
+@triton.jit
+def act_backward(g, saved, slope, omega, ACT: tl.constexpr):
+    """The gradient before the activation, from the one after it, in fp32.
+
+    `saved` is the output for leaky ReLU (its sign is the input's) and the input for sine.
+    """
+    if ACT == 1:
+        g = tl.where(saved > 0, g, g * slope)
+    if ACT == 2:
+        g = g * omega * tl.cos(reduce_angle(saved * omega))
+    return g
+
+
+def configs(*choices):
+    """Launch configurations to tune over; the interpreter, where time says nothing, gets one.
+
+    Each choice is (meta-parameters, warps, pipeline stages).
+    """
+    if INTERPRETED:
+        choices = choices[:1]
+    return [triton.Config(meta, num_warps=w, num_stages=s) for meta, w, s in choices]
+
+
+def product_precision(precision, tf32_allowed) -> str:
+    """"ieee" or "tf32" for `tl.dot`; None follows PyTorch's own setting.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if precision is None:
+        return "tf32" if tf32_allowed else "ieee"
+    if precision not in ("ieee", "tf32"):
+        raise ValueError(f"precision must be None, 'ieee' or 'tf32', not {precision!r}.")
+    return precision
+
+
+def matmul_tf32() -> bool:
+    """Whether PyTorch's setting for matrix products allows TF32."""
+    return torch.get_float32_matmul_precision() != "highest"
+
+
 def shape(tensor) -> str:
     """The shape of a tensor as error messages print it."""
     return str(list(tensor.shape))
 
 
-def check_layer(op, x, weight, bias, shared_rank, activation, activations=ACTIVATIONS):
+def check_layer(op, x, weight, bias, shared_rank, activation, slope, activations=ACTIVATIONS):
     """Check what a batched layer is given; `shared_rank` is the rank of an input shared by nets.
 
     Raises:
@@ -43,6 +108,12 @@ def check_layer(op, x, weight, bias, shared_rank, activation, activations=ACTIVA
             f"{op}: x {shape(x)} holds {x.shape[nets_axis]} nets but weight {shape(weight)} holds "
             f"{weight.shape[0]}; pass one input per net, or one of rank {shared_rank} for all."
         )
+    inner_axis = -1 if shared_rank == 2 else -3
+    if x.shape[inner_axis] != weight.shape[2]:
+        raise ValueError(
+            f"{op}: x {shape(x)} has {x.shape[inner_axis]} values on axis {inner_axis} but weight "
+            f"{shape(weight)} takes {weight.shape[2]}."
+        )
     if bias is not None and tuple(bias.shape) != (weight.shape[0], weight.shape[1]):
         raise ValueError(
             f"{op}: bias {shape(bias)} must be {list(weight.shape[:2])} to match weight "
@@ -56,6 +127,8 @@ def check_layer(op, x, weight, bias, shared_rank, activation, activations=ACTIVA
         )
     if activation not in activations:
         raise ValueError(f"{op}: activation must be one of {activations}, not {activation!r}.")
+    if slope < 0:
+        raise ValueError(f"{op}: the slope of leaky_relu must not be negative, got {slope}.")
 
 
 def check_same_kind(op, **tensors):
