@@ -229,23 +229,27 @@ class Siren(nn.Module):
         return self.layers(points)
 
 
-PAPER_SIZES = {
-    "cifar10": {
-        "LeNetLike": (LeNetLike, {}),
-        "VanillaCNN": (VanillaCNN, {}),
-        "ResNet8": (ResNet, {"depth": 8}),
-        "ResNet32": (ResNet, {"depth": 32}),
-        "ResNet56": (ResNet, {"depth": 56}),
-    },
-    "tinyimagenet": {
-        "LeNetLike": (LeNetLike, {"channels": (4, 8, 16)}),
-        "VanillaCNN": (VanillaCNN, {"channels": (8, 16, 32, 64, 64), "strides": (2,) * 5}),
-        "ResNet8": (ResNet, {"depth": 8}),
-        "ResNet32": (ResNet, {"depth": 32}),
-        "ResNet56": (ResNet, {"depth": 56}),
-    },
+# name -> class and arguments after (image, classes)
+_CIFAR = {
+    "LeNetLike": (LeNetLike, {}),
+    "VanillaCNN": (VanillaCNN, {}),
+    "ResNet8": (ResNet, {"depth": 8}),
+    "ResNet32": (ResNet, {"depth": 32}),
+    "ResNet56": (ResNet, {"depth": 56}),
 }
-_PAPER_IMAGES = {"cifar10": ((3, 32, 32), 10), "tinyimagenet": ((3, 64, 64), 200)}
+_TINY = _CIFAR | {  # channels and strides that give the published TinyImageNet counts
+    "LeNetLike": (LeNetLike, {"channels": (4, 8, 16)}),
+    "VanillaCNN": (VanillaCNN, {"channels": (8, 16, 32, 64, 64), "strides": (2,) * 5}),
+}
+PAPER_NETS = {"cifar10": ((3, 32, 32), 10, _CIFAR), "tinyimagenet": ((3, 64, 64), 200, _TINY)}
+
+# Small enough to train hundreds on a laptop; channels in multiples of 8 are fast on a CPU.
+LITE_NETS = {
+    "LeNetLike": (LeNetLike, {"channels": (16, 16), "hidden": (64,), "kernel": 3}),
+    "VanillaCNN": (VanillaCNN, {"channels": (8, 16, 16, 32), "strides": (2, 1, 2, 1)}),
+    "ResNet8": (ResNet, {"depth": 8, "channels": (8, 8, 16, 32)}),
+    "ResNet14": (ResNet, {"depth": 14, "channels": (8, 8, 16, 32)}),
+}
 
 
 def paper_net(name: str, dataset: str = "cifar10") -> nn.Module:
@@ -255,10 +259,26 @@ def paper_net(name: str, dataset: str = "cifar10") -> nn.Module:
         name: "LeNetLike", "VanillaCNN", "ResNet8", "ResNet32" or "ResNet56".
         dataset: "cifar10" (3×32×32, 10 classes) or "tinyimagenet" (3×64×64, 200 classes).
     """
-    if name not in PAPER_SIZES.get(dataset, {}):
-        raise ValueError(f"no paper net {name!r} on {dataset!r}: see PAPER_SIZES for what there is")
-    cls, config = PAPER_SIZES[dataset][name]
-    return cls(*_PAPER_IMAGES[dataset], **config)
+    if dataset not in PAPER_NETS:
+        raise ValueError(f"no paper nets for {dataset!r}: choose from {', '.join(PAPER_NETS)}")
+    image, classes, nets = PAPER_NETS[dataset]
+    return _choose(nets, name, image, classes)
+
+
+def lite_net(name: str, image, classes: int) -> nn.Module:
+    """A small net of the paper's families, sized from the image (C, H, W) and the classes.
+
+    Args:
+        name: "LeNetLike", "VanillaCNN", "ResNet8" or "ResNet14".
+    """
+    return _choose(LITE_NETS, name, image, classes)
+
+
+def _choose(nets, name, image, classes) -> nn.Module:
+    if name not in nets:
+        raise ValueError(f"no net {name!r}: choose from {', '.join(nets)}")
+    cls, config = nets[name]
+    return cls(image, classes, **config)
 
 
 def fold_batchnorm(module: nn.Module) -> nn.Module:

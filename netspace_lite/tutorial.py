@@ -1,0 +1,127 @@
+"""What the notebooks share: settings from the environment, the data, and the table of results.
+
+``python -m netspace_lite.tutorial`` (``make tutorial``) executes the notebooks in order.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from .data import ImageData, load_cifar10, load_digits, load_images
+
+
+def root() -> Path:
+    """The checkout that the working directory lies in, or the working directory itself."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "notebooks").is_dir() and (folder / "pyproject.toml").is_file():
+            return folder
+    return here
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run of the tutorial depends on.
+
+    seed: of everything random (``NETSPACE_SEED``); preset: "lite" for a laptop or "paper" for the
+    authors' sizes on CIFAR-10 (``NETSPACE_PRESET``); data: path of an .npz of your own images, or
+    "" for the preset's (``NETSPACE_DATA``).
+    """
+
+    seed: int = 0
+    preset: str = "lite"
+    data: str = ""
+
+    @classmethod
+    def from_environment(cls) -> "Settings":
+        """Read the three variables; ValueError says which has no meaning."""
+        seed = os.environ.get("NETSPACE_SEED", "0")
+        preset = os.environ.get("NETSPACE_PRESET", "lite")
+        if not seed.isdigit():
+            raise ValueError(f"NETSPACE_SEED should be a whole number from 0, not {seed!r}")
+        if preset not in ("lite", "paper"):
+            raise ValueError(f"NETSPACE_PRESET should be lite or paper, not {preset!r}")
+        return cls(int(seed), preset, os.environ.get("NETSPACE_DATA", ""))
+
+    @property
+    def lite(self) -> bool:
+        """Whether sizes are for a laptop."""
+        return self.preset == "lite"
+
+    def load_data(self) -> ImageData:
+        """Your own images, else digits (lite) or CIFAR-10 (paper); the split is by seed 0 always.
+
+        All seeds see the same images, so that figures over seeds spread by training alone.
+        """
+        if self.data:
+            return load_images(Path(self.data).expanduser())
+        return load_digits() if self.lite else load_cifar10()
+
+    def folder(self, name: str) -> Path:
+        """Where a notebook keeps what later ones use: ``build/<preset>-<data>-seed<n>/<name>``."""
+        data = Path(self.data).stem if self.data else ("digits" if self.lite else "cifar10")
+        return root() / "build" / f"{self.preset}-{data}-seed{self.seed}" / name
+
+    def write_results(self, notebook: str, results: dict[str, float]) -> None:
+        """Keep a notebook's headline numbers as flat JSON: ``build/results/<notebook>.json``."""
+        folder = root() / "build" / "results"
+        folder.mkdir(parents=True, exist_ok=True)
+        rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in results.items()}
+        record = {"seed": self.seed, "preset": self.preset, "data": self.data or "default"}
+        text = json.dumps({**record, **rounded}, indent=1)
+        (folder / f"{notebook}.json").write_text(text)
+
+
+def execute(notebook: Path, output: Path) -> float:
+    """Run a notebook from the first cell to the last into ``output``; returns seconds."""
+    import nbformat
+    from nbclient import NotebookClient
+    from tqdm import tqdm
+
+    started = time.monotonic()
+    book = nbformat.read(notebook, as_version=4)
+    code = sum(cell.cell_type == "code" for cell in book.cells)
+    with tqdm(total=code, desc=notebook.stem, unit="cell", file=sys.stdout) as bar:
+        client = NotebookClient(
+            book,
+            timeout=None,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(notebook.parent)}},
+            on_cell_executed=lambda **_: bar.update(),
+        )
+        try:
+            client.execute()
+        finally:  # what ran so far is kept, so that an error can be looked at in place
+            output.parent.mkdir(parents=True, exist_ok=True)
+            nbformat.write(book, output)
+    return time.monotonic() - started
+
+
+def print_table(folder: Path) -> None:
+    """Print every number the notebooks recorded in ``folder``."""
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        head = ", ".join(f"{key} {record.pop(key)}" for key in ("preset", "data", "seed"))
+        print(f"\n{path.stem}  ({head})")
+        for key, value in record.items():
+            print(f"  {key:<34} {value:>12,.2f}" if isinstance(value, float | int) else
+                  f"  {key:<34} {value!s:>12}")  # fmt: skip
+
+
+def main(names: list[str]) -> None:
+    """Execute all notebooks (or those whose names start with one of ``names``), then the table."""
+    base = root()
+    notebooks = sorted((base / "notebooks").glob("[0-9]*.ipynb"))
+    chosen = [n for n in notebooks if not names or n.name.startswith(tuple(names))]
+    if not chosen:
+        sys.exit(f"no notebook starts with {' or '.join(names)} in {base / 'notebooks'}")
+    times = {n.stem: execute(n, base / "build" / "notebooks" / n.name) for n in chosen}
+    print_table(base / "build" / "results")
+    print("\n" + "\n".join(f"{name}: {seconds:.0f} s" for name, seconds in times.items()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
