@@ -1,0 +1,189 @@
+"""Meshes of signed distance nets: extract, compare, draw and export them.
+
+A mesh is a `trimesh.Trimesh`; `mesh.export("chair.ply")` (or ``.obj``) writes it. Where a net has
+no surface there is no mesh, and None stands in its place.
+"""
+
+from collections.abc import Callable
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import trimesh
+from matplotlib.collections import PolyCollection
+from scipy.spatial import cKDTree
+from skimage.measure import marching_cubes
+from torch import Tensor
+
+MAX_FACES = 60_000  # drawn as polygons; a mesh of more is simplified by clustering first
+
+
+@torch.no_grad()
+def mesh_from_grid(
+    evaluate: Callable[[Tensor], Tensor], resolution: int = 64, block: int = 2**13
+) -> list[trimesh.Trimesh | None]:
+    """Marching cubes on the zero level of N signed distance functions at once.
+
+    Args:
+        evaluate: points [B, 3] -> signed distances [N, B] of N shapes, negative inside.
+        resolution: grid points along each edge of the cube -1..1, at least 4.
+        block: B, the points evaluated at once; bounds the memory of ``evaluate``.
+
+    Returns: N meshes, None where a shape has no surface. Only what lies in the unit ball counts,
+    where the nets were trained: a solid that leaves it is cut there, so every mesh is closed.
+
+    Raises ValueError if ``evaluate`` gives another shape than [N, B], NaN or infinite values.
+    """
+    if resolution < 4:
+        raise ValueError(f"resolution should be at least 4 grid points, not {resolution}")
+    axis = torch.linspace(-1, 1, resolution)
+    points = torch.cartesian_prod(axis, axis, axis)
+    values = torch.cat([_checked(evaluate(part), len(part)) for part in points.split(block)], dim=1)
+    # A grid point exactly on the surface would make faces without area; move it a little outside.
+    values = values.masked_fill_(values.abs() < 1e-6, 1e-6)
+    # 0.999: the ball itself touches the grid's border, where a cut could not be closed.
+    values = torch.maximum(values, points.norm(dim=1) - 0.999)
+    return [_extract(v.reshape((resolution,) * 3).numpy()) for v in values]
+
+
+def _checked(values: Tensor, count: int) -> Tensor:
+    if values.ndim != 2 or values.shape[1] != count:
+        raise ValueError(f"evaluate should give [N, {count}] distances, not {tuple(values.shape)}")
+    if not values.isfinite().all():
+        raise ValueError("evaluate gave NaN or infinite distances; the net diverged in training")
+    return values.float().cpu()
+
+
+def _extract(values: np.ndarray) -> trimesh.Trimesh | None:
+    if values.min() >= 0:
+        return None
+    spacing = (2 / (len(values) - 1),) * 3
+    vertices, faces, *_ = marching_cubes(values, 0.0, spacing=spacing, gradient_direction="descent")
+    return trimesh.Trimesh(vertices - 1, faces)
+
+
+def within(predicted: Tensor, target: Tensor, tolerance: float = 0.01) -> Tensor:
+    """Share in 0..1 of points whose two distances differ by at most ``tolerance``.
+
+    [..., B] -> [...]. The paper's measure of how well a decoded shape net answers like its target.
+    """
+    return ((predicted - target).abs() <= tolerance).float().mean(-1)
+
+
+def compare_meshes(a, b, samples: int = 10_000, seed: int = 0) -> dict[str, float]:
+    """How far apart two surfaces are.
+
+    With A and B ``samples`` points drawn evenly on each surface:
+
+    - ``chamfer`` = ½ mean over A of the distance to the nearest of B + ½ the same from B to A.
+      Two draws from one surface give about ½ sqrt(area / samples), not 0.
+    - ``normal_consistency`` = the same mean of the cosine between normals of nearest points; 1 is
+      best, 0.5 the mean for unrelated surfaces. Absolute value, so orientation does not count.
+
+    Raises ValueError for a mesh that is None or has no faces.
+    """
+    if any(mesh is None or len(mesh.faces) == 0 for mesh in (a, b)):
+        raise ValueError("compare_meshes needs two meshes with faces; count shapes without apart")
+    (points_a, normals_a), (points_b, normals_b) = (
+        sample_surface(mesh, samples, seed + i) for i, mesh in enumerate((a, b))
+    )
+    to_b, nearest_b = cKDTree(points_b).query(points_a)
+    to_a, nearest_a = cKDTree(points_a).query(points_b)
+    cosines_a = np.abs((normals_a * normals_b[nearest_b]).sum(1))
+    cosines_b = np.abs((normals_b * normals_a[nearest_a]).sum(1))
+    return {
+        "chamfer": float(to_b.mean() + to_a.mean()) / 2,
+        "normal_consistency": float(cosines_a.mean() + cosines_b.mean()) / 2,
+    }
+
+
+def sample_surface(mesh, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """``count`` points drawn evenly on the surface, and their normals: two arrays [count, 3]."""
+    points, faces = trimesh.sample.sample_surface(mesh, count, seed=seed)
+    return np.asarray(points), mesh.face_normals[faces]
+
+
+def mesh_health(mesh) -> dict:
+    """``exists``, ``watertight`` and the number of ``components`` of a mesh (None: no surface)."""
+    if mesh is None or len(mesh.faces) == 0:
+        return {"exists": False, "watertight": False, "components": 0}
+    return {
+        "exists": True,
+        "watertight": bool(mesh.is_watertight),
+        "components": int(mesh.body_count),
+    }
+
+
+def draw_meshes(meshes, titles=None, columns=None, color="#5b8db8", size=2.0, turn=35.0, tilt=22.0):
+    """Draw meshes side by side, all from one camera under one light; returns the figure.
+
+    Args:
+        meshes: list of meshes in the unit sphere, y up, z to the front; None leaves an empty place.
+        titles: a text for each, or none.
+        columns: how many to a row; all in one row if not given.
+        color: one for all, or a list with one for each.
+        size: inches a mesh.
+        turn, tilt: the camera's degrees about the y axis and above the floor.
+    """
+    columns = columns or len(meshes)
+    rows = -(-len(meshes) // columns)
+    titles = titles or [""] * len(meshes)
+    colors = [color] * len(meshes) if isinstance(color, str) else color
+    if not len(titles) == len(colors) == len(meshes):
+        raise ValueError(f"{len(meshes)} meshes but {len(titles)} titles and {len(colors)} colors")
+    shape = columns * size, rows * (size + 0.25 * any(titles))
+    figure, axes = plt.subplots(rows, columns, figsize=shape, squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.set(xlim=(-1, 1), ylim=(-1, 1), aspect="equal")
+        axis.axis("off")
+    camera = _camera(np.radians(turn), np.radians(tilt))
+    for axis, mesh, title, one_color in zip(axes.flat, meshes, titles, colors, strict=False):
+        axis.set_title(title, fontsize=9)
+        if mesh is None or len(mesh.faces) == 0:
+            axis.text(0, 0, "no surface", ha="center", color="grey")
+        else:
+            _draw(axis, mesh, one_color, camera)
+    return figure
+
+
+def _camera(turn: float, tilt: float) -> np.ndarray:
+    """Rows are the directions right, up and towards the viewer: [3, 3]."""
+    towards = [np.sin(turn) * np.cos(tilt), np.sin(tilt), np.cos(turn) * np.cos(tilt)]
+    right = [np.cos(turn), 0, -np.sin(turn)]
+    return np.stack([right, np.cross(towards, right), towards])
+
+
+def _draw(axis, mesh, color, camera):
+    """Painter's algorithm: faces seen from the front, farthest first, in Lambert shades."""
+    if len(mesh.faces) > MAX_FACES:
+        mesh = _cluster(mesh)
+    floor = mesh.vertices[:, 1].min()
+    light = np.array([-0.1, 0.9, 0.42])  # a unit vector: from above, in front, a little left
+    height = (mesh.vertices[:, 1:2] - floor) / light[1]
+    shadow = (mesh.vertices - height * light) @ camera.T  # slid along the light to the floor
+    lit = mesh.face_normals @ light > 0
+    _fill(axis, shadow[mesh.faces[lit]][..., :2], np.full((1, 3), 0.88))
+
+    corners = (mesh.vertices @ camera.T)[mesh.faces]  # [F, 3, 3]
+    front = np.flatnonzero(mesh.face_normals @ camera[2] > 0)
+    front = front[np.argsort(corners[front, :, 2].mean(1))]
+    normals = mesh.vertex_normals[mesh.faces[front]].mean(1)
+    shade = 0.4 + 0.75 * (normals @ light).clip(0)
+    rgb = np.array(plt.matplotlib.colors.to_rgb(color))
+    _fill(axis, corners[front][..., :2], (shade[:, None] * rgb).clip(0, 1))
+
+
+def _fill(axis, polygons, colors):
+    # Antialiased neighbours let what lies behind them shine through a hairline: leave it off.
+    axis.add_collection(
+        PolyCollection(polygons, facecolors=colors, antialiaseds=False, rasterized=True)
+    )
+
+
+def _cluster(mesh, cells: int = 96) -> trimesh.Trimesh:
+    """The mesh with all vertices of one cell of a grid merged: coarse, but enough to draw."""
+    keys = np.floor((mesh.vertices - mesh.bounds[0]) / mesh.extents.max() * cells).astype(int)
+    _, first, merged = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    coarse = trimesh.Trimesh(mesh.vertices[first], merged.reshape(-1)[mesh.faces])
+    coarse.update_faces(coarse.nondegenerate_faces())
+    return coarse
