@@ -83,8 +83,8 @@ class Decoder(nn.Module):
     """Embeddings [N, E] -> rows [N, P] of a chosen architecture.
 
     One hidden layer for all architectures, one head for each, then a learned scale and bias per
-    entry as in the paper. The bias starts at ``base``, a trained net, so that decoded nets work from
-    the first step on.
+    entry as in the paper. The bias starts at ``base``, a trained net, so that decoded nets work
+    from the first step on.
     """
 
     def __init__(self, config: SpaceConfig, bases: Sequence[Tensor]):

@@ -1,7 +1,7 @@
 """What a space is trained for, and the loop that trains it.
 
-An objective is a callable ``objective(space, generator) -> loss``: it draws nets and inputs with the
-generator, encodes, decodes, and compares what the decoded nets answer with what they should.
+An objective is a callable ``objective(space, generator) -> loss``: it draws nets and inputs with
+the generator, encodes, decodes, and compares what the decoded nets answer with what they should.
 """
 
 import time
@@ -114,8 +114,8 @@ def fit(
     """Train ``space`` in place and leave it in its best state.
 
     After every ``epoch`` steps ``validate`` scores the space; the state with the highest *first*
-    score is kept. With ``folder`` every epoch is saved there and the same call resumes, bit for bit;
-    a finished fit is loaded.
+    score is kept. With ``folder`` every epoch is saved there and the same call resumes, bit for
+    bit; a finished fit is loaded.
 
     Returns the history: one dict of step, seconds, loss and the scores per epoch.
     """

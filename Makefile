@@ -1,0 +1,46 @@
+# make tutorial: run every notebook, from raw data to results.   make test: run every test.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help tutorial test test-fast lint format lab bench clean
+
+help:
+	@echo "make tutorial   run the notebooks in order into build/notebooks/ and print their results"
+	@echo "make test       all tests, the notebooks included"
+	@echo "make test-fast  all tests but the notebooks"
+	@echo "make lab        open the notebooks in JupyterLab"
+	@echo "make bench      time the kernels beside a loop, vmap and torch.compile"
+	@echo "make lint       check style;  make format  mends it"
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; assert (3, 11) <= v < (3, 13), f"Python 3.11 or 3.12 is needed, found {v}: make PYTHON=python3.11"'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+tutorial: $(READY)
+	$(BIN)/python -m netspace_lite.tutorial $(NOTEBOOKS)
+
+test: $(READY)
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env tests notebooks
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest tests
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lab: $(READY)
+	$(BIN)/jupyter lab notebooks
+
+bench: $(READY)
+	$(BIN)/python -m netspace_lite.kernels.bench
+
+clean:
+	rm -rf build
