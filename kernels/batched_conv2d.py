@@ -32,6 +32,7 @@ from .common import (
     activate,
     check_layer,
     configs,
+    product,
     product_precision,
     shape,
 )
@@ -132,7 +133,7 @@ def _forward_kernel(
         step = (k // (KH * KW)) * xc + i * xh + j * xw
         a = tl.load(x_pixel[:, None] + step[None, :], mask=x_in, other=0)
         b = tl.load(w + n * wn + col[None, :] * window + k[:, None], mask=w_in, other=0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = product(a, b, acc, PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias + n * bn + col, mask=col < O, other=0).to(tl.float32)[None, :]
     acc = act_forward(acc, slope, 1.0, ACT)
@@ -176,10 +177,10 @@ def _image_grad_kernel(
         a = tl.load(g + at, mask=g_in, other=0)
         if ACT > 0:
             s = tl.load(y + at, mask=g_in, other=0)
-            a = act_backward(a.to(tl.float32), s, slope, 1.0, ACT).to(a.dtype)
+            a = act_backward(a.to(tl.float32), s.to(tl.float32), slope, 1.0, ACT).to(a.dtype)
         at_w = (o[:, None] * C + col[None, :]) * (KH * KW) + (k % (KH * KW))[:, None]
         b = tl.load(w + n * wn + at_w, mask=w_in, other=0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = product(a, b, acc, PRECISION)
     at = ((sample * images + first)[:, None] * C + col[None, :]) * (H * W) + place[:, None]
     inside = (pixel[:, None] < B * H * W) & (col[None, :] < C)
     tl.store(dx + at, acc.to(dx.dtype.element_ty), mask=inside)
@@ -217,14 +218,15 @@ def _weight_grad_kernel(
         a = tl.load(g + at, mask=g_in, other=0)
         grad = a.to(tl.float32)
         if ACT > 0:
-            grad = act_backward(grad, tl.load(y + at, mask=g_in, other=0), slope, 1.0, ACT)
+            s = tl.load(y + at, mask=g_in, other=0)
+            grad = act_backward(grad, s.to(tl.float32), slope, 1.0, ACT)
         total += tl.sum(grad, 1)
         row_in = (top[:, None] + i[None, :] >= 0) & (top[:, None] + i[None, :] < H)
         col_in = (left[:, None] + j[None, :] >= 0) & (left[:, None] + j[None, :] < W)
         x_in = (pixel[:, None] < end) & (col[None, :] < window) & row_in & col_in
         x_pixel = x + n * xn + sample * xb + top * xh + left * xw
         b = tl.load(x_pixel[:, None] + step[None, :], mask=x_in, other=0)
-        acc = tl.dot(grad.to(a.dtype), b, acc, input_precision=PRECISION)
+        acc = product(grad.to(a.dtype), b, acc, PRECISION)
     at = (tl.program_id(2) * nets + n) * O + row
     inside = (row[:, None] < O) & (col[None, :] < window)
     tl.store(dw + at[:, None] * window + col[None, :], acc, mask=inside)

@@ -31,6 +31,7 @@ from .common import (
     check_layer,
     configs,
     matmul_tf32,
+    product,
     product_precision,
 )
 
@@ -107,7 +108,7 @@ def _forward_kernel(
         w_in = (k[:, None] < I) & (col[None, :] < O)
         a = tl.load(x_row[:, None] + k[None, :] * xi, mask=x_in, other=0)
         b = tl.load(w_col[None, :] + k[:, None], mask=w_in, other=0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = product(a, b, acc, PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias + n * bn + col, mask=col < O, other=0).to(tl.float32)[None, :]
     inside = (row[:, None] < B) & (col[None, :] < O)
@@ -144,7 +145,7 @@ def _input_grad_kernel(
             grad = act_backward(a.to(tl.float32), s.to(tl.float32), slope, omega, ACT)
             a = grad.to(a.dtype)
         b = tl.load(w + n * wn + k[:, None] * I + col[None, :], mask=w_in, other=0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = product(a, b, acc, PRECISION)
     inside = (row[:, None] < B) & (col[None, :] < I)
     at = first * xn + row.to(tl.int64)[:, None] * xb + col[None, :]
     tl.store(dx + at, acc.to(dx.dtype.element_ty), mask=inside)
@@ -176,7 +177,7 @@ def _weight_grad_kernel(
             grad = act_backward(grad, s.to(tl.float32), slope, omega, ACT)
         total += tl.sum(grad, 1)
         b = tl.load(x + n * xn + samples[:, None] * xb + col[None, :] * xi, mask=x_in, other=0)
-        acc = tl.dot(grad.to(a.dtype), b, acc, input_precision=PRECISION)
+        acc = product(grad.to(a.dtype), b, acc, PRECISION)
     inside = (row[:, None] < O) & (col[None, :] < I)
     at = (n * O + row[:, None]) * I + col[None, :]
     tl.store(dw + at, acc.to(dw.dtype.element_ty), mask=inside)

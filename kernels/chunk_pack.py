@@ -18,6 +18,7 @@ arithmetic is fp32, rounded after each step as PyTorch's is.
 Traffic in bytes: what is read plus what is written, N·P·(s_in + s_out), and the padding written.
 """
 
+import functools
 import math
 
 import torch
@@ -27,6 +28,7 @@ from .backend import tl, triton, use_triton
 from .common import shape
 
 BLOCK = 1024
+STACKED = [0]  # stands for the tensor counts of the nets where tensors are stacked [N, size]
 
 
 def chunk_pack(tensors, T, L, mean=None, std=None, dtype=None) -> torch.Tensor:
@@ -78,7 +80,7 @@ def chunk_unpack(prep, shapes, mean=None, std=None):
         return chunk_unpack_reference(prep, shapes, mean, std)
     nets = [shapes] if stacked else shapes
     sizes = [math.prod(s) for net in nets for s in net]
-    counts = [] if stacked else [len(net) for net in nets]
+    counts = STACKED if stacked else [len(net) for net in nets]
     flat = iter(_scatter(prep, sizes, counts, mean, std, False))
     if stacked:
         return [next(flat).view(prep.shape[0], *s) for s in shapes]
@@ -174,8 +176,8 @@ def _copy_kernel(
 def launch(flat, counts, prep, mean, std, gather, divide):
     """Copy between the tensors `flat` and `prep` [N, T, L], one launch for each dtype in `flat`.
 
-    `flat` holds 1-D tensors net after net, `counts` of them a net; or, without `counts`, stacked
-    tensors [N, size].
+    `flat` holds 1-D tensors net after net, `counts` of them a net; or, if `counts` is STACKED,
+    tensors [N, size] of all nets.
     """
     nets, size = prep.shape[0], prep.shape[1] * prep.shape[2]
     segments = _segments(flat, counts, nets, size)
@@ -197,7 +199,7 @@ def launch(flat, counts, prep, mean, std, gather, divide):
 
 def _segments(flat, counts, nets, size):
     """For each tensor its segments [K, 3]: address, start in the PRep, length."""
-    if counts:
+    if counts != STACKED:
         starts, at = [], 0
         for net, count in enumerate(counts):
             offset = net * size
@@ -217,7 +219,7 @@ def _segments(flat, counts, nets, size):
 
 def _used(flat, counts):
     """Values of each net: a list, or one number for stacked tensors."""
-    if not counts:
+    if counts == STACKED:
         return [sum(t.shape[1] for t in flat)]
     sizes = iter(t.numel() for t in flat)
     return [sum(next(sizes) for _ in range(count)) for count in counts]
@@ -229,19 +231,29 @@ def _padding(flat, counts, nets, size):
     return torch.stack([zero, torch.arange(nets) * size + used, size - used], 1)
 
 
+def _empty_prep(flat, counts, T, L, dtype):
+    nets = flat[0].shape[0] if counts == STACKED else len(counts)
+    return flat[0].new_empty(nets, T, L, dtype=dtype)
+
+
+def _empty_tensors(prep, sizes, counts):
+    lead = (prep.shape[0],) if counts == STACKED else ()
+    return [prep.new_empty(*lead, size) for size in sizes]
+
+
 @torch.library.custom_op("netspace_lite::chunk_gather", mutates_args=())
 def _gather(
     flat: list[torch.Tensor], counts: list[int], T: int, L: int,
     mean: torch.Tensor | None, std: torch.Tensor | None, divide: bool, dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
-    prep = flat[0].new_empty(len(counts) or flat[0].shape[0], T, L, dtype=dtype)
+    prep = _empty_prep(flat, counts, T, L, dtype)
     launch(flat, counts, prep, mean, std, True, divide)
     return prep
 
 
 @_gather.register_fake
 def _(flat, counts, T, L, mean, std, divide, dtype):
-    return flat[0].new_empty(len(counts) or flat[0].shape[0], T, L, dtype=dtype)
+    return _empty_prep(flat, counts, T, L, dtype)
 
 
 @torch.library.custom_op("netspace_lite::chunk_scatter", mutates_args=())
@@ -249,14 +261,14 @@ def _scatter(
     prep: torch.Tensor, sizes: list[int], counts: list[int],
     mean: torch.Tensor | None, std: torch.Tensor | None, divide: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
-    flat = [prep.new_empty(size if counts else (prep.shape[0], size)) for size in sizes]
+    flat = _empty_tensors(prep, sizes, counts)
     launch(flat, counts, prep.contiguous(), mean, std, False, divide)
     return flat
 
 
 @_scatter.register_fake
 def _(prep, sizes, counts, mean, std, divide):
-    return [prep.new_empty(size if counts else (prep.shape[0], size)) for size in sizes]
+    return _empty_tensors(prep, sizes, counts)
 
 
 def _gather_context(ctx, inputs, output):
@@ -266,6 +278,7 @@ def _gather_context(ctx, inputs, output):
 
 
 def _gather_backward(ctx, g):
+    g = g.to(functools.reduce(torch.promote_types, ctx.dtypes))
     flat = _scatter(g, ctx.sizes, ctx.counts, None, ctx.std, ctx.divide)
     grads = [t.to(dtype) for t, dtype in zip(flat, ctx.dtypes, strict=True)]
     return grads, None, None, None, None, None, None, None
@@ -291,12 +304,12 @@ def _flatten(tensors):
     if not tensors or (not isinstance(tensors[0], torch.Tensor) and not all(tensors)):
         raise ValueError(f"chunk_pack: there is nothing to pack in {len(tensors)} nets.")
     if isinstance(tensors[0], torch.Tensor):
-        return [t.reshape(t.shape[0], -1) for t in tensors], []
+        return [t.reshape(t.shape[0], -1) for t in tensors], STACKED
     return [t.reshape(-1) for net in tensors for t in net], [len(net) for net in tensors]
 
 
 def _check(flat, counts, T, L, mean, std):
-    if not counts and (len({t.shape[0] for t in flat}) > 1 or flat[0].shape[0] == 0):
+    if counts == STACKED and (len({t.shape[0] for t in flat}) > 1 or flat[0].shape[0] == 0):
         raise ValueError(
             "chunk_pack: stacked tensors must hold the same number of nets, at least one, got "
             f"{[t.shape[0] for t in flat]}."

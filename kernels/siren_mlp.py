@@ -1,8 +1,42 @@
-"""The whole SIREN 3 → h → h → 1 of N nets: w3·sin(ω(W2·sin(ω(W1·p + b1)) + b2)) + b3."""
+"""The whole SIREN 3 → h → h → 1 of N nets: w3·sin(ω(W2·sin(ω(W1·p + b1)) + b2)) + b3.
+
+Pointers and strides (in values):
+    points [N, B, 3]  strides (pn, pb, pi); pn = 0 if all nets share the points
+    rows   [N, P]     strides (rn, 1); a row is W1 [h, 3], b1 [h], W2 [h, h], b2 [h], w3 [h], b3
+    out, g [N, B]     contiguous
+    dpoints [N, B, 3] contiguous
+    parts  [S, N, P]  fp32 gradients of the rows, summed over the points of each split
+
+Forward, grid (N, ⌈B/BM⌉): one program takes BM points through all three layers. The h first-layer
+activations are made BK at a time, multiplied into the second layer's sums and forgotten; hidden
+activations are never written to memory.
+
+Backward, two kernels that compute the hidden values again instead of having kept them. Grid (N, S):
+one program walks every S-th tile of BM points, then back through the first layer in steps of BK.
+Grid (N, ⌈h/BO⌉, S): one program holds BO rows of W2's gradient while it walks the same tiles.
+Both write to places in `parts` that are theirs alone: no atomics, the same result in every run.
+
+Traffic in bytes for values of s bytes: forward s·N·(P + B·(3 + 1)) against s·N·(P + B·(4 + 4h))
+layer by layer. Products: 2·N·B·(h² + 4h) forward, 4 times that backward (the second layer again in
+both kernels, its input's gradient, its weights' gradient).
+"""
 
 import torch
 
-from .common import check_same_kind, shape
+from .backend import tl, triton, use_triton
+from .batched_linear import batched_linear
+from .common import (
+    check_same_kind,
+    configs,
+    cosine,
+    matmul_tf32,
+    product,
+    product_precision,
+    sine,
+    shape,
+)
+
+MAX_HIDDEN = 256  # a program holds all h sums of its points in registers
 
 
 def siren_mlp(points, rows, hidden, omega=30.0, precision=None) -> torch.Tensor:
@@ -12,7 +46,8 @@ def siren_mlp(points, rows, hidden, omega=30.0, precision=None) -> torch.Tensor:
         points: `[B, 3]` shared by all nets, or `[N, B, 3]`.
         rows: `[N, P]`, each net's parameters in module order: weight and bias of 3→h, h→h, h→1,
             so P = h² + 6h + 1. Contiguous within a row.
-        hidden: h, the width of both hidden layers.
+        hidden: h, the width of both hidden layers. The Triton kernel holds up to 256; wider nets
+            run layer by layer through `batched_linear`.
         omega: frequency ω of the sines.
         precision: of fp32 products in the Triton kernel, "ieee" or "tf32"; None follows
             `torch.get_float32_matmul_precision()`.
@@ -25,23 +60,283 @@ def siren_mlp(points, rows, hidden, omega=30.0, precision=None) -> torch.Tensor:
             devices or dtypes, or rows that are not contiguous.
     """
     _check(points, rows, hidden)
-    return siren_mlp_reference(points, rows, hidden, omega)
+    if not use_triton(rows):
+        return siren_mlp_reference(points, rows, hidden, omega)
+    if hidden > MAX_HIDDEN:
+        w1, b1, w2, b2, w3, b3 = _layers(rows, hidden)
+        y = batched_linear(points, w1, b1, "sine", omega=omega, precision=precision)
+        y = batched_linear(y, w2, b2, "sine", omega=omega, precision=precision)
+        return batched_linear(y, w3, b3, precision=precision)
+    precision = product_precision(precision, matmul_tf32())
+    return _siren(points, rows, hidden, float(omega), precision).unsqueeze(-1)
 
 
 def siren_mlp_reference(points, rows, hidden, omega=30.0):
     """The same in PyTorch: one batched product per layer."""
-    h = hidden
-    w1, b1, w2, b2, w3, b3 = rows.split([3 * h, h, h * h, h, h, 1], dim=1)
+    w1, b1, w2, b2, w3, b3 = _layers(rows, hidden)
     if points.ndim == 2:
         points = points.expand(rows.shape[0], -1, -1)
-    y = torch.sin(omega * torch.baddbmm(b1[:, None], points, w1.unflatten(1, (h, 3)).mT))
-    y = torch.sin(omega * torch.baddbmm(b2[:, None], y, w2.unflatten(1, (h, h)).mT))
-    return torch.baddbmm(b3[:, None], y, w3[:, :, None])
+    y = torch.sin(omega * torch.baddbmm(b1[:, None], points, w1.mT))
+    y = torch.sin(omega * torch.baddbmm(b2[:, None], y, w2.mT))
+    return torch.baddbmm(b3[:, None], y, w3.mT)
 
 
 def siren_params(hidden) -> int:
     """P, the number of parameters of a 3 → h → h → 1 net."""
     return hidden * hidden + 6 * hidden + 1
+
+
+def _layers(rows, h):
+    w1, b1, w2, b2, w3, b3 = rows.split([3 * h, h, h * h, h, h, 1], dim=1)
+    return w1.unflatten(1, (h, 3)), b1, w2.unflatten(1, (h, h)), b2, w3.unflatten(1, (1, h)), b3
+
+
+@triton.jit
+def _first_layer(row, x0, x1, x2, k, h, omega):
+    """ω(W1·p + b1) for the neurons k: [BM, BK] in fp32."""
+    inside = k < h
+    w0 = tl.load(row + k * 3, mask=inside, other=0).to(tl.float32)
+    w1 = tl.load(row + k * 3 + 1, mask=inside, other=0).to(tl.float32)
+    w2 = tl.load(row + k * 3 + 2, mask=inside, other=0).to(tl.float32)
+    bias = tl.load(row + 3 * h + k, mask=inside, other=0).to(tl.float32)
+    z = x0[:, None] * w0[None, :] + x1[:, None] * w1[None, :] + x2[:, None] * w2[None, :]
+    return (z + bias[None, :]) * omega
+
+
+@triton.jit
+def _second_layer(
+    row, x0, x1, x2, col, h, omega,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, HP: tl.constexpr,
+):  # fmt: skip
+    """ω(W2·sin(first layer) + b2): [BM, HP] in fp32."""
+    acc = tl.zeros((BM, HP), tl.float32)
+    for start in range(0, h, BK):
+        k = start + tl.arange(0, BK)
+        hidden = sine(_first_layer(row, x0, x1, x2, k, h, omega))
+        inside = (k[:, None] < h) & (col[None, :] < h)
+        w = tl.load(row + 4 * h + col[None, :] * h + k[:, None], mask=inside, other=0)
+        acc = product(hidden.to(w.dtype), w, acc, PRECISION)
+    bias = tl.load(row + 4 * h + h * h + col, mask=col < h, other=0).to(tl.float32)
+    return (acc + bias[None, :]) * omega
+
+
+@triton.jit
+def _point(points, m, pb, pi, B):
+    """The coordinates of the points m, as three fp32 vectors."""
+    at = points + m.to(tl.int64) * pb
+    x0 = tl.load(at, mask=m < B, other=0).to(tl.float32)
+    x1 = tl.load(at + pi, mask=m < B, other=0).to(tl.float32)
+    x2 = tl.load(at + 2 * pi, mask=m < B, other=0).to(tl.float32)
+    return x0, x1, x2
+
+
+@triton.autotune(
+    configs(({"BM": 64, "BK": 16}, 8, 2), ({"BM": 32, "BK": 32}, 8, 2)),
+    key=["h", "B", "PRECISION"],
+    cache_results=True,
+)
+@triton.jit
+def _forward_kernel(
+    points, rows, out, B, h, pn, pb, pi, rn, omega,
+    PRECISION: tl.constexpr, HP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Grid (N, ⌈B/BM⌉): the outputs of one net at BM points. HP is h up to a power of two."""
+    n = tl.program_id(0).to(tl.int64)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    col = tl.arange(0, HP)
+    row = rows + n * rn
+    x0, x1, x2 = _point(points + n * pn, m, pb, pi, B)
+    angle = _second_layer(row, x0, x1, x2, col, h, omega, PRECISION, BM, BK, HP)
+    last = row + 5 * h + h * h
+    w3 = tl.load(last + col, mask=col < h, other=0).to(tl.float32)
+    y = tl.sum(sine(angle) * w3[None, :], 1) + tl.load(last + h).to(tl.float32)
+    tl.store(out + n * B + m, y.to(out.dtype.element_ty), mask=m < B)
+
+
+_BACKWARD_TILES = configs(({"BM": 32, "BK": 32}, 8, 1), ({"BM": 32, "BK": 16}, 8, 2))
+
+
+@triton.autotune(
+    _BACKWARD_TILES, key=["h", "B", "PRECISION"], reset_to_zero=["parts"], cache_results=True
+)
+@triton.jit
+def _backward_kernel(
+    g, points, rows, parts, dpoints, B, h, nets, splits, pn, pb, pi, rn, omega,
+    NEED_POINTS: tl.constexpr, PRECISION: tl.constexpr,
+    HP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Grid (N, S): all gradients but W2's, over every S-th tile of points of one net.
+
+    `parts` comes zeroed; only this program writes these places of parts[split, n].
+    """
+    n, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    col = tl.arange(0, HP)
+    row, size = rows + n * rn, h * h + 6 * h + 1
+    part = parts + (split * nets + n) * size
+    w3 = tl.load(row + 5 * h + h * h + col, mask=col < h, other=0).to(tl.float32)
+    dw3, db2 = tl.zeros((HP,), tl.float32), tl.zeros((HP,), tl.float32)
+    db3 = tl.zeros((BM,), tl.float32)
+    for tile in range(split, tl.cdiv(B, BM), splits):
+        m = tile * BM + tl.arange(0, BM)
+        x0, x1, x2 = _point(points + n * pn, m, pb, pi, B)
+        go = tl.load(g + n * B + m, mask=m < B, other=0).to(tl.float32)
+        angle = _second_layer(row, x0, x1, x2, col, h, omega, PRECISION, BM, BK, HP)
+        g2 = go[:, None] * w3[None, :] * omega * cosine(angle)
+        dw3 += tl.sum(go[:, None] * sine(angle), 0)
+        db2 += tl.sum(g2, 0)
+        db3 += go
+        g2 = g2.to(rows.dtype.element_ty)
+        d0, d1, d2 = tl.zeros_like(x0), tl.zeros_like(x0), tl.zeros_like(x0)
+        for start in range(0, h, BK):
+            k = start + tl.arange(0, BK)
+            inside = (col[:, None] < h) & (k[None, :] < h)
+            w = tl.load(row + 4 * h + col[:, None] * h + k[None, :], mask=inside, other=0)
+            g1 = product(g2, w, tl.zeros((BM, BK), tl.float32), PRECISION)
+            g1 = g1 * omega * cosine(_first_layer(row, x0, x1, x2, k, h, omega))
+            _add(part + 3 * h + k, tl.sum(g1, 0), k < h)
+            _add(part + k * 3, tl.sum(g1 * x0[:, None], 0), k < h)
+            _add(part + k * 3 + 1, tl.sum(g1 * x1[:, None], 0), k < h)
+            _add(part + k * 3 + 2, tl.sum(g1 * x2[:, None], 0), k < h)
+            if NEED_POINTS:
+                d0 += _first_layer_back(g1, row + k * 3, k < h)
+                d1 += _first_layer_back(g1, row + k * 3 + 1, k < h)
+                d2 += _first_layer_back(g1, row + k * 3 + 2, k < h)
+        tl.debug_barrier()  # what this tile added to `part` is there before the next one reads it
+        if NEED_POINTS:
+            at = dpoints + (n * B + m) * 3
+            tl.store(at, d0.to(dpoints.dtype.element_ty), mask=m < B)
+            tl.store(at + 1, d1.to(dpoints.dtype.element_ty), mask=m < B)
+            tl.store(at + 2, d2.to(dpoints.dtype.element_ty), mask=m < B)
+    tl.store(part + 4 * h + h * h + col, db2, mask=col < h)
+    tl.store(part + 5 * h + h * h + col, dw3, mask=col < h)
+    tl.store(part + size - 1, tl.sum(db3, 0))
+
+
+@triton.autotune(
+    configs(({"BM": 32, "BO": 32}, 8, 1), ({"BM": 32, "BO": 64}, 8, 1)),
+    key=["h", "B", "PRECISION"],
+    cache_results=True,
+)
+@triton.jit
+def _w2_grad_kernel(
+    g, points, rows, parts, B, h, nets, splits, pn, pb, pi, rn, omega,
+    PRECISION: tl.constexpr, HP: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr,
+):  # fmt: skip
+    """Grid (N, ⌈h/BO⌉, S): BO rows of W2's gradient over every S-th tile of points of one net.
+
+    The rows stay in registers from the first tile to the last; the first layer is made again for
+    each tile, which costs 3 products a value against the 2·BO it feeds.
+    """
+    n, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    o, k = tl.program_id(1) * BO + tl.arange(0, BO), tl.arange(0, HP)
+    row, size = rows + n * rn, h * h + 6 * h + 1
+    inside = (o[:, None] < h) & (k[None, :] < h)
+    at = 4 * h + o[:, None] * h + k[None, :]
+    w2 = tl.load(row + at, mask=inside, other=0)
+    b2 = tl.load(row + 4 * h + h * h + o, mask=o < h, other=0).to(tl.float32)
+    w3 = tl.load(row + 5 * h + h * h + o, mask=o < h, other=0).to(tl.float32)
+    acc = tl.zeros((BO, HP), tl.float32)
+    for tile in range(split, tl.cdiv(B, BM), splits):
+        m = tile * BM + tl.arange(0, BM)
+        x0, x1, x2 = _point(points + n * pn, m, pb, pi, B)
+        go = tl.load(g + n * B + m, mask=m < B, other=0).to(tl.float32)
+        hidden = sine(_first_layer(row, x0, x1, x2, k, h, omega)).to(w2.dtype)
+        z = product(hidden, tl.trans(w2), tl.zeros((BM, BO), tl.float32), PRECISION)
+        g2 = go[:, None] * w3[None, :] * omega * cosine((z + b2[None, :]) * omega)
+        acc = product(tl.trans(g2.to(w2.dtype)), hidden, acc, PRECISION)
+    tl.store(parts + (split * nets + n) * size + at, acc, mask=inside)
+
+
+@triton.jit
+def _add(pointer, value, mask):
+    tl.store(pointer, tl.load(pointer, mask=mask, other=0) + value, mask=mask)
+
+
+@triton.jit
+def _first_layer_back(g1, pointer, mask):
+    w = tl.load(pointer, mask=mask, other=0).to(tl.float32)
+    return tl.sum(g1 * w[None, :], 1)
+
+
+def _point_strides(points):
+    return points.stride() if points.ndim == 3 else (0, *points.stride())
+
+
+def _padded(hidden):
+    return max(16, triton.next_power_of_2(hidden))
+
+
+def launch_forward(points, rows, hidden, omega, precision):
+    """Allocate the outputs [N, B] and launch the forward kernel."""
+    nets, samples = rows.shape[0], points.shape[-2]
+    out = rows.new_empty(nets, samples)
+    _forward_kernel[lambda meta: (nets, triton.cdiv(samples, meta["BM"]))](
+        points, rows, out, samples, hidden, *_point_strides(points), rows.stride(0), omega,
+        PRECISION=precision, HP=_padded(hidden),
+    )  # fmt: skip
+    return out
+
+
+def launch_backward(g, points, rows, hidden, omega, need_points, precision):
+    """Gradients of the points (empty if not needed) and of the rows."""
+    nets, samples = rows.shape[0], points.shape[-2]
+    splits = max(1, min(triton.cdiv(samples, 64), 256 // nets))  # about 256 programs in all
+    parts = rows.new_zeros(splits, nets, siren_params(hidden), dtype=torch.float32)
+    dpoints = rows.new_empty((nets, samples, 3) if need_points else 0)
+    sizes = (samples, hidden, nets, splits, *_point_strides(points), rows.stride(0), omega)
+    g, padded = g.contiguous(), _padded(hidden)
+    _backward_kernel[(nets, splits)](
+        g, points, rows, parts, dpoints, *sizes,
+        NEED_POINTS=need_points, PRECISION=precision, HP=padded,
+    )  # fmt: skip
+    _w2_grad_kernel[lambda meta: (nets, triton.cdiv(hidden, meta["BO"]), splits)](
+        g, points, rows, parts, *sizes, PRECISION=precision, HP=padded
+    )
+    if need_points and points.ndim == 2:
+        dpoints = dpoints.sum(0)
+    return dpoints, parts.sum(0).to(rows.dtype)
+
+
+@torch.library.custom_op("netspace_lite::siren_mlp", mutates_args=())
+def _siren(
+    points: torch.Tensor, rows: torch.Tensor, hidden: int, omega: float, precision: str
+) -> torch.Tensor:
+    return launch_forward(points, rows, hidden, omega, precision)
+
+
+@_siren.register_fake
+def _(points, rows, hidden, omega, precision):
+    return rows.new_empty(rows.shape[0], points.shape[-2])
+
+
+@torch.library.custom_op("netspace_lite::siren_mlp_backward", mutates_args=())
+def _siren_backward(
+    g: torch.Tensor, points: torch.Tensor, rows: torch.Tensor,
+    hidden: int, omega: float, need_points: bool, precision: str,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    return launch_backward(g, points, rows, hidden, omega, need_points, precision)
+
+
+@_siren_backward.register_fake
+def _(g, points, rows, hidden, omega, need_points, precision):
+    return rows.new_empty(points.shape if need_points else 0), rows.new_empty(rows.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    points, rows, ctx.hidden, ctx.omega, ctx.precision = inputs
+    ctx.save_for_backward(points, rows)
+
+
+def _backward(ctx, g):
+    points, rows = ctx.saved_tensors
+    need = ctx.needs_input_grad[0]
+    dpoints, drows = _siren_backward(
+        g, points, rows, ctx.hidden, ctx.omega, need, ctx.precision
+    )  # fmt: skip
+    return dpoints if need else None, drows, None, None, None
+
+
+_siren.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _check(points, rows, hidden):
