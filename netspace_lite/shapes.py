@@ -58,7 +58,9 @@ class Transform:
 
 
 def sample_chairs(chairs: list[Chair], samples: int = 20_000, seed: int = 0) -> Samples:
-    """Draw ``samples`` points a chair, half inside and half outside; reproducible by ``seed``.
+    """Draw ``samples`` points a chair, half inside and half outside.
+
+    Those of chair i depend on ``seed``, i and the chair only.
 
     Inside points fill the parts evenly, whatever their size, so that thin legs count. Of the
     outside ones about half lie near the surface, the others anywhere in the unit ball.
@@ -66,19 +68,25 @@ def sample_chairs(chairs: list[Chair], samples: int = 20_000, seed: int = 0) -> 
     Raises ValueError if ``samples`` is not a positive even number.
     """
     _check_count(samples)
-    parts = chair_parts(chairs)
+    drawn = [_sample_chair(chair, samples, seed * 100_003 + i) for i, chair in enumerate(chairs)]
+    points, sdf = (torch.stack(tensors) for tensors in zip(*drawn, strict=True))
+    return Samples(points, sdf)
+
+
+def _sample_chair(chair: Chair, samples: int, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shape = len(parts), 3 * samples  # enough candidates for both halves of every chair
+    parts = chair_parts([chair])
+    shape = 1, 3 * samples  # enough candidates for both halves of every chair
     places = 2 * torch.rand(*shape, 3, generator=generator) - 1
     which = torch.randint(parts.shape[1], shape, generator=generator)
     near = place_in_parts(parts, places, which)
     near += NOISE * torch.randn(near.shape, generator=generator)
     anywhere = torch.rand(shape, generator=generator) < 0.25
-    points = torch.where(anywhere[..., None], _ball(shape, generator), near)
+    points = torch.where(anywhere[..., None], _ball(shape, generator), near)[0]
     points = points / points.norm(dim=-1, keepdim=True).clamp(min=1)
-    sdf = chair_sdf(parts, points)
+    sdf = chair_sdf(parts, points)[0]
     keep = _halves(sdf < 0, samples)
-    return Samples(points.gather(1, keep[..., None].expand(-1, -1, 3)), sdf.gather(1, keep))
+    return points[keep], sdf[keep]
 
 
 def _check_count(samples: int) -> None:
@@ -94,13 +102,12 @@ def _ball(shape, generator) -> Tensor:
 
 
 def _halves(inside: Tensor, samples: int) -> Tensor:
-    """Indices [N, S] of the first S/2 inside and the last S/2 outside of candidates [N, C]."""
+    """Indices [S] of the first S/2 inside and the first S/2 outside of candidates [C]."""
     half = samples // 2
-    most = inside.sum(1)
-    if most.min() < half or (inside.shape[1] - most).min() < half:
-        raise ValueError(f"too few of {inside.shape[1]} candidate points lie inside or outside")
-    order = torch.argsort((~inside).byte(), dim=1, stable=True)
-    return torch.cat([order[:, :half], order[:, -half:]], dim=1)
+    sides = [side.nonzero()[:half, 0] for side in (inside, ~inside)]
+    if min(map(len, sides)) < half:
+        raise ValueError(f"too few of {len(inside)} candidate points lie inside or outside")
+    return torch.cat(sides)
 
 
 def load_mesh(path) -> tuple[trimesh.Trimesh, Transform]:
@@ -174,7 +181,7 @@ def sample_mesh(mesh: trimesh.Trimesh, samples: int = 20_000, seed: int = 0) -> 
             stacklevel=2,
         )
     points, inside = _both_sides(mesh, samples, seed)
-    keep = _halves(inside[None], samples)[0]
+    keep = _halves(inside, samples)
     points, inside = points[keep], inside[keep]
     _, distance, _ = trimesh.proximity.closest_point(mesh, points.double().numpy())
     distance = torch.from_numpy(distance).float()
@@ -205,20 +212,28 @@ def _both_sides(mesh, samples: int, seed: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def winding_number(mesh: trimesh.Trimesh, points: Tensor, block: int = 2**22) -> Tensor:
+def winding_number(mesh: trimesh.Trimesh, points: Tensor, block: int = 2**18) -> Tensor:
     """How often the surface goes round each point: [S, 3] -> [S]; 1 inside, 0 outside if closed.
 
     Sum over faces of the solid angle by 4π (van Oosterom and Strackee 1983). ``block`` is how many
     pairs of a point and a face are held at once.
     """
-    corners = torch.from_numpy(np.array(mesh.triangles)).float().unbind(1)  # 3 of [F, 3]
+    a, b, c = torch.from_numpy(np.array(mesh.triangles)).float().unbind(1)  # 3 of [F, 3]
+
+    # (a - p)·(b - p) = a·b - p·(a + b) + |p|² for a point p: products of matrices, no [S, F, 3].
+    def products(u, v):
+        return torch.cat([-(u + v), (u * v).sum(1, keepdim=True), torch.ones(len(u), 1)], 1)
+
+    cross = torch.linalg.cross(a, b) + torch.linalg.cross(b, c) + torch.linalg.cross(c, a)
+    determinant = (a * torch.linalg.cross(b, c)).sum(1, keepdim=True)
+    volumes = torch.cat([-cross, determinant, torch.zeros(len(a), 1)], 1)
     angles = []
-    for part in points.float().split(max(1, block // len(mesh.faces))):
-        a, b, c = (corner - part[:, None] for corner in corners)  # [S, F, 3]
-        la, lb, lc = a.norm(dim=-1), b.norm(dim=-1), c.norm(dim=-1)
-        volume = (a * torch.linalg.cross(b, c)).sum(-1)
-        dots = (a * b).sum(-1) * lc + (b * c).sum(-1) * la + (c * a).sum(-1) * lb
-        angles.append(2 * torch.atan2(volume, la * lb * lc + dots).sum(1))
+    for part in points.float().split(max(1, block // len(a))):
+        point = torch.cat([part, torch.ones(len(part), 1), part.square().sum(1, keepdim=True)], 1)
+        la, lb, lc = ((point @ products(u, u).T).clamp_(min=0).sqrt_() for u in (a, b, c))
+        below = la * lb * lc + (point @ products(a, b).T) * lc
+        below += (point @ products(b, c).T) * la + (point @ products(c, a).T) * lb
+        angles.append(2 * torch.atan2(point @ volumes.T, below).sum(1))
     return torch.cat(angles) / (4 * torch.pi)
 
 
