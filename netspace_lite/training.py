@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import store
-from .functional import Nets
 from .space import NetSpace
 
 
@@ -70,27 +69,6 @@ class InstanceDistillation:
         outputs = space.decode(z, self.architecture)(inputs, self.per_net)
         scale = None if self.scale is None else self.scale[n]
         return self.loss(outputs, self.answers[n[:, None], s], scale).mean()
-
-
-def scores(space: NetSpace, nets: Nets, images, architecture: int = 0) -> dict[str, float]:
-    """How decoded nets compare with the nets encoded, on ``images``; in percent and points.
-
-    Returns ``agreement`` (same class predicted), ``mae`` and ``r`` (mean absolute error and
-    correlation of accuracies).
-    """
-    decoded = space.decode(space.encode(nets, architecture), architecture)
-    return compare(decoded.logits(images.x), nets.logits(images.x), images.y)
-
-
-def compare(predicted: Tensor, target: Tensor, y: Tensor) -> dict[str, float]:
-    """`scores` from logits [N, B, K] of predicted and target nets and labels y [B]."""
-    predicted, target = predicted.argmax(-1), target.argmax(-1)
-    accuracies = [(p == y).float().mean(1) * 100 for p in (predicted, target)]
-    return {
-        "agreement": float((predicted == target).float().mean() * 100),
-        "mae": float((accuracies[0] - accuracies[1]).abs().mean()),
-        "r": float(torch.corrcoef(torch.stack(accuracies))[0, 1]),
-    }
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:

@@ -119,19 +119,23 @@ class Zoo(Nets):
         scores: name -> [N], such as ``test_accuracy`` in percent.
         losses: [N, S] training loss of each step, NaN after a net's last.
         task: the record of the data the nets were trained on.
+        seconds: how long training took.
 
     Indexing with a slice, a mask or a list gives a smaller zoo.
     """
 
-    def __init__(self, module, rows, recipes, scores, losses, task):
+    def __init__(self, module, rows, recipes, scores, losses, task, seconds=0.0):
         super().__init__(module, rows)
-        self.recipes, self.scores, self.losses, self.task = recipes, scores, losses, task
+        self.recipes, self.scores, self.losses = recipes, scores, losses
+        self.task, self.seconds = task, seconds
 
     def __getitem__(self, index) -> "Zoo":
         n = torch.atleast_1d(torch.arange(len(self))[index])
         recipes = [self.recipes[i] for i in n.tolist()]
         scores = {name: values[n] for name, values in self.scores.items()}
-        return Zoo(self.batched, self.rows[n], recipes, scores, self.losses[n], self.task)
+        return Zoo(
+            self.batched, self.rows[n], recipes, scores, self.losses[n], self.task, self.seconds
+        )
 
     def split(self, val: int, test: int, seed: int = 0) -> tuple["Zoo", "Zoo", "Zoo"]:
         """Disjoint zoos of the remaining, of ``val`` and of ``test`` nets, drawn by ``seed``."""
@@ -145,6 +149,7 @@ class Zoo(Nets):
         record = {
             "architecture": describe(self.module),
             "task": self.task,
+            "seconds": self.seconds,
             "nets": [asdict(recipe) for recipe in self.recipes],
             "scores": {name: values.tolist() for name, values in self.scores.items()},
         }
@@ -167,7 +172,8 @@ class Zoo(Nets):
             )
         scores = {name: torch.tensor(values) for name, values in record["scores"].items()}
         recipes = [Recipe(**net) for net in record["nets"]]
-        return cls(module, tensors["rows"], recipes, scores, tensors["losses"], record["task"])
+        losses, task, seconds = tensors["losses"], record["task"], record["seconds"]
+        return cls(module, tensors["rows"], recipes, scores, losses, task, seconds)
 
 
 def adamw_step(rows, grad, momentum, variance, step, lr, weight_decay, betas=(0.9, 0.999)):
@@ -225,7 +231,8 @@ def train_nets(
         state: what an earlier call reached, to go on from.
         on_step: called with the state after every step; the next step changes it in place.
 
-    Returns ``rows`` [N, P], ``losses`` [N, S], AdamW's ``momentum`` and ``variance``, ``step``.
+    Returns ``rows`` [N, P], ``losses`` [N, S], AdamW's ``momentum`` and ``variance``,
+    ``step`` and the ``seconds`` it took.
     """
     batched = module if isinstance(module, Batched) else Batched(module)
     lengths = [recipe.steps for recipe in recipes]
@@ -234,6 +241,7 @@ def train_nets(
     state = state or _initial_state(batched.module, recipes)
     lr = torch.tensor([[recipe.lr] for recipe in recipes])
     decay = torch.tensor([[recipe.weight_decay] for recipe in recipes])
+    started = time.perf_counter() - state["seconds"].item()
     for step in range(int(state["step"]), lengths[0]):
         n = sum(length > step for length in lengths)  # nets still in training
         rows, momentum, variance = (state[k][:n] for k in ("rows", "momentum", "variance"))
@@ -244,6 +252,7 @@ def train_nets(
         adamw_step(rows, grad, momentum, variance, step + 1, lr[:n], decay[:n])
         state["losses"][:n, step] = loss.detach()
         state["step"].fill_(step + 1)
+        state["seconds"].fill_(time.perf_counter() - started)
         on_step(state)
     return state
 
@@ -258,6 +267,7 @@ def _initial_state(module: nn.Module, recipes: list[Recipe]) -> dict[str, Tensor
         "variance": zeros(rows),
         "losses": losses,
         "step": torch.zeros((), dtype=torch.long),
+        "seconds": torch.zeros((), dtype=torch.double),
     }
 
 
@@ -301,15 +311,16 @@ def train_zoo(
     blocks = [order[i : i + block] for i in range(0, len(order), block)]
     rows = torch.empty(len(recipes), batched.layout.size)
     losses = torch.full((len(recipes), recipes[order[0]].steps), torch.nan)
-    total = sum(recipe.steps for recipe in recipes)
+    total, seconds = sum(recipe.steps for recipe in recipes), 0.0
     with tqdm(total=total, unit="step", disable=not progress, desc="training nets") as bar:
         for number, members in enumerate(blocks):
             chosen = [recipes[n] for n in members]
             state = _train_block(batched, task, chosen, folder, f"block-{number}", plan, bar)
             rows[members] = state["rows"]
             losses[members, : chosen[0].steps] = state["losses"]
+            seconds += state["seconds"].item()
     scores = task.scores(Nets(batched, rows))
-    zoo = Zoo(batched, rows, recipes, scores, losses, plan["task"])
+    zoo = Zoo(batched, rows, recipes, scores, losses, plan["task"], seconds)
     if folder is not None:
         zoo.save(folder)
         for number in range(len(blocks)):
