@@ -1,0 +1,158 @@
+"""Every figure of the notebooks. Colours are Okabe and Ito's, which colour-blind readers tell apart.
+
+Each function draws on ``ax`` (or on new axes) and returns the axes.
+"""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from sklearn.decomposition import PCA
+from torch import Tensor
+
+BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, GREY = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7F7F7F",
+)  # fmt: skip
+
+
+def use_style() -> None:
+    """Plain axes, readable sizes, small files; call it once at the top of a notebook."""
+    plt.rcParams.update(
+        {
+            "figure.dpi": 80,
+            "savefig.dpi": 80,
+            "figure.constrained_layout.use": True,
+            "font.size": 11,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.prop_cycle": plt.cycler(color=[BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY]),
+            "legend.frameon": False,
+        }
+    )
+
+
+def _axes(ax: Axes | None, width=5.5, height=3.8) -> Axes:
+    return plt.subplots(figsize=(width, height))[1] if ax is None else ax
+
+
+def images(x: Tensor, titles: Sequence = (), columns: int = 10) -> np.ndarray:
+    """A row of images x [B, C, H, W], each scaled to its own range, with titles."""
+    rows = -(-len(x) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(0.95 * columns, 1.15 * rows), squeeze=False)
+    for n, ax in enumerate(axes.flat):
+        ax.axis("off")
+        if n < len(x):
+            low, high = x[n].min(), x[n].max()
+            picture = ((x[n] - low) / (high - low + 1e-8)).permute(1, 2, 0)
+            ax.imshow(picture.squeeze(-1), cmap="gray_r")
+            ax.set_title(titles[n] if n < len(titles) else "", fontsize=11)
+    return axes
+
+
+def learning_curves(zoo, count: int = 12, ax: Axes | None = None) -> Axes:
+    """Training loss of ``count`` nets of a zoo, smoothed, a dot where each one stopped."""
+    ax = _axes(ax)
+    lengths = torch.tensor([recipe.steps for recipe in zoo.recipes])
+    order = lengths.argsort()[torch.linspace(0, len(zoo) - 1, count).long()]
+    colours = plt.cm.viridis(np.linspace(0, 0.9, count))
+    for n, colour in zip(order.tolist(), colours, strict=True):
+        loss = zoo.losses[n, : lengths[n]].numpy()
+        width = min(5, len(loss))
+        smooth = np.convolve(loss, np.ones(width) / width, mode="valid")
+        ax.plot(np.arange(len(smooth)) + width, smooth, color=colour, lw=1)
+        ax.plot(len(loss), smooth[-1], "o", color=colour, ms=4)
+    ax.set(xscale="log", xlabel="training step (log scale)", ylabel="training loss (cross-entropy)")
+    return ax
+
+
+def accuracy_spread(zoo, ax: Axes | None = None) -> Axes:
+    """Training length against test accuracy, one dot a net."""
+    ax = _axes(ax)
+    steps = [recipe.steps for recipe in zoo.recipes]
+    ax.scatter(steps, zoo.scores["test_accuracy"], s=6, alpha=0.5, color=BLUE, linewidths=0)
+    ax.set(xscale="log", xlabel="training steps (log scale)", ylabel="test accuracy (%)")
+    return ax
+
+
+def preps(preps: Tensor, titles: Sequence[str], limit: float | None = None) -> np.ndarray:
+    """PReps [N, T, L] side by side, on one diverging colour scale centred on zero."""
+    limit = limit or float(preps.abs().quantile(0.995))
+    figure, axes = plt.subplots(1, len(preps), figsize=(2.3 * len(preps), 2.6), squeeze=False)
+    for n, ax in enumerate(axes[0]):
+        picture = ax.imshow(
+            preps[n], cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
+        )
+        ax.set_title(titles[n], fontsize=10)
+        ax.set_xlabel("value in chunk")
+        if n:
+            ax.set_yticks([])
+    axes[0, 0].set_ylabel("chunk")
+    figure.colorbar(picture, ax=axes[0, -1], label="weight")
+    return axes
+
+
+def predicted_vs_target(target: Tensor, predicted: Tensor, title: str = "", ax=None) -> Axes:
+    """Accuracy of decoded nets over accuracy of the nets that were encoded, both [N] in percent."""
+    ax = _axes(ax, 4.2, 4.2)
+    low = float(min(target.min(), predicted.min())) - 3
+    ax.plot([low, 100], [low, 100], color=GREY, lw=1, label="equal")
+    ax.scatter(target, predicted, s=14, alpha=0.7, color=BLUE, linewidths=0, label="one net")
+    ax.set(
+        xlabel="target net: test accuracy (%)", ylabel="predicted net: test accuracy (%)",
+        title=title, aspect="equal", xlim=(low, 101), ylim=(low, 101),
+    )  # fmt: skip
+    ax.legend(loc="upper left")
+    return ax
+
+
+def space_map(z: Tensor, values: Tensor, label: str, ax: Axes | None = None) -> Axes:
+    """Embeddings [N, E] on their first two principal components, coloured by ``values`` [N]."""
+    ax = _axes(ax)
+    pca = PCA(2, random_state=0).fit(z.numpy())
+    x, y = pca.transform(z.numpy()).T
+    dots = ax.scatter(x, y, c=values, cmap="viridis", s=9, linewidths=0)
+    share = pca.explained_variance_ratio_ * 100
+    ax.set(
+        xlabel=f"first principal component ({share[0]:.0f}% of variance)",
+        ylabel=f"second ({share[1]:.0f}%)",
+    )
+    ax.figure.colorbar(dots, ax=ax, label=label)
+    return ax
+
+
+def lines(curves: dict[str, Tensor], ylabel: str = "test accuracy (%)", ax=None) -> Axes:
+    """Curves [M, S] along M lines of S points: mean, and the band from the 10th to the 90th
+    percentile, one colour a name."""
+    ax = _axes(ax)
+    for (name, values), colour in zip(curves.items(), (BLUE, ORANGE, GREEN, PINK), strict=False):
+        way = np.linspace(0, 1, values.shape[1])
+        low, high = (values.quantile(q, dim=0) for q in (0.1, 0.9))
+        ax.fill_between(way, low, high, color=colour, alpha=0.2, linewidth=0)
+        ax.plot(way, values.mean(0), "o-", color=colour, ms=4, label=name)
+    ax.set(xlabel="position between the two nets (0: first, 1: second)", ylabel=ylabel)
+    ax.legend()
+    return ax
+
+
+def bars(values: dict[str, float], xlabel: str, highlight: Sequence[str] = (), ax=None) -> Axes:
+    """Horizontal bars with their numbers; names in ``highlight`` are coloured, baselines grey."""
+    ax = _axes(ax, 6.5, 0.42 * len(values) + 1)
+    names = list(values)
+    colours = [BLUE if name in highlight else GREY for name in names]
+    drawn = ax.barh(names, list(values.values()), color=colours)
+    ax.bar_label(drawn, fmt="%.1f", padding=3)
+    ax.invert_yaxis()
+    ax.set(xlabel=xlabel)
+    return ax
+
+
+def history(rows: Sequence[dict[str, float]], names: Sequence[str], ax: Axes | None = None) -> Axes:
+    """Validation scores over the steps of a fit (the dicts `fit` returns)."""
+    ax = _axes(ax)
+    for name in names:
+        ax.plot([r["step"] for r in rows], [r[name] for r in rows], "o-", ms=4, label=name)
+    ax.set(xlabel="training step of the space", ylabel="validation score")
+    ax.legend()
+    return ax
