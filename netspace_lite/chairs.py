@@ -132,15 +132,12 @@ def _corner_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def place_in_parts(parts: Tensor, places: Tensor, which: Tensor) -> Tensor:
-    """Points in parts' boxes: places [N, S, 3] in -1..1, which [N, S] in 0..K-1 -> [N, S, 3].
+    """Points in the boxes of a chair's parts, on the drawn side and not in the mirror image.
 
-    Points of a part are on its drawn side, x ≥ 0, or in its mirror image, evenly.
+    parts [K, 9], places [S, 3] in -1..1 of a box, which [S] in 0..K-1 -> [S, 3].
     """
-    part = parts.gather(1, which[..., None].expand(-1, -1, 9))
-    points = _leaning(part[..., 3:6] * places, part[..., 6]) + part[..., :3]
-    # A hash of the place decides the side, so that no second random draw has to be kept in step.
-    side = 1 - 2 * ((places[..., 1] * 4096).floor() % 2)
-    return torch.cat([points[..., :1] * side[..., None], points[..., 1:]], dim=-1)
+    part = parts[which]
+    return _leaning(part[:, 3:6] * places, part[:, 6]) + part[:, :3]
 
 
 def _leaning(offsets: Tensor, lean: Tensor) -> Tensor:

@@ -85,10 +85,10 @@ def compare_meshes(a, b, samples: int = 10_000, seed: int = 0) -> dict[str, floa
     if any(mesh is None or len(mesh.faces) == 0 for mesh in (a, b)):
         raise ValueError("compare_meshes needs two meshes with faces; count shapes without apart")
     drawn = [sample_surface(mesh, 11 * samples, seed + i) for i, mesh in enumerate((a, b))]
-    distances, cosines = zip(
-        *(_directed(*pair, samples) for pair in (drawn, drawn[::-1])), strict=True
+    (to_b, cosine_b), (to_a, cosine_a) = (
+        _directed(*pair, samples) for pair in (drawn, drawn[::-1])
     )
-    return {"chamfer": sum(distances) / 2, "normal_consistency": sum(cosines) / 2}
+    return {"chamfer": (to_a + to_b) / 2, "normal_consistency": (cosine_a + cosine_b) / 2}
 
 
 def _directed(source, target, samples: int) -> tuple[float, float]:

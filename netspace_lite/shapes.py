@@ -14,7 +14,7 @@ import torch
 import trimesh
 from torch import Tensor
 
-from .chairs import Chair, chair_parts, chair_sdf, place_in_parts
+from .chairs import Chair, chair_sdf, place_in_parts
 
 SUFFIXES = (".obj", ".ply", ".off", ".stl")
 NOISE = 0.05  # spread around surfaces and parts, in units of the unit sphere
@@ -75,16 +75,16 @@ def sample_chairs(chairs: list[Chair], samples: int = 20_000, seed: int = 0) -> 
 
 def _sample_chair(chair: Chair, samples: int, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    parts = chair_parts([chair])
-    shape = 1, 3 * samples  # enough candidates for both halves of every chair
-    places = 2 * torch.rand(*shape, 3, generator=generator) - 1
-    which = torch.randint(parts.shape[1], shape, generator=generator)
+    parts, count = chair.parts(), 3 * samples  # enough candidates for both halves
+    places = 2 * torch.rand(count, 3, generator=generator) - 1
+    which = torch.randint(len(parts), (count,), generator=generator)
     near = place_in_parts(parts, places, which)
-    near += NOISE * torch.randn(near.shape, generator=generator)
-    anywhere = torch.rand(shape, generator=generator) < 0.25
-    points = torch.where(anywhere[..., None], _ball(shape, generator), near)[0]
+    near += NOISE * torch.randn(count, 3, generator=generator)
+    near[:, 0] *= 2 * torch.randint(2, (count,), generator=generator) - 1  # mirrored or not
+    anywhere = torch.rand(count, 1, generator=generator) < 0.25
+    points = torch.where(anywhere, _ball(count, generator), near)
     points = points / points.norm(dim=-1, keepdim=True).clamp(min=1)
-    sdf = chair_sdf(parts, points)[0]
+    sdf = chair_sdf(parts[None], points)[0]
     keep = _halves(sdf < 0, samples)
     return points[keep], sdf[keep]
 
@@ -94,10 +94,10 @@ def _check_count(samples: int) -> None:
         raise ValueError(f"samples should be an even number of points, half inside, not {samples}")
 
 
-def _ball(shape, generator) -> Tensor:
-    """Points spread evenly in the unit ball: [*shape, 3]."""
-    direction = torch.randn(*shape, 3, generator=generator)
-    radius = torch.rand(*shape, 1, generator=generator) ** (1 / 3)
+def _ball(count: int, generator) -> Tensor:
+    """Points spread evenly in the unit ball: [count, 3]."""
+    direction = torch.randn(count, 3, generator=generator)
+    radius = torch.rand(count, 1, generator=generator) ** (1 / 3)
     return direction / direction.norm(dim=-1, keepdim=True) * radius
 
 
@@ -198,7 +198,7 @@ def _both_sides(mesh, samples: int, seed: int) -> tuple[Tensor, Tensor]:
         near = torch.from_numpy(np.array(surface)).float()
         near += NOISE * torch.randn(near.shape, generator=generator)
         box = low + (high - low) * torch.rand(samples // 2, 3, generator=generator)
-        points = torch.cat([near, box, _ball((samples // 2,), generator)])
+        points = torch.cat([near, box, _ball(samples // 2, generator)])
         points = points / points.norm(dim=-1, keepdim=True).clamp(min=1)
         points = points[torch.randperm(len(points), generator=generator)]
         all_points.append(points)
