@@ -61,6 +61,12 @@ def build(description: dict) -> nn.Module:
     return ARCHITECTURES[name](**config)
 
 
+def name_of(module: nn.Module) -> str:
+    """What an architecture is called: its class, and for a `ResNet` the depth ("ResNet14")."""
+    depth = module.config["depth"] if isinstance(module, ResNet) else ""
+    return f"{type(module).__name__}{depth}"
+
+
 def _conv_size(size: int, kernel: int, stride: int, padding: int) -> int:
     return (size + 2 * padding - kernel) // stride + 1
 
@@ -159,11 +165,15 @@ class ResNet(nn.Module):
         classes: number of classes K.
         depth: 6n+2, that is 8, 14, 20, 32, 56 ...
         channels: stem, then the three stages.
+        strides: of the three stages; (2, 1, 2) spares small images the costly full-size stage.
         batch_norm: with normalisation layers, for training one net. Packed nets are weights and
             biases only: use `fold_batchnorm` first, or train without.
     """
 
-    def __init__(self, image, classes, depth=8, channels=(16, 16, 32, 64), batch_norm=False):
+    def __init__(
+        self, image, classes, depth=8, channels=(16, 16, 32, 64), batch_norm=False,
+        strides=(1, 2, 2),
+    ):  # fmt: skip
         super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"a ResNet's depth is 6n+2 (8, 14, 20, ...), not {depth}")
@@ -173,9 +183,9 @@ class ResNet(nn.Module):
         self.norm = _norm(stem, batch_norm)
         self.activation = nn.LeakyReLU()
         blocks, width = [], stem
-        for stage, channel in enumerate(stages):
+        for channel, first in zip(stages, strides, strict=True):
             for i in range((depth - 2) // 6):
-                stride = 2 if stage > 0 and i == 0 else 1
+                stride = first if i == 0 else 1
                 blocks.append(Block(width, channel, stride, batch_norm))
                 width, size = channel, math.ceil(size / stride)
         self.blocks = nn.Sequential(*blocks)
@@ -247,8 +257,8 @@ PAPER_NETS = {"cifar10": ((3, 32, 32), 10, _CIFAR), "tinyimagenet": ((3, 64, 64)
 LITE_NETS = {
     "LeNetLike": (LeNetLike, {"channels": (16, 16), "hidden": (64,), "kernel": 3}),
     "VanillaCNN": (VanillaCNN, {"channels": (8, 16, 16, 32), "strides": (2, 1, 2, 1)}),
-    "ResNet8": (ResNet, {"depth": 8, "channels": (8, 8, 16, 32)}),
-    "ResNet14": (ResNet, {"depth": 14, "channels": (8, 8, 16, 32)}),
+    "ResNet8": (ResNet, {"depth": 8, "channels": (8, 16, 16, 16), "strides": (2, 1, 2)}),
+    "ResNet14": (ResNet, {"depth": 14, "channels": (8, 16, 16, 16), "strides": (2, 1, 2)}),
 }
 
 

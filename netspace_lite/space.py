@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import store
-from .architectures import build, describe
+from .architectures import build, describe, name_of
 from .functional import Batched, Nets
-from .layout import to_prep
+from .layout import Layout, to_prep
+from .mixed import MixedNets
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,12 @@ class Encoder(nn.Module):
             self.gather = nn.ModuleList([nn.Linear(t * d, config.embedding) for t in chunks])
         if answers:
             self.answers = nn.Linear(answers, config.embedding)
+        self.offset = None
+        if len(chunks) > 1:  # where each architecture lies, whatever its nets answer
+            self.offset = nn.Parameter(torch.randn(len(chunks), config.embedding) / 2)
 
     def forward(self, features: Features, architecture: int = 0) -> Tensor:
-        z = 0
+        z = 0 if self.offset is None else self.offset[architecture]
         if features.prep is not None:
             h = F.leaky_relu(self.chunk(features.prep) + self.position[architecture])  # [N, T, d]
             z = z + self.gather[architecture](h.flatten(1))
@@ -134,17 +138,27 @@ class NetSpace(nn.Module):
             self.encoder = Encoder(config, chunks, answers)
             bases = [b.layout.pack([b.module])[0] for b in self.batched]
             self.decoder = Decoder(config, bases)
+            if len(self.batched) > 1:  # says which architecture an embedding stands for
+                self.classifier = nn.Linear(config.embedding, len(self.batched))
 
     @classmethod
-    def for_zoos(cls, zoos, inputs: Tensor, config: SpaceConfig | None = None, seed: int = 0):
+    def for_zoos(
+        cls, zoos, inputs: Tensor, config: SpaceConfig | None = None, seed: int = 0, modules=None
+    ):
         """A space for these training zoos, one per architecture (or a single zoo).
 
         Weights are standardised by the zoo's mean and spread per position; the decoder's bias
         starts at the zoo's best net by ``val_accuracy``, or its first where there is no score.
+
+        Args:
+            modules: the architectures in order of size, where there are more than zoos: those
+                without a zoo are *unseen* (paper section IV-D) and start at the module's own
+                values. None: the architectures of the zoos.
         """
         zoos = [zoos] if isinstance(zoos, Nets) else list(zoos)
-        space = cls([zoo.module for zoo in zoos], inputs, config, seed)
+        space = cls(modules or [zoo.module for zoo in zoos], inputs, config, seed)
         for a, zoo in enumerate(zoos):
+            a = a if modules is None else space.index(zoo)
             scores = getattr(zoo, "scores", {}).get("val_accuracy", torch.zeros(len(zoo)))
             with torch.no_grad():
                 base = zoo.rows[scores.argmax()]
@@ -158,7 +172,38 @@ class NetSpace(nn.Module):
     @property
     def architectures(self) -> list[str]:
         """Names of the architectures, in the order of their indices."""
-        return [type(b.module).__name__ for b in self.batched]
+        names = [name_of(b.module) for b in self.batched]
+        return [
+            f"{x}-{names[:a].count(x) + 1}" if x in names[:a] else x for a, x in enumerate(names)
+        ]
+
+    def index(self, architecture=None) -> int:
+        """The index of an architecture given by index, name, module or `Nets`.
+
+        None stands for the only one. Raises ValueError saying which architectures there are.
+        """
+        names = self.architectures
+        if architecture is None and len(names) == 1:
+            return 0
+        if isinstance(architecture, int) and 0 <= architecture < len(names):
+            return architecture
+        if isinstance(architecture, str) and architecture in names:
+            return names.index(architecture)
+        if isinstance(architecture, Nets | nn.Module):
+            nets = isinstance(architecture, Nets)
+            layout = architecture.layout if nets else Layout.of(architecture)
+            for a, batched in enumerate(self.batched):
+                if batched.layout == layout:
+                    return a
+            sizes = [b.layout.size for b in self.batched]
+            known = ", ".join(f"{n} ({s:,})" for n, s in zip(names, sizes, strict=True))
+            what = repr(architecture) if nets else f"a {name_of(architecture)}"
+            raise ValueError(
+                f"{what} of {layout.size:,} parameters is not in this space, which was built "
+                f"for {known}"
+            )
+        wanted = "no architecture" if architecture is None else f"architecture {architecture!r}"
+        raise ValueError(f"{wanted}: this space needs one of {', '.join(names)}")
 
     def features(self, rows: Tensor, architecture: int = 0, block: int = 64) -> Features:
         """What the encoder reads of packed nets: rows [N, P] -> Features."""
@@ -173,37 +218,85 @@ class NetSpace(nn.Module):
             answers = normalised_answers(torch.cat(blocks))
         return Features(prep, answers)
 
-    def encode(self, nets, architecture: int = 0) -> Tensor:
+    def encode(self, nets, architecture=None) -> Tensor:
         """Embeddings [N, E] of `Nets`, packed rows [N, P], modules, or state dicts.
+
+        In a space of several architectures `Nets` and modules find their own, a list of `Nets`
+        (a mixed zoo) is encoded one after the other; for anything else name the architecture.
 
         Raises ValueError if the nets are not of the architecture.
         """
-        layout = self.batched[architecture].layout
+        if isinstance(nets, MixedNets):
+            return nets.join([self.encode(group) for group in nets.groups])
+        if isinstance(nets, nn.Module | dict):
+            nets = [nets]
+        if not isinstance(nets, Tensor | Nets):
+            nets = list(nets)
+            if nets and isinstance(nets[0], Nets):
+                return torch.cat([self.encode(group) for group in nets])
+        if architecture is None and len(self.batched) > 1:
+            first = nets[0] if isinstance(nets, list) and nets else nets
+            architecture = first if isinstance(first, Nets | nn.Module) else None
+        a = self.index(architecture)
+        layout = self.batched[a].layout
         if isinstance(nets, Nets):
             if nets.layout != layout:
                 raise ValueError(
-                    f"{nets!r} can't be encoded as {self.architectures[architecture]} of "
+                    f"{nets!r} can't be encoded as {self.architectures[a]} of "
                     f"{layout.size} parameters: this space was built for other nets"
                 )
             nets = nets.rows
-        elif not isinstance(nets, Tensor):
-            nets = layout.pack([nets] if isinstance(nets, nn.Module | dict) else nets)
+        elif isinstance(nets, list):
+            nets = layout.pack(nets)
         elif nets.dim() != 2 or nets.shape[1] != layout.size:
             raise ValueError(f"rows should be [N, {layout.size}], not {list(nets.shape)}")
         with torch.no_grad():
-            return self.encoder(self.features(nets, architecture), architecture)
+            return self.encoder(self.features(nets, a), a)
 
-    def decode(self, z: Tensor, architecture: int = 0) -> Nets:
-        """Nets of the architecture that embeddings z [N, E] (or one, [E]) stand for.
+    def decode(self, z: Tensor, architecture=None) -> Nets | MixedNets:
+        """Nets of an architecture (index or name) that embeddings z [N, E] (or [E]) stand for.
+
+        Without a name, a space of several architectures predicts which one each embedding stands
+        for and returns `MixedNets`.
 
         Differentiable: gradients of anything the nets answer flow back to ``z``.
         """
+        z = self._check(z)
+        if architecture is None and len(self.batched) > 1:
+            predicted = self.predict(z)
+            members = [(predicted == a).nonzero()[:, 0] for a in range(len(self.batched))]
+            groups = [(self.decode(z[n], a), n) for a, n in enumerate(members) if len(n)]
+            return MixedNets(*zip(*groups, strict=True))
+        a = self.index(architecture)
+        return Nets(self.batched[a], self.decoder(z, a))
+
+    def classify(self, z: Tensor) -> Tensor:
+        """Logits [N, A] of the architecture that embeddings z [N, E] stand for.
+
+        Raises ValueError in a space of one architecture, where there is nothing to tell apart.
+        """
+        if len(self.batched) == 1:
+            raise ValueError(f"this space has one architecture only, {self.architectures[0]}")
+        return self.classifier(self._check(z))
+
+    def predict(self, z: Tensor) -> Tensor:
+        """Index [N] of the architecture that embeddings z [N, E] stand for."""
+        return self.classify(z).argmax(1)
+
+    def translate(self, z: Tensor, source, target) -> Tensor:
+        """Embeddings of ``source`` nets moved to another architecture: same answers, other form."""
+        source, target = self.index(source), self.index(target)
+        if source == target:
+            return self._check(z)
+        return self._check(z) - self.encoder.offset[source] + self.encoder.offset[target]
+
+    def _check(self, z: Tensor) -> Tensor:
         z = z[None] if z.dim() == 1 else z
         if z.dim() != 2 or z.shape[1] != self.config.embedding:
             raise ValueError(
                 f"embeddings should be [N, {self.config.embedding}], not {list(z.shape)}"
             )
-        return Nets(self.batched[architecture], self.decoder(z, architecture))
+        return z
 
     def save(self, folder) -> None:
         """Write the space to ``folder`` (JSON and safetensors), atomically."""
