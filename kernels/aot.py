@@ -58,7 +58,9 @@ def recorded_launches():
         options["num_stages"] = kwargs.pop("num_stages", 3)
         options["enable_fp_fusion"] = kwargs.pop("enable_fp_fusion", True)
         named = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
-        choices = [(c.kwargs, {"num_warps": c.num_warps, "num_stages": c.num_stages}) for c in configs]
+        choices = [
+            (c.kwargs, {"num_warps": c.num_warps, "num_stages": c.num_stages}) for c in configs
+        ]
         choices = choices or [({}, options)]
         shape = grid({**named, **choices[0][0]}) if callable(grid) else grid
         launches.append(Launch(kernel, tuple(shape), named, choices))

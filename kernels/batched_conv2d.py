@@ -36,6 +36,7 @@ from .common import (
     product_precision,
     shape,
 )
+from .cpu import UnfoldedConv2d, prefers_unfolding
 
 
 def batched_conv2d(
@@ -62,7 +63,11 @@ def batched_conv2d(
     """
     check_layer("batched_conv2d", x, weight, bias, 4, activation, slope, (None, "leaky_relu"))
     stride, padding = _pair(stride), _pair(padding)
-    if min(stride) < 1 or min(padding) < 0 or min(_output_size(x, weight, stride, padding)) < 1:
+    if (
+        min(stride) < 1
+        or min(padding) < 0
+        or min(size := _output_size(x, weight, stride, padding)) < 1
+    ):
         raise ValueError(
             f"batched_conv2d: a kernel {list(weight.shape[3:])} with stride {list(stride)} and "
             f"padding {list(padding)} does not fit images x {shape(x)}."
@@ -71,6 +76,9 @@ def batched_conv2d(
         precision = product_precision(precision, torch.backends.cudnn.allow_tf32)
         act = ACTIVATIONS.index(activation)
         return _conv2d(x, weight, bias, stride, padding, act, float(slope), precision)
+    if prefers_unfolding(x, weight, size):
+        slope = float(slope) if activation == "leaky_relu" else 1.0
+        return UnfoldedConv2d.apply(x, weight, bias, stride, padding, slope)
     return batched_conv2d_reference(x, weight, bias, stride, padding, activation, slope)
 
 

@@ -290,9 +290,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, g, _):
     saved, x, weight = ctx.saved_tensors
     need_x, need_w = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
-    dx, dw, db = _linear_backward(
-        g, saved, x, weight, ctx.has_bias, need_x, need_w, *ctx.options
-    )
+    dx, dw, db = _linear_backward(g, saved, x, weight, ctx.has_bias, need_x, need_w, *ctx.options)
     return dx if need_x else None, dw if need_w else None, db if ctx.has_bias and need_w else None, \
         None, None, None, None  # fmt: skip
 

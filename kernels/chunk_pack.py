@@ -131,7 +131,7 @@ def _split(row, shapes, dim, lead):
     sizes = [math.prod(shape) for shape in shapes]
     rest = row.shape[dim] - sum(sizes)
     parts = row.split([*sizes, rest], dim)
-    return [part.view(*lead, *shape) for part, shape in zip(parts, shapes, strict=False)]
+    return [part.view((*lead, *shape)) for part, shape in zip(parts, shapes, strict=False)]
 
 
 @triton.jit
@@ -247,6 +247,7 @@ def _gather(
     mean: torch.Tensor | None, std: torch.Tensor | None, divide: bool, dtype: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
     prep = _empty_prep(flat, counts, T, L, dtype)
+    flat = [t if t.stride(-1) == 1 else t.contiguous() for t in flat]  # expanded gradients, mostly
     launch(flat, counts, prep, mean, std, True, divide)
     return prep
 
@@ -304,7 +305,7 @@ def _flatten(tensors):
     if not tensors or (not isinstance(tensors[0], torch.Tensor) and not all(tensors)):
         raise ValueError(f"chunk_pack: there is nothing to pack in {len(tensors)} nets.")
     if isinstance(tensors[0], torch.Tensor):
-        return [t.reshape(t.shape[0], -1) for t in tensors], STACKED
+        return [t.reshape(t.shape[0], math.prod(t.shape[1:])) for t in tensors], STACKED
     return [t.reshape(-1) for net in tensors for t in net], [len(net) for net in tensors]
 
 

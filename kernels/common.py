@@ -93,7 +93,7 @@ def configs(*choices):
 
 
 def product_precision(precision, tf32_allowed) -> str:
-    """"ieee" or "tf32" for `tl.dot`; None follows PyTorch's own setting.
+    """ "ieee" or "tf32" for `tl.dot`; None follows PyTorch's own setting.
 
     Raises:
         ValueError: for anything else.

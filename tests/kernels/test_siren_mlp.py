@@ -1,0 +1,126 @@
+"""siren_mlp: the fused kernels against the fp64 reference, and the reference against a module."""
+
+import pytest
+import torch
+from torch import nn
+
+from netspace_lite.kernels import backend, siren_mlp
+from netspace_lite.kernels.siren_mlp import siren_mlp_reference, siren_params
+
+# nets, points, hidden: aligned, odd, ones, several tiles of points and of neurons with a tail
+SHAPES = [(2, 64, 32), (3, 7, 11), (1, 1, 1), (2, 150, 40)]
+
+
+def siren_rows(nets, hidden, pad=3):
+    """Rows with `pad` values before each net, initialised as SIRENs are for ω = 30."""
+    h = hidden
+    bounds = [(3 * h + h, 1 / 3), (h * h + h + h + 1, (6 / h) ** 0.5 / 30)]
+    parts = [torch.empty(nets, size).uniform_(-bound, bound) for size, bound in bounds]
+    return torch.cat([torch.randn(nets, pad), *parts], 1)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["per_net", "shared"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "N{}B{}h{}".format(*s))
+def test_matches_reference(assert_matches, shape, shared):
+    nets, samples, hidden = shape
+    points = torch.randn(samples, 3) if shared else torch.randn(nets, samples, 3)
+    assert_matches(
+        lambda points, rows: siren_mlp(points, rows[:, 3:], hidden, precision="ieee"),
+        lambda points, rows: siren_mlp_reference(points, rows[:, 3:], hidden),
+        points=points,
+        rows=siren_rows(nets, hidden),
+    )
+
+
+def test_bf16_accumulates_in_fp32(assert_matches):
+    assert_matches(
+        lambda points, rows: siren_mlp(points, rows, 20, omega=3.0),
+        lambda points, rows: siren_mlp_reference(points, rows, 20, omega=3.0),
+        points=torch.randn(2, 40, 3).bfloat16(),
+        rows=siren_rows(2, 20, 0).bfloat16(),
+    )
+
+
+def test_strided_points(assert_matches):
+    """Points as columns: `[3, B]` seen as `[B, 3]`."""
+    assert_matches(
+        lambda points, rows: siren_mlp(points.mT, rows, 8, precision="ieee"),
+        lambda points, rows: siren_mlp_reference(points.mT, rows, 8),
+        points=torch.randn(3, 9),
+        rows=siren_rows(2, 8, 0),
+    )
+
+
+def test_wide_nets_run_layer_by_layer(assert_matches):
+    assert_matches(
+        lambda points, rows: siren_mlp(points, rows, 260, precision="ieee"),
+        lambda points, rows: siren_mlp_reference(points, rows, 260),
+        points=torch.randn(1, 3, 3),
+        rows=siren_rows(1, 260, 0),
+    )
+
+
+def test_large_angles(assert_close, device):
+    """Angles of hundreds of radians: the kernel reduces them itself."""
+    points, rows = torch.randn(1, 200, 3) * 20, siren_rows(1, 16, 0)
+    with backend("triton"):
+        found = siren_mlp(points.to(device), rows.to(device), 16, precision="ieee")
+    exact = siren_mlp_reference(points.double(), rows.double(), 16)
+    # An angle of 300 radians is itself rounded to 3e-5 in fp32.
+    assert (found.cpu() - exact).abs().max() < 1e-4 * exact.abs().max()
+
+
+def test_reference_equals_module():
+    class Sine(nn.Module):
+        def forward(self, x):
+            return torch.sin(30 * x)
+
+    nets = [
+        nn.Sequential(nn.Linear(3, 8), Sine(), nn.Linear(8, 8), Sine(), nn.Linear(8, 1))
+        for _ in range(3)
+    ]
+    rows = torch.stack([nn.utils.parameters_to_vector(net.parameters()) for net in nets])
+    points = torch.randn(5, 3)
+    with backend("torch"):
+        found = siren_mlp(points, rows, 8)
+    torch.testing.assert_close(
+        found, torch.stack([net(points) for net in nets]), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_finite_differences(assert_gradient):
+    assert_gradient(
+        lambda points, rows: siren_mlp(points, rows, 3, omega=2.0, precision="ieee"),
+        points=torch.randn(2, 4, 3),
+        rows=siren_rows(2, 3, 0) * 5,
+    )
+
+
+points, rows = torch.randn(5, 3), torch.randn(2, siren_params(4))
+BAD = {
+    "rank": (
+        (points[0], rows, 4),
+        r"expected points \[B, 3\] .* got points \[3\] and rows \[2, 41",
+    ),
+    "coordinates": ((torch.randn(5, 2), rows, 4), r"got points \[5, 2\]"),
+    "no points": ((points[:0], rows, 4), "at least one point and one net"),
+    "no nets": ((points, rows[:0], 4), "at least one point and one net"),
+    "row length": ((points, rows, 5), r"rows \[2, 41\] must hold h² \+ 6h \+ 1 = 56 values"),
+    "nets": ((torch.randn(3, 5, 3), rows, 4), r"are for 3 nets but rows \[2, 41\] hold 2"),
+    "dtype": ((points.double(), rows, 4), "one floating dtype"),
+    "strides": ((points, torch.randn(41, 2).T, 4), "must be contiguous"),
+}
+
+
+@pytest.mark.parametrize(("args", "message"), BAD.values(), ids=BAD.keys())
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_bad_input(name, args, message):
+    with backend(name), pytest.raises(ValueError, match=message):
+        siren_mlp(*args)
+
+
+def test_opcheck(device):
+    points = torch.randn(5, 3, device=device, requires_grad=True)
+    rows = siren_rows(2, 4, 0).to(device).requires_grad_()
+    args = (points, rows, 4, 30.0, "ieee")
+    torch.library.opcheck(torch.ops.netspace_lite.siren_mlp.default, args)
