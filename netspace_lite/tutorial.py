@@ -13,6 +13,22 @@ from pathlib import Path
 from .data import ImageData, load_cifar10, load_digits, load_images
 
 
+@dataclass(frozen=True)
+class ZooSize:
+    """How large the zoo of notebook 1 is: nets, range of training steps, images a step, L."""
+
+    nets: int
+    steps: tuple[int, int]
+    batch: int
+    chunk: int
+
+
+ZOO = {
+    "lite": ZooSize(nets=1600, steps=(4, 300), batch=64, chunk=128),
+    "paper": ZooSize(nets=132, steps=(350, 210_000), batch=128, chunk=10_000),
+}
+
+
 def root() -> Path:
     """The checkout that the working directory lies in, or the working directory itself."""
     here = Path.cwd()

@@ -2,7 +2,7 @@
 
 A block of nets is one matrix of rows. Every net has its own initialisation, data order, learning
 rate, weight decay and training length; a net that reaches its length leaves the block. What a
-batch is and what the loss is belongs to a *task*: `ImageTask` here, `ShapeTask` in `shapes`.
+batch is, what the loss is and how the learning rate falls belongs to a *task*, such as `ImageTask`.
 """
 
 import copy
@@ -96,6 +96,10 @@ class ImageTask:
             order = torch.randperm(len(self.data.train), generator=generator)
             self._orders[seed, epoch] = order
         return self._orders[seed, epoch]
+
+    def schedule(self, progress: Tensor) -> Tensor:
+        """Factor on each net's learning rate at ``progress`` [N] (0 to 1) of its training."""
+        return torch.ones_like(progress)
 
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy of logits [N, B, K] against y [N, B]: [N]."""
@@ -226,7 +230,7 @@ def train_nets(
 
     Args:
         module: the architecture.
-        task: gives ``batch(recipes, step)`` and ``loss(outputs, targets)``.
+        task: gives ``batch(recipes, step)``, ``loss(outputs, targets)``, ``schedule(progress)``.
         recipes: one a net, the longest training first, so that those who finish leave the end.
         state: what an earlier call reached, to go on from.
         on_step: called with the state after every step; the next step changes it in place.
@@ -241,6 +245,7 @@ def train_nets(
     state = state or _initial_state(batched.module, recipes)
     lr = torch.tensor([[recipe.lr] for recipe in recipes])
     decay = torch.tensor([[recipe.weight_decay] for recipe in recipes])
+    ends = torch.tensor([[recipe.steps] for recipe in recipes])
     started = time.perf_counter() - state["seconds"].item()
     for step in range(int(state["step"]), lengths[0]):
         n = sum(length > step for length in lengths)  # nets still in training
@@ -249,7 +254,8 @@ def train_nets(
         x, y = task.batch(recipes[:n], step)
         loss = task.loss(batched(weights, x, per_net=True), y)
         (grad,) = torch.autograd.grad(loss.sum(), weights)
-        adamw_step(rows, grad, momentum, variance, step + 1, lr[:n], decay[:n])
+        rate = lr[:n] * task.schedule(step / ends[:n])
+        adamw_step(rows, grad, momentum, variance, step + 1, rate, decay[:n])
         state["losses"][:n, step] = loss.detach()
         state["step"].fill_(step + 1)
         state["seconds"].fill_(time.perf_counter() - started)
