@@ -29,6 +29,23 @@ ZOO = {
 }
 
 
+@dataclass(frozen=True)
+class FitSize:
+    """How the space of notebook 2 is fitted: nets held out, steps, steps between validations."""
+
+    val: int
+    test: int
+    steps: int
+    steps_weights_only: int
+    epoch: int
+
+
+FIT = {
+    "lite": FitSize(val=60, test=100, steps=4000, steps_weights_only=2000, epoch=250),
+    "paper": FitSize(val=16, test=16, steps=60_000, steps_weights_only=60_000, epoch=1000),
+}
+
+
 def root() -> Path:
     """The checkout that the working directory lies in, or the working directory itself."""
     here = Path.cwd()
