@@ -1,4 +1,4 @@
-"""What to do with a space of networks: walk it, search it, draw new nets from it.
+"""What to do with a space of networks: walk straight lines in it, and search it.
 
 Everything acts on embeddings ``z: [N, E]`` and leaves the decoder as it is; a batch of embeddings
 decodes to a batch of nets, so a hundred searches cost little more than one. Weights are searched by
@@ -9,16 +9,15 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.mixture import GaussianMixture
-from sklearn.neighbors import KernelDensity
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .data import Images
 from .functional import Nets
+from .mixed import MixedNets
+from .sampling import Gaussian
 from .space import NetSpace
 from .training import kl_divergence, learning_rate
 
@@ -107,53 +106,42 @@ class OnImages:
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy of each net's logits [N, B, K] against shared labels y [B]: [N]."""
-    return F.cross_entropy(logits.movedim(-1, 1), y.expand(len(logits), -1), reduction="none").mean(
-        1
-    )
-
-
-class Gaussian:
-    """The embeddings of a zoo as one normal distribution: the simplest idea of "in the space".
-
-    As a penalty it is the mean squared z-score along the distribution's axes, 1 for a typical
-    embedding of the zoo. Axes along which the zoo hardly spreads are floored at a hundredth of the
-    widest, so that leaving the zoo's subspace costs much but not everything.
-    """
-
-    def __init__(self, embeddings: Tensor):
-        if embeddings.dim() != 2 or len(embeddings) < 2:
-            raise ValueError(f"at least 2 embeddings [N, E], not {list(embeddings.shape)}")
-        self.mean = embeddings.mean(0)
-        _, spread, axes = torch.linalg.svd(embeddings - self.mean, full_matrices=False)
-        self.axes = axes  # [min(N, E), E]
-        self.spread = (spread / (len(embeddings) - 1) ** 0.5).clamp_min(spread[0] / 100)
-
-    def __call__(self, z: Tensor) -> Tensor:
-        """Mean squared z-score of embeddings z [N, E]: [N]."""
-        return (((z - self.mean) @ self.axes.T) / self.spread).square().mean(1)
-
-    def sample(self, n: int, seed: int = 0) -> Tensor:
-        """Random embeddings [n, E]."""
-        noise = torch.randn(n, len(self.axes), generator=torch.Generator().manual_seed(seed))
-        return self.mean + (noise * self.spread) @ self.axes
+    each = F.cross_entropy(logits.movedim(-1, 1), y.expand(len(logits), -1), reduction="none")
+    return each.mean(1)
 
 
 @dataclass
 class Search:
     """What `optimise` found for N starts, and the way there.
 
-    best: [N, E] the embeddings kept (or [N, P] rows), nets: what they decode to, score: [N] their
-    validation score. path: [S, N, E] and scores: [S, N] at each of the S validations, losses:
-    [steps, N]. stopped: why the search ended early, or "".
+    best: [N, E] the embeddings kept, one a start (or [N, P] rows), and nets: what they decode to.
+    score: [N] their validation score (accuracy in percent on images).
+    reached: [N] whether they stand for the wanted architecture; all True where none was named.
+    path: [S, N, E] and scores: [S, N] at each of the S validations; losses: [steps, N].
+    stopped: why the search ended before its last step, or "".
     """
 
     best: Tensor
-    nets: Nets
     score: Tensor
+    reached: Tensor
+    nets: Nets | MixedNets | None = None
     path: list[Tensor] | Tensor = field(default_factory=list, repr=False)
     scores: list[Tensor] | Tensor = field(default_factory=list, repr=False)
     losses: list[Tensor] | Tensor = field(default_factory=list, repr=False)
     stopped: str = ""
+
+    def visit(self, z: Tensor, score: Tensor, reached: Tensor) -> None:
+        """Keep the states that are better: the wanted architecture first, then the score."""
+        better = reached & ~self.reached | (reached == self.reached) & (score >= self.score)
+        self.path.append(z.clone())
+        self.scores.append(score)
+        self.best = torch.where(better[:, None], z, self.best)
+        self.score = torch.where(better, score, self.score)
+        self.reached = self.reached | reached
+
+    def __repr__(self) -> str:
+        first, last = self.scores[0].median(), self.score.median()
+        return f"Search({len(self.score)} starts, median score {first:.1f} → {last:.1f})"
 
 
 def optimise(
@@ -162,80 +150,189 @@ def optimise(
     objective: Objective,
     validate: Images | Callable[[Nets], Tensor],
     *,
-    architecture: int = 0,
+    architecture=None,
+    architecture_weight: float = 1.0,
     prior: Gaussian | None = None,
-    prior_weight: float = 0.01,
-    steps: int = 100,
-    lr: float = 0.1,
-    every: int = 5,
+    prior_weight: float = 0.1,
+    steps: int = 150,
+    lr: float = 1.0,
+    every: int = 10,
     seed: int = 0,
     progress: bool = True,
 ) -> Search:
-    """Latent space optimisation: Adam on embeddings through the frozen decoder (section IV-E)."""
-    start = _start_points(space, starts, architecture, prior, seed)
-    penalty = None if prior is None else lambda z: prior_weight * prior(z)
+    """Latent space optimisation: Adam on embeddings, through the frozen decoder (section IV-E).
+
+    Every embedding is an independent search, all run as one batch. Ctrl-C returns the best so far.
+
+    Args:
+        starts: embeddings [N, E] or [E]; nets, which are encoded; or a whole number of random
+            points drawn from ``prior``.
+        objective: (nets, generator) -> loss of each net [N], or their mean; such as `OnImages`, or
+            your own ``lambda nets, generator: my_loss(nets(x))`` on logits [N, B, K].
+        validate: images to measure accuracy on, or (nets) -> score [N], higher is better. The best
+            state of each start is kept, the later one of equals.
+        architecture: name or index of the one wanted, in a space of several: its decoder is used
+            and ``architecture_weight`` times the classifier's cross-entropy added, so that the
+            embedding comes to stand for it. None: whatever each embedding stands for.
+        prior: adds ``prior_weight`` times its penalty, which keeps the search near its embeddings.
+        steps, lr: of Adam; the rate rises for a twentieth of the steps, then falls to zero.
+        every: steps between validations.
+
+    Raises ValueError if the starts or the objective's first answer can't be used. If the objective
+    fails later (NaN), the search warns, stops and returns the best so far.
+    """
+    wanted = None
+    if len(space.architectures) > 1 and architecture is not None:
+        wanted = space.index(architecture)
+    start = _start_points(space, starts, prior, seed)
+
+    def penalty(z):
+        total = torch.zeros(len(z)) if prior is None else prior_weight * prior(z)
+        if wanted is not None:
+            target = torch.full((len(z),), wanted)
+            named = F.cross_entropy(space.classify(z), target, reduction="none")
+            total = total + architecture_weight * named
+        return total
+
+    def reached(z):
+        return (
+            torch.ones(len(z), dtype=torch.bool) if wanted is None else space.predict(z) == wanted
+        )
+
+    def decode(z):
+        return space.decode(z, architecture)
+
     return _descend(
-        lambda z: space.decode(z, architecture),
-        start, objective, validate, penalty, steps, lr, every, seed, progress,
-    )  # fmt: skip
+        decode, start, objective, validate, penalty, reached, steps, lr, every, seed, progress
+    )
 
 
 def optimise_weights(
-    nets: Nets, objective: Objective, validate, *, steps=100, lr=3e-3, every=5, seed=0,
-    progress=True,
-) -> Search:  # fmt: skip
-    """The same search on the weights themselves: fine-tuning, the baseline of `optimise`."""
+    nets: Nets,
+    objective: Objective,
+    validate: Images | Callable[[Nets], Tensor],
+    *,
+    steps: int = 150,
+    lr: float = 3e-3,
+    every: int = 10,
+    seed: int = 0,
+    progress: bool = True,
+) -> Search:
+    """The same search on the weights [N, P] themselves, that is fine-tuning: the baseline.
+
+    Arguments and result as in `optimise`; from freshly initialised nets it is training.
+    """
     return _descend(
         lambda rows: Nets(nets.batched, rows),
-        nets.rows, objective, validate, None, steps, lr, every, seed, progress,
+        nets.rows, objective, validate,
+        lambda rows: torch.zeros(len(rows)), lambda rows: torch.ones(len(rows), dtype=torch.bool),
+        steps, lr, every, seed, progress,
     )  # fmt: skip
 
 
-def _start_points(space, starts, architecture, prior, seed):
+def _start_points(space: NetSpace, starts, prior: Gaussian | None, seed: int) -> Tensor:
+    """Whatever a search may start from -> embeddings [N, E]."""
     if isinstance(starts, int):
-        return prior.sample(starts, seed)
-    if isinstance(starts, Nets):
-        return space.encode(starts, architecture)
+        if prior is None:
+            raise ValueError(
+                f"{starts} random starts need a distribution to come from: pass "
+                "prior=Gaussian(space.encode(zoo))"
+            )
+        starts = prior.sample(starts, seed)
+    elif isinstance(starts, Tensor):
+        starts = starts[None] if starts.dim() == 1 else starts
+    elif len(starts) > 0:
+        starts = space.encode(starts)
+    if len(starts) == 0:
+        raise ValueError("no starts: give at least one embedding or net to start from")
+    size = space.config.embedding
+    if starts.dim() != 2 or starts.shape[1] != size:
+        raise ValueError(f"starts should be embeddings [N, {size}], not {list(starts.shape)}")
+    if not starts.isfinite().all():
+        raise ValueError("starts hold values that are NaN or infinite")
     return starts
 
 
-def _descend(decode, start, objective, validate, penalty, steps, lr, every, seed, progress):
-    if isinstance(validate, Images):
-        images = validate
-
-        def validate(nets):
-            return nets.accuracy(images)
-
+def _descend(
+    decode, start, objective, validate, penalty, reached, steps, lr, every, seed, progress
+) -> Search:
+    """Adam on ``start`` [N, E] through ``decode``, the best state of each row kept."""
     z = start.detach().clone().requires_grad_()
     adam = torch.optim.Adam([z], lr)
     generator = torch.Generator().manual_seed(seed)
-    best, top, path, scores, losses, stopped = z.detach().clone(), None, [], [], [], ""
+    search = Search(z.detach(), torch.full((len(z),), -torch.inf), torch.zeros(len(z)).bool())
     with tqdm(total=steps, disable=not progress, unit="step", desc="optimising") as bar:
         try:
             for step in range(steps + 1):
                 if step % every == 0 or step == steps:
-                    with torch.no_grad():
-                        score = validate(decode(z))
-                    better = torch.ones(len(z), dtype=bool) if top is None else score > top
-                    top = score if top is None else torch.maximum(score, top)
-                    best[better] = z.detach()[better]
-                    path.append(z.detach().clone())
-                    scores.append(score)
-                    bar.set_postfix(score=float(top.mean()))
+                    _validate(search, decode, z.detach(), validate, reached)
+                    bar.set_postfix(score=f"{float(search.score.median()):.1f}")
                 if step == steps:
                     break
-                loss = objective(decode(z), generator)
-                total = loss.sum()
-                if penalty is not None:
-                    total = total + penalty(z).sum()
-                (z.grad,) = torch.autograd.grad(total, z)
-                for group in adam.param_groups:
-                    group["lr"] = learning_rate(step, steps, lr)
+                loss = _checked(objective(decode(z), generator), len(z), step)
+                (z.grad,) = torch.autograd.grad((loss + penalty(z)).sum(), z)
+                adam.param_groups[0]["lr"] = learning_rate(step, steps, lr)
                 adam.step()
-                losses.append(loss.detach())
+                search.losses.append(loss.detach())
                 bar.update()
         except KeyboardInterrupt:
-            stopped = "interrupted"
+            search.stopped = f"interrupted at step {len(search.losses)}"
+        except ObjectiveError as error:
+            if not search.losses:
+                raise
+            search.stopped = str(error)
+            warnings.warn(f"{error}; the best state so far is returned", stacklevel=3)
+    if not search.scores:
+        raise KeyboardInterrupt("interrupted before there was anything to keep")
     with torch.no_grad():
-        nets = decode(best)
-    return Search(best, nets, top, torch.stack(path), torch.stack(scores), torch.stack(losses), stopped)
+        search.nets = decode(search.best)
+    empty = torch.empty(0, len(z))
+    search.path, search.scores = torch.stack(search.path), torch.stack(search.scores)
+    search.losses = torch.stack(search.losses) if search.losses else empty
+    return search
+
+
+class ObjectiveError(ValueError):
+    """An objective returned something that can't be descended."""
+
+
+def _checked(loss, nets: int, step: int) -> Tensor:
+    """The objective's answer as a loss of each net, [N]."""
+    shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+    if shape not in ([], [nets]):
+        raise ObjectiveError(
+            f"an objective returns one loss a net, [{nets}], or their mean, a scalar; not {shape}"
+        )
+    if not loss.requires_grad:
+        raise ObjectiveError(
+            "the objective's loss does not depend on the nets: compute it from nets(x) with "
+            "differentiable torch operations (accuracy and .outputs() have no gradient)"
+        )
+    loss = loss.expand(nets) if shape == [] else loss
+    if not loss.isfinite().all():
+        bad = (~loss.isfinite()).nonzero()[:, 0].tolist()
+        value = float(loss.detach()[bad[0]])
+        raise ObjectiveError(f"the objective returned {value} at step {step} for starts {bad}")
+    return loss
+
+
+@torch.no_grad()
+def _validate(search: Search, decode, z: Tensor, validate, reached) -> None:
+    nets = decode(z)
+    score = nets.accuracy(validate) if isinstance(validate, Images) else validate(nets)
+    if not isinstance(score, Tensor) or score.shape != (len(z),):
+        found = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
+        raise ValueError(f"validate returns one score a net, [{len(z)}], not {found}")
+    search.visit(z, score.float().nan_to_num(nan=-torch.inf), reached(z))
+
+
+def few_shot(images: Images, per_class: int, seed: int = 0) -> Images:
+    """``per_class`` random images of each class, class by class; ValueError if one has fewer."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for label in images.y.unique().tolist():
+        members = (images.y == label).nonzero()[:, 0]
+        if len(members) < per_class:
+            raise ValueError(f"class {label} has {len(members)} images, fewer than {per_class}")
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:per_class]])
+    return images[torch.cat(chosen)]
