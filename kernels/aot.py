@@ -9,18 +9,27 @@ a launch on that GPU would be, and reports registers, spills, shared memory and 
     python -m netspace_lite.kernels.aot 80 90 100        # a JSON line per kernel and target
 """
 
+import importlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 
-from . import batched_conv2d, batched_linear, chunk_pack, distillation_loss, siren_mlp
 from .backend import INTERPRETED, triton
+
+# By name: the package's attributes of these names are the public functions, not the modules.
+linear, conv2d, pack, siren, loss = (
+    importlib.import_module(f"{__package__}.{name}")
+    for name in (
+        "batched_linear", "batched_conv2d", "chunk_pack", "siren_mlp", "distillation_loss"
+    )
+)  # fmt: skip
 
 # Shared memory a block may use, in bytes (CUDA C++ Programming Guide, compute capabilities table).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -150,3 +159,90 @@ def _assembler_report(ptx, arch):
         "spill_loads": r"(\d+) bytes spill loads",
     }
     return {k: int(re.search(pattern, done.stderr).group(1)) for k, pattern in numbers.items()}
+
+
+# The tutorial's layers at the paper's sizes: 8 nets × 128 CIFAR images, 4 SIRENs × 20,000 points.
+
+
+def _linear_case(inner, out, act):
+    def launches(dtype, precision):
+        rows = torch.empty(8, 4 + inner * out + out, device="meta", dtype=dtype)
+        w = rows[:, 4 : 4 + inner * out].view(8, out, inner)
+        x = torch.empty(128, 8, inner, device="meta", dtype=dtype).transpose(0, 1)
+        y, saved = linear.launch_forward(x, w, rows[:, -out:], act, 0.01, 30.0, precision)
+        linear.launch_backward(
+            y, saved if act == 2 else y, x, w, True, True, True, act, 0.01, 30.0, precision
+        )
+
+    return launches
+
+
+def _conv_case(inner, out, size, kernel, stride, padding):
+    def launches(dtype, precision):
+        window = inner * kernel * kernel
+        rows = torch.empty(8, out * window + out, device="meta", dtype=dtype)
+        w = rows[:, : out * window].view(8, out, inner, kernel, kernel)
+        x = torch.empty(128, 8, inner, size, size, device="meta", dtype=dtype)
+        step = (stride, stride), (padding, padding)
+        y = conv2d.launch_forward(x, w, rows[:, -out:], *step, 1, 0.01, precision)
+        conv2d.launch_backward(y, y, x, w, *step, True, True, True, 1, 0.01, precision)
+
+    return launches
+
+
+def _siren_case(dtype, precision):
+    rows = torch.empty(4, siren.siren_params(256), device="meta", dtype=dtype)
+    points = torch.empty(4, 20_000, 3, device="meta", dtype=dtype)
+    out = siren.launch_forward(points, rows, 256, 30.0, precision)
+    siren.launch_backward(out, points, rows, 256, 30.0, True, precision)
+
+
+def _loss_case(dtype, precision):
+    logits = torch.empty(8, 128, 200, device="meta", dtype=dtype)
+    labels = torch.empty(128, device="meta", dtype=torch.int64)
+    loss.launch(logits, logits, labels, torch.empty(8, device="meta"), 0.9)
+
+
+def _pack_case(dtype, precision):
+    rows = torch.empty(8, 62_006, device="meta", dtype=dtype)
+    prep, scale = torch.empty(8, 7, 10_000, device="meta"), torch.empty(7, 10_000, device="meta")
+    pack.launch([rows], pack.STACKED, prep, scale, scale, True, True)
+    pack.launch([rows], pack.STACKED, prep, None, None, False, False)
+
+
+CASES: dict[str, Callable] = {
+    "linear 400 to 120": _linear_case(400, 120, 1),
+    "linear 256 to 256, sine": _linear_case(256, 256, 2),
+    "convolution 3 to 6, 5x5": _conv_case(3, 6, 32, 5, 2, 0),
+    "convolution 16 to 32, 3x3": _conv_case(16, 32, 32, 3, 2, 1),
+    "siren 256": _siren_case,
+    "distillation loss": _loss_case,
+    "chunk packing": _pack_case,
+}
+MATRIX_CASES = [name for name in CASES if name.split()[0] in ("linear", "convolution", "siren")]
+MODES = {
+    "tf32": (torch.float32, "tf32"),
+    "ieee": (torch.float32, "ieee"),
+    "bf16": (torch.bfloat16, "ieee"),
+}
+
+
+def reports(archs, modes=("tf32", "bf16")):
+    """Compile every case for every target: all configurations in tf32, else the first one.
+
+    Yields the dictionaries of `compile_launch` with the case and mode added.
+    """
+    for case, launch_all in CASES.items():
+        for mode in modes:
+            with recorded_launches() as launches:
+                launch_all(*MODES[mode])
+            for launch in launches:
+                for choice in range(len(launch.configs) if mode == "tf32" else 1):
+                    for arch in archs:
+                        report = compile_launch(launch, arch, choice)
+                        yield {"case": case, "mode": mode, "choice": choice, **report}
+
+
+if __name__ == "__main__":
+    for report in reports([int(arch) for arch in sys.argv[1:]] or list(SHARED_LIMIT)):
+        print(json.dumps(report), flush=True)

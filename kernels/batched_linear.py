@@ -181,7 +181,7 @@ def _weight_grad_kernel(
     inside = (row[:, None] < O) & (col[None, :] < I)
     at = (n * O + row[:, None]) * I + col[None, :]
     tl.store(dw + at, acc.to(dw.dtype.element_ty), mask=inside)
-    if HAS_BIAS:
+    if HAS_BIAS:  # noqa: SIM102 - known at compile time, the other only in the program
         if tl.program_id(1) % tiles == 0:
             tl.store(db + n * O + row, total.to(db.dtype.element_ty), mask=row < O)
 
@@ -291,8 +291,9 @@ def _backward(ctx, g, _):
     saved, x, weight = ctx.saved_tensors
     need_x, need_w = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
     dx, dw, db = _linear_backward(g, saved, x, weight, ctx.has_bias, need_x, need_w, *ctx.options)
-    return dx if need_x else None, dw if need_w else None, db if ctx.has_bias and need_w else None, \
-        None, None, None, None  # fmt: skip
+    has_db = ctx.has_bias and need_w
+    grads = dx if need_x else None, dw if need_w else None, db if has_db else None
+    return *grads, None, None, None, None
 
 
 _linear.register_autograd(_backward, setup_context=_setup_context)

@@ -301,7 +301,7 @@ _scatter.register_autograd(_scatter_backward, setup_context=_scatter_context)
 
 
 def _flatten(tensors):
-    """All tensors as 1-D, net after net, and how many each net has; or stacked ones as [N, size]."""
+    """All tensors as 1-D, net after net, and how many a net has; or stacked ones as [N, size]."""
     if not tensors or (not isinstance(tensors[0], torch.Tensor) and not all(tensors)):
         raise ValueError(f"chunk_pack: there is nothing to pack in {len(tensors)} nets.")
     if isinstance(tensors[0], torch.Tensor):

@@ -43,7 +43,7 @@ def sine(x):
 
 @triton.jit
 def cosine(x):
-    """cos(x) = sin(x + π/2), with the quarter turn taken in the reduction: no rounding of x + π/2."""
+    """cos(x) = sin(x + π/2), the quarter turn taken in the reduction, so without rounding."""
     return _sine_of(x, tl.floor(x * 0.3183098861837907 + 1.0) - 0.5)
 
 

@@ -41,7 +41,7 @@ def prefers_unfolding(x, weight, output_size) -> bool:
 
 
 class UnfoldedConv2d(torch.autograd.Function):
-    """`batched_conv2d` for images per net; once differentiable. `slope` 1 stands for no activation."""
+    """`batched_conv2d` for images per net; once differentiable. `slope` 1: no activation."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding, slope):

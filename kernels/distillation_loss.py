@@ -72,7 +72,7 @@ def distillation_loss_reference(logits, targets, labels=None, temperature=4.0, a
 
 @triton.jit
 def _softmax(z):
-    """Softmax and its logarithm over the last axis of a tile; padding holds −1e30, so that it weighs nothing."""
+    """Softmax and its logarithm over the last axis of a tile; padding holds −1e30."""
     shifted = z - tl.max(z, 1)[:, None]
     exp = tl.exp(shifted)
     total = tl.sum(exp, 1)[:, None]

@@ -32,8 +32,8 @@ from .common import (
     matmul_tf32,
     product,
     product_precision,
-    sine,
     shape,
+    sine,
 )
 
 MAX_HIDDEN = 256  # a program holds all h sums of its points in registers

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from torch import nn
-
 from netspace_lite.kernels import backend, batched_conv2d
 from netspace_lite.kernels import batched_conv2d as op
 from netspace_lite.kernels.batched_conv2d import batched_conv2d_reference
 from netspace_lite.kernels.cpu import UnfoldedConv2d, prefers_unfolding
+from torch import nn
 
 # nets, samples, channels in and out, height, width, kernel (h, w), stride, padding
 CASES = {

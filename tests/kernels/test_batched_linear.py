@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
-
 from netspace_lite.kernels import backend, batched_linear
 from netspace_lite.kernels import batched_linear as op
 from netspace_lite.kernels.batched_linear import batched_linear_reference
+from torch import nn
 
 SHAPES = [(2, 32, 32, 32), (3, 7, 5, 11), (1, 1, 1, 1), (2, 37, 70, 41), (2, 3, 1, 33)]
 ACTIVATIONS = [None, "leaky_relu", "sine"]

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
-
 from netspace_lite.kernels import backend, chunk_pack, chunk_unpack
 from netspace_lite.kernels.backend import INTERPRETED
 from netspace_lite.kernels.chunk_pack import chunk_pack_reference, chunk_unpack_reference
+from torch import nn
 
 T, L = 3, 1000
 SCALES = {

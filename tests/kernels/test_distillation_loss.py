@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-
 from netspace_lite.kernels import backend, distillation_loss
 from netspace_lite.kernels.distillation_loss import distillation_loss_reference
 

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
-
 from netspace_lite.kernels import backend, siren_mlp
 from netspace_lite.kernels.siren_mlp import siren_mlp_reference, siren_params
+from torch import nn
 
 # nets, points, hidden: aligned, odd, ones, several tiles of points and of neurons with a tail
 SHAPES = [(2, 64, 32), (3, 7, 11), (1, 1, 1), (2, 150, 40)]
