@@ -21,8 +21,8 @@ class Gaussian:
     """The embeddings of a zoo as one normal distribution: the simplest idea of "in the space".
 
     Called on embeddings it is their mean squared z-score along the distribution's axes, 1 for a
-    typical member. Axes along which the zoo hardly spreads count as a hundredth of the widest,
-    so that leaving the zoo's subspace costs much, but not everything.
+    typical member. Axes along which the zoo hardly spreads count as a tenth of the widest, so
+    that leaving the zoo's subspace costs much, but not everything.
 
     Args:
         embeddings: [N, E], at least two.
@@ -35,7 +35,8 @@ class Gaussian:
             )
         self.mean = embeddings.mean(0)
         _, spread, self.axes = torch.linalg.svd(embeddings - self.mean, full_matrices=False)
-        self.spread = (spread / (len(embeddings) - 1) ** 0.5).clamp_min(spread[0] / 100)
+        spread = spread / (len(embeddings) - 1) ** 0.5
+        self.spread = spread.clamp_min(spread[0] / 10)
 
     def __call__(self, z: Tensor) -> Tensor:
         """Mean squared z-score of embeddings z [N, E]: [N]."""
