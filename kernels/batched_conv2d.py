@@ -103,7 +103,6 @@ def batched_conv2d_reference(
 _TILES = configs(
     ({"BM": 64, "BN": 16, "BK": 32}, 4, 3),
     ({"BM": 128, "BN": 32, "BK": 32}, 8, 3),
-    ({"BM": 64, "BN": 64, "BK": 32}, 8, 3),
 )
 _GRAD_TILES = configs(
     ({"BM": 16, "BN": 32, "BK": 32}, 4, 3),

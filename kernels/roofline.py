@@ -34,7 +34,7 @@ class Count:
         return self.needed_products / self.needed_bytes
 
     def modelled_seconds(self, gpu: str) -> float:
-        """The model's time: the slower of memory (each byte once) and tensor cores (whole tiles)."""
+        """The model's time: memory (each byte once) or tensor cores (whole tiles), the slower."""
         bandwidth, peak = GPUS[gpu]
         return max(self.needed_bytes / bandwidth, self.issued_products / peak)
 
@@ -108,7 +108,7 @@ def siren_forward(nets, points, hidden, tile=(64, 16), shared=False, size=4) -> 
 
 
 def loss(nets, samples, classes, rows, size=4) -> Count:
-    """`distillation_loss` with per-net targets and labels; `rows` samples a program, no products."""
+    """`distillation_loss` with per-net targets and labels, `rows` samples a program."""
     values, programs = nets * samples * classes, nets * ceil(samples / rows)
     return Count(
         needed_bytes=3 * size * values + 8 * samples + 4 * nets,
@@ -125,7 +125,7 @@ def pack(nets, parameters, chunks, length, size=4) -> Count:
 
 
 def paper_cases() -> dict[str, Count]:
-    """The tutorial's kernels at the paper's sizes: 8 nets × 128 images, 4 SIRENs × 20,000 points."""
+    """The tutorial's kernels at the paper's sizes: 8 nets × 128 images, 4 SIRENs × 20,000."""
     return {
         "LeNetLike conv 1 (shared images)": conv_forward(8, 128, 3, 6, 32, 5, 2, shared=True),
         "LeNetLike conv 2": conv_forward(8, 128, 6, 16, 14, 5, 2),

@@ -36,6 +36,7 @@ from .common import (
     sine,
 )
 
+CACHE_VALUES = 1 << 18  # hidden activations, in values, that nets of one block have on a CPU
 MAX_HIDDEN = 256  # a program holds all h sums of its points in registers
 
 
@@ -61,7 +62,7 @@ def siren_mlp(points, rows, hidden, omega=30.0, precision=None) -> torch.Tensor:
     """
     _check(points, rows, hidden)
     if not use_triton(rows):
-        return siren_mlp_reference(points, rows, hidden, omega)
+        return _in_blocks(points, rows, hidden, omega)
     if hidden > MAX_HIDDEN:
         w1, b1, w2, b2, w3, b3 = _layers(rows, hidden)
         y = batched_linear(points, w1, b1, "sine", omega=omega, precision=precision)
@@ -79,6 +80,16 @@ def siren_mlp_reference(points, rows, hidden, omega=30.0):
     y = torch.sin(omega * torch.baddbmm(b1[:, None], points, w1.mT))
     y = torch.sin(omega * torch.baddbmm(b2[:, None], y, w2.mT))
     return torch.baddbmm(b3[:, None], y, w3.mT)
+
+
+def _in_blocks(points, rows, hidden, omega):
+    """The PyTorch path, a few nets at a time on a CPU: their activations stay in its caches."""
+    step = max(1, CACHE_VALUES // (points.shape[-2] * hidden))
+    if rows.device.type != "cpu" or step >= rows.shape[0]:
+        return siren_mlp_reference(points, rows, hidden, omega)
+    many = points.split(step) if points.ndim == 3 else [points] * -(-rows.shape[0] // step)
+    blocks = zip(many, rows.split(step), strict=True)
+    return torch.cat([siren_mlp_reference(p, block, hidden, omega) for p, block in blocks])
 
 
 def siren_params(hidden) -> int:
