@@ -94,12 +94,16 @@ def load_images(path, seed: int = 0, val: float = 0.2) -> ImageData:
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     names = ("x_train", "y_train", "x_test", "y_test")
     try:
+        with zipfile.ZipFile(path) as whole:  # np.load leaves a damaged file open
+            damaged = whole.testzip()
+        if damaged:
+            raise zipfile.BadZipFile(f"{damaged} is damaged")
         with np.load(path, allow_pickle=False) as file:
             absent = [name for name in names if name not in file]
             if absent:
                 raise ValueError(f"{path} lacks {', '.join(absent)}; it should hold {names}")
             return {name: file[name] for name in names}
-    except (zipfile.BadZipFile, EOFError, OSError, AttributeError) as error:
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
         raise ValueError(f"{path} is not a readable .npz file: {error}") from error
     except ValueError as error:
         if "pickle" in str(error).lower():

@@ -1,0 +1,149 @@
+"""Images from every source, and a sentence for every way they can be wrong."""
+
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits as sklearn_digits
+
+from netspace_lite import data as data_module
+from netspace_lite.data import load_cifar10, load_digits, load_images
+
+
+def arrays(shape=(8, 8), count=30, dtype=np.uint8, classes=3):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (count, *shape)).astype(dtype)
+    y = np.arange(count) % classes
+    return {"x_train": x, "y_train": y, "x_test": x[:9], "y_test": y[:9]}
+
+
+def saved(tmp_path, **changes):
+    path = tmp_path / "images.npz"
+    np.savez(path, **{**arrays(), **changes})
+    return path
+
+
+def test_digits_are_all_there_split_and_standardised():
+    digits = load_digits()
+    sizes = [len(part) for part in (digits.train, digits.val, digits.test)]
+    assert sum(sizes) == len(sklearn_digits().target) == 1797
+    assert digits.shape == (1, 8, 8)
+    assert digits.train.x.mean().item() == pytest.approx(0, abs=1e-4)
+    assert digits.train.x.std().item() == pytest.approx(1, abs=1e-3)
+    again = load_digits()
+    assert torch.equal(again.test.x, digits.test.x)
+    assert not torch.equal(load_digits(seed=1).test.y, digits.test.y)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((8, 8), np.uint8),
+        ((12, 12, 3), np.uint8),
+        ((3, 12, 12), np.float32),
+        ((1, 9, 9), np.float64),
+    ],
+    ids=str,
+)
+def test_grey_and_rgb_images_of_any_square_size(tmp_path, shape, dtype):
+    path = tmp_path / "own.npz"
+    np.savez(path, **arrays(shape, dtype=dtype))
+    images = load_images(path)
+    side = sorted(shape)[-1]
+    channels = 3 if 3 in shape else 1
+    assert images.shape == (channels, side, side)
+    assert images.train.x.dtype == torch.float32
+    assert (images.name, images.classes, len(images.test)) == ("own", 3, 9)
+
+
+WRONG = {
+    "rank": ({"x_train": np.zeros((30, 64), np.uint8)}, "should be square grey or RGB"),
+    "not square": ({"x_train": np.zeros((30, 8, 9), np.uint8)}, r"not \(30, 1, 8, 9\)"),
+    "four channels": ({"x_train": np.zeros((30, 8, 8, 4), np.uint8)}, "square grey or RGB"),
+    "dtype": ({"x_train": np.zeros((30, 8, 8), np.int32)}, "x_train should be uint8 or float"),
+    "nan": ({"x_test": np.full((9, 8, 8), np.nan)}, "x_test holds 576 values that are NaN"),
+    "sizes differ": ({"x_test": np.zeros((9, 4, 4), np.uint8)}, "sizes differ"),
+    "label count": ({"y_train": np.zeros(29, int)}, r"y_train should be one label an image"),
+    "float labels": ({"y_train": np.zeros(30)}, "whole numbers from 0, not float64"),
+    "negative label": ({"y_test": np.full(9, -1)}, "whole numbers from 0, not int64 from -1"),
+    "label gap": ({"y_train": np.arange(30) % 3 * 2}, r"it lacks \[1, 3\]"),
+    "unknown class": ({"y_test": np.full(9, 7)}, "y_test has classes that y_train lacks"),
+    "pickled": ({"x_train": np.array([{}] * 30, object)}, "pickled objects, which are never"),
+    "empty": ({"x_test": np.zeros((0, 8, 8), np.uint8)}, "x_test should be square"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arrays_are_refused_in_a_sentence(tmp_path, case):
+    changes, message = WRONG[case]
+    with pytest.raises(ValueError, match=message):
+        load_images(saved(tmp_path, **changes))
+
+
+def test_wrong_files_are_refused_in_a_sentence(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"give an \.npz"):
+        load_images(tmp_path / "nothing.npz")
+    np.savez(tmp_path / "part.npz", x_train=np.zeros((3, 8, 8)))
+    with pytest.raises(ValueError, match="lacks y_train, x_test, y_test"):
+        load_images(tmp_path / "part.npz")
+    (tmp_path / "text.npz").write_text("hello")
+    with pytest.raises(ValueError, match=r"text\.npz is not a readable"):
+        load_images(tmp_path / "text.npz")
+    whole = saved(tmp_path).read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="not a readable"):
+        load_images(tmp_path / "cut.npz")
+
+
+def cifar_folder(tmp_path, records=20):
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        raw = rng.integers(0, 256, (records, 3073), dtype=np.uint8)
+        raw[:, 0] = np.arange(records) % 10
+        raw.tofile(folder / f"{name}.bin")
+    return folder
+
+
+def test_cifar10_is_read_from_its_binary_files(tmp_path):
+    folder = cifar_folder(tmp_path)
+    images = load_cifar10(folder, val=10)
+    assert images.shape == (3, 32, 32)
+    assert (len(images.train), len(images.val), len(images.test)) == (90, 10, 20)
+    first = np.fromfile(folder / "test_batch.bin", np.uint8)[1:3073].reshape(3, 32, 32)
+    x = images.test.x[0].flatten().numpy()
+    assert np.corrcoef(x, first.flatten())[0, 1] > 0.99  # same picture, standardised
+
+
+def test_damaged_cifar10_files_are_refused(tmp_path):
+    folder = cifar_folder(tmp_path)
+    file = folder / "data_batch_3.bin"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="no multiple of 3,073"):
+        load_cifar10(folder)
+    np.full(3073, 11, np.uint8).tofile(file)
+    with pytest.raises(ValueError, match="labels over 9"):
+        load_cifar10(folder)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="data_batch_3.bin is missing"):
+        load_cifar10(folder)
+
+
+def test_a_fetched_archive_is_unpacked_once(tmp_path, monkeypatch):
+    folder = cifar_folder(tmp_path)
+    archive = tmp_path / "cache" / "cifar-10-binary.tar.gz"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, folder.name)
+
+    def retrieve(url, known_hash, name, progressbar):
+        assert known_hash == data_module.CIFAR10_MD5
+        return str(archive)
+
+    monkeypatch.setattr(data_module.pooch, "retrieve", retrieve)
+    monkeypatch.delenv("NETSPACE_CIFAR10", raising=False)
+    assert len(load_cifar10(val=10).test) == 20
+    archive.unlink()  # the second time nothing is unpacked
+    assert len(load_cifar10(val=10).test) == 20

@@ -1,0 +1,67 @@
+"""Scores against scikit-learn and numpy; baselines against what they claim to be."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import pearsonr
+from sklearn.metrics import accuracy_score
+from torch import nn
+
+from netspace_lite import metrics
+from netspace_lite.functional import Nets
+
+NET = nn.Sequential(nn.Linear(4, 3))
+
+
+def nets(count, seed=0):
+    return Nets(NET, torch.randn(count, 15, generator=torch.Generator().manual_seed(seed)))
+
+
+def test_compare_is_what_scikit_learn_and_scipy_say():
+    a, b = torch.randn(6, 40, 3), torch.randn(6, 40, 3)
+    y = torch.randint(3, (40,))
+    found = metrics.compare(a, b, y)
+    pa, pb = a.argmax(-1).numpy(), b.argmax(-1).numpy()
+    accuracies = [[accuracy_score(y, p) * 100 for p in rows] for rows in (pa, pb)]
+    assert found["agreement"] == pytest.approx(accuracy_score(pa.ravel(), pb.ravel()) * 100)
+    assert found["mae"] == pytest.approx(np.abs(np.subtract(*accuracies)).mean(), abs=1e-4)
+    assert found["r"] == pytest.approx(pearsonr(*accuracies).statistic, abs=1e-4)
+
+
+def test_nets_compared_with_themselves_agree_and_equal_nets_have_no_correlation():
+    logits, y = torch.randn(5, 30, 3), torch.randint(3, (30,))
+    same = metrics.compare(logits, logits, y)
+    assert same == pytest.approx({"agreement": 100, "mae": 0, "r": 1}, abs=1e-4)
+    assert metrics.compare(logits[:1].expand(5, -1, -1), logits, y)["r"] == 0
+
+
+def test_nearest_nets_come_from_the_zoo():
+    zoo = nets(10)
+    probe = Nets(NET, zoo.rows[[7, 2]] + 1e-3)
+    assert torch.equal(metrics.nearest_by_weights(zoo, probe).rows, zoo.rows[[7, 2]])
+    answers = torch.eye(10)
+    found = metrics.nearest_by_answers(answers, answers[[4]] * 0.9, zoo)
+    assert torch.equal(found.rows, zoo.rows[[4]])
+
+
+def test_the_mean_net_is_the_mean():
+    found = metrics.mean_net(nets(10), nets(3, seed=1)).rows
+    np.testing.assert_allclose(found, np.tile(nets(10).rows.numpy().mean(0), (3, 1)), rtol=1e-4)
+
+
+def test_pca_with_all_components_gives_the_weights_back_and_with_few_does_not():
+    zoo = nets(30)
+    torch.testing.assert_close(metrics.pca_nets(zoo, zoo, 15).rows, zoo.rows, rtol=0, atol=1e-4)
+    assert (metrics.pca_nets(zoo, zoo, 3).rows - zoo.rows).abs().max() > 0.1
+
+
+def test_noise_has_the_size_that_was_asked_for():
+    target = Nets(NET, torch.randn(400, 15))
+    noise = metrics.noisy_nets(target, 0.1).rows - target.rows
+    share = noise.square().mean().sqrt() / target.rows.square().mean().sqrt()
+    assert share.item() == pytest.approx(0.1, rel=0.05)
+
+
+def test_a_line_drops_under_its_weaker_end():
+    line = torch.tensor([[90.0, 70, 95], [90, 99, 80], [50, 50, 50]])
+    assert metrics.line_drop(line).tolist() == [20, 0, 0]
