@@ -71,7 +71,7 @@ class Encoder(nn.Module):
             self.answers = nn.Linear(answers, config.embedding)
         self.offset = None
         if len(chunks) > 1:  # where each architecture lies, whatever its nets answer
-            self.offset = nn.Parameter(torch.randn(len(chunks), config.embedding) / 2)
+            self.offset = nn.Parameter(torch.randn(len(chunks), config.embedding))
 
     def forward(self, features: Features, architecture: int = 0) -> Tensor:
         z = 0 if self.offset is None else self.offset[architecture]
