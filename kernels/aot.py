@@ -6,7 +6,8 @@ either, so launches can be recorded at the paper's sizes. `compile_launch` then 
 them for a named GPU with the compiler and assembler that ship with Triton, specialised exactly as
 a launch on that GPU would be, and reports registers, spills, shared memory and tensor cores.
 
-    python -m netspace_lite.kernels.aot 80 90 100        # a JSON line per kernel and target
+    python -m netspace_lite.kernels.aot 80 90 100         # a JSON line per kernel and target
+    python -m netspace_lite.kernels.aot 90 --quick        # tf32, the first configuration only
 """
 
 import importlib
@@ -171,7 +172,17 @@ def _linear_case(inner, out, act):
         x = torch.empty(128, 8, inner, device="meta", dtype=dtype).transpose(0, 1)
         y, saved = linear.launch_forward(x, w, rows[:, -out:], act, 0.01, 30.0, precision)
         linear.launch_backward(
-            y, saved if act == linear.SINE else y, x, w, True, True, True, act, 0.01, 30.0, precision
+            y,
+            saved if act == linear.SINE else y,
+            x,
+            w,
+            True,
+            True,
+            True,
+            act,
+            0.01,
+            30.0,
+            precision,
         )
 
     return launches
@@ -226,8 +237,13 @@ MODES = {
 }
 
 
-def reports(archs, modes=("tf32", "bf16")):
+def reports(archs, modes=("tf32", "bf16"), first=False):
     """Compile every case for every target: all configurations in tf32, else the first one.
+
+    Args:
+        archs: compute capabilities, of 80, 90 and 100.
+        modes: of "tf32", "ieee" and "bf16".
+        first: compile the first configuration only, in tf32 too.
 
     Yields the dictionaries of `compile_launch` with the case and mode added.
     """
@@ -236,12 +252,14 @@ def reports(archs, modes=("tf32", "bf16")):
             with recorded_launches() as launches:
                 launch_all(*MODES[mode])
             for launch in launches:
-                for choice in range(len(launch.configs) if mode == "tf32" else 1):
+                for choice in range(len(launch.configs) if mode == "tf32" and not first else 1):
                     for arch in archs:
                         report = compile_launch(launch, arch, choice)
                         yield {"case": case, "mode": mode, "choice": choice, **report}
 
 
 if __name__ == "__main__":
-    for report in reports([int(arch) for arch in sys.argv[1:]] or list(SHARED_LIMIT)):
+    chosen = [int(arch) for arch in sys.argv[1:] if arch.isdigit()] or list(SHARED_LIMIT)
+    quick = {"modes": ["tf32"], "first": True} if "--quick" in sys.argv else {}
+    for report in reports(chosen, **quick):
         print(json.dumps(report), flush=True)

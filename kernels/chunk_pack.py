@@ -22,7 +22,6 @@ import functools
 import math
 
 import torch
-import torch.nn.functional as F
 
 from .backend import tl, triton, use_triton
 from .common import shape
@@ -95,16 +94,17 @@ def chunk_pack_reference(tensors, T, L, mean=None, std=None, dtype=None):
     dtype = dtype or (tensors[0] if stacked else tensors[0][0]).dtype
     between = dtype if mean is None and std is None else torch.promote_types(dtype, torch.float32)
     if stacked:  # [N, *shape] each
-        rows = [t.reshape(t.shape[0], -1).to(between) for t in tensors]
-        rows = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
-        sizes = [rows.shape[1]] * rows.shape[0]
-        rows = F.pad(rows, (0, T * L - rows.shape[1]))
+        nets = tensors[0].shape[0]
+        parts = [t.reshape(nets, -1).to(between) for t in tensors]
+        used = sum(part.shape[1] for part in parts)
+        parts.append(parts[0].new_zeros(1).expand(nets, T * L - used))
+        rows, sizes = torch.cat(parts, dim=1), [used] * nets
     else:
         sizes = [sum(t.numel() for t in net) for net in tensors]
-        parts = []
+        zeros, parts = tensors[0][0].new_zeros(T * L - min(sizes), dtype=between), []
         for net, used in zip(tensors, sizes, strict=True):
             parts += [t.reshape(-1).to(between) for t in net]
-            parts.append(net[0].new_zeros(T * L - used, dtype=between))
+            parts.append(zeros[: T * L - used])
         rows = torch.cat(parts)
     prep = rows.view(len(sizes), T, L)
     if between == dtype and mean is None and std is None:
