@@ -3,10 +3,11 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help tutorial test test-fast lint format lab bench clean
+.PHONY: help tutorial seeds test test-fast lint format lab bench clean
 
 help:
 	@echo "make tutorial   run the notebooks in order into build/notebooks/ and print their results"
+	@echo "make seeds      the same for seeds 0, 1, 2, and a table over them"
 	@echo "make test       all tests, the notebooks included"
 	@echo "make test-fast  all tests but the notebooks"
 	@echo "make lab        open the notebooks in JupyterLab"
@@ -21,6 +22,9 @@ $(READY): pyproject.toml constraints.txt
 
 tutorial: $(READY)
 	$(BIN)/python -m netspace_lite.tutorial $(NOTEBOOKS)
+
+seeds: $(READY)  # the README's tables: every notebook for three seeds
+	$(BIN)/python -m netspace_lite.tutorial --seeds=0,1,2 $(NOTEBOOKS)
 
 test: $(READY)
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env tests notebooks

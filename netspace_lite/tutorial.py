@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from .data import ImageData, load_cifar10, load_digits, load_images
 
@@ -99,13 +100,17 @@ class Settings:
         return root() / "build" / f"{self.preset}-{data}-seed{self.seed}" / name
 
     def write_results(self, notebook: str, results: dict[str, float]) -> None:
-        """Keep a notebook's headline numbers as flat JSON: ``build/results/<notebook>.json``."""
-        folder = root() / "build" / "results"
-        folder.mkdir(parents=True, exist_ok=True)
+        """Keep a notebook's headline numbers as flat JSON.
+
+        They go to ``build/results/<notebook>.json``, the latest run, and beside what else this seed
+        left in ``build``, where the table over seeds is made from.
+        """
         rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in results.items()}
         record = {"seed": self.seed, "preset": self.preset, "data": self.data or "default"}
         text = json.dumps({**record, **rounded}, indent=1)
-        (folder / f"{notebook}.json").write_text(text)
+        for folder in (root() / "build" / "results", self.folder("results")):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{notebook}.json").write_text(text)
 
 
 def execute(notebook: Path, output: Path) -> float:
@@ -120,11 +125,12 @@ def execute(notebook: Path, output: Path) -> float:
     with tqdm(total=code, desc=notebook.stem, unit="cell", file=sys.stdout) as bar:
         client = NotebookClient(
             book,
-            timeout=None,
             kernel_name="python3",
+            timeout=None,
             resources={"metadata": {"path": str(notebook.parent)}},
             on_cell_executed=lambda **_: bar.update(),
         )
+        client.create_kernel_manager().transport = "ipc"  # private to this machine's user
         try:
             client.execute()
         finally:  # what ran so far is kept, so that an error can be looked at in place
@@ -133,27 +139,56 @@ def execute(notebook: Path, output: Path) -> float:
     return time.monotonic() - started
 
 
-def print_table(folder: Path) -> None:
+def print_results(folder: Path) -> None:
     """Print every number the notebooks recorded in ``folder``."""
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
         head = ", ".join(f"{key} {record.pop(key)}" for key in ("preset", "data", "seed"))
         print(f"\n{path.stem}  ({head})")
         for key, value in record.items():
-            print(f"  {key:<34} {value:>12,.2f}" if isinstance(value, float | int) else
-                  f"  {key:<34} {value!s:>12}")  # fmt: skip
+            text = f"{value:,.2f}" if isinstance(value, float) else str(value)
+            print(f"  {key:<36} {text:>12}")
 
 
-def main(names: list[str]) -> None:
-    """Execute all notebooks (or those whose names start with one of ``names``), then the table."""
+def seeds_table(folders: list[Path], notebook: str) -> str:
+    """Markdown table of a notebook's numbers over seeds: median, and smallest to largest."""
+    records = [json.loads((folder / f"{notebook}.json").read_text()) for folder in folders]
+    lines = ["| figure | median | range |", "|---|---|---|"]
+    for key in records[0]:
+        values = [r.get(key) for r in records]
+        if key == "seed" or not all(isinstance(v, float | int) for v in values):
+            continue
+        low, high = min(values), max(values)
+        lines.append(f"| `{key}` | {median(values):,.2f} | {low:,.2f} to {high:,.2f} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    """Execute notebooks in order and print what they found.
+
+    Names choose notebooks by how they start ("02"), none means all. ``--seeds=0,1,2`` runs them
+    once a seed and prints a table over the seeds.
+    """
+    names = [a for a in arguments if not a.startswith("--seeds=")]
+    chosen = [a.removeprefix("--seeds=").split(",") for a in arguments if a.startswith("--seeds=")]
+    seeds = chosen[0] if chosen else [os.environ.get("NETSPACE_SEED", "0")]
     base = root()
     notebooks = sorted((base / "notebooks").glob("[0-9]*.ipynb"))
-    chosen = [n for n in notebooks if not names or n.name.startswith(tuple(names))]
-    if not chosen:
+    notebooks = [n for n in notebooks if not names or n.name.startswith(tuple(names))]
+    if not notebooks:
         sys.exit(f"no notebook starts with {' or '.join(names)} in {base / 'notebooks'}")
-    times = {n.stem: execute(n, base / "build" / "notebooks" / n.name) for n in chosen}
-    print_table(base / "build" / "results")
-    print("\n" + "\n".join(f"{name}: {seconds:.0f} s" for name, seconds in times.items()))
+    folders = []
+    for seed in seeds:
+        os.environ["NETSPACE_SEED"] = seed
+        folders.append(Settings.from_environment().folder("results"))
+        for notebook in notebooks:
+            seconds = execute(notebook, base / "build" / "notebooks" / notebook.name)
+            print(f"{notebook.stem}, seed {seed}: {seconds:.0f} s")
+    if len(seeds) == 1:
+        return print_results(base / "build" / "results")
+    for notebook in notebooks:
+        print(f"\n### {notebook.stem}, seeds {', '.join(seeds)}\n")
+        print(seeds_table(folders, notebook.stem))
 
 
 if __name__ == "__main__":
