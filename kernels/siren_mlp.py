@@ -164,7 +164,7 @@ def _forward_kernel(
     tl.store(out + n * B + m, y.to(out.dtype.element_ty), mask=m < B)
 
 
-_BACKWARD_TILES = configs(({"BM": 32, "BK": 32}, 8, 1), ({"BM": 32, "BK": 16}, 8, 2))
+_BACKWARD_TILES = configs(({"BM": 32, "BK": 32}, 8, 1), ({"BM": 32, "BK": 16}, 8, 1))
 
 
 @triton.autotune(
@@ -224,7 +224,7 @@ def _backward_kernel(
 
 
 @triton.autotune(
-    configs(({"BM": 32, "BO": 32}, 8, 1), ({"BM": 32, "BO": 64}, 8, 1)),
+    configs(({"BM": 32, "BO": 32}, 8, 1), ({"BM": 16, "BO": 64}, 8, 1)),
     key=["h", "B", "PRECISION"],
     cache_results=True,
 )

@@ -1,4 +1,4 @@
-"""Compile-only tier: what the compiler makes of every kernel for A100, H100 and B200, no GPU needed.
+"""Compile-only tier: what the compiler makes of every kernel for A100, H100 and B200.
 
 Runs in a process of its own, because kernels imported for the interpreter can't be compiled.
 """

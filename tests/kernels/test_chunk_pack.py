@@ -151,7 +151,7 @@ def test_standardisation_is_undone(device, name):
 
 
 def test_expanded_gradients(device):
-    """`sum` hands back one value for all: the gradient has stride 0 and must not be read as rows."""
+    """`sum` hands back one value for all: a gradient of stride 0 must not be read as rows."""
     prep = torch.randn(2, T, L, device=device, requires_grad=True)
     with backend("triton"):
         parts = chunk_unpack(prep, [[(700, 2)], [(50,), (3, 3)]])

@@ -1,4 +1,4 @@
-"""distillation_loss: one pass against the fp64 reference, and the reference against torch losses."""
+"""distillation_loss: one pass against the fp64 reference, the reference against torch losses."""
 
 import pytest
 import torch
