@@ -1,4 +1,4 @@
-"""Every figure of the notebooks. Colours are Okabe and Ito's, which colour-blind readers tell apart.
+"""Every figure of the notebooks, in colours that colour-blind readers tell apart (Okabe and Ito).
 
 Each function draws on ``ax`` (or on new axes) and returns the axes.
 """
@@ -15,6 +15,8 @@ from torch import Tensor
 BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7F7F7F",
 )  # fmt: skip
+
+_KINDS, _MARKS = (BLUE, ORANGE, GREEN, PINK, SKY, RED), "os^DvP"  # one per architecture
 
 
 def use_style() -> None:
@@ -40,7 +42,7 @@ def _axes(ax: Axes | None, width=5.5, height=3.8) -> Axes:
 def images(x: Tensor, titles: Sequence = (), columns: int = 10) -> np.ndarray:
     """A row of images x [B, C, H, W], each scaled to its own range, with titles."""
     rows = -(-len(x) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(0.95 * columns, 1.15 * rows), squeeze=False)
+    _, axes = plt.subplots(rows, columns, figsize=(0.95 * columns, 1.15 * rows), squeeze=False)
     for n, ax in enumerate(axes.flat):
         ax.axis("off")
         if n < len(x):
@@ -76,20 +78,19 @@ def accuracy_spread(zoo, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def preps(preps: Tensor, titles: Sequence[str], limit: float | None = None) -> np.ndarray:
-    """PReps [N, T, L] side by side, on one diverging colour scale centred on zero."""
-    limit = limit or float(preps.abs().quantile(0.995))
-    figure, axes = plt.subplots(1, len(preps), figsize=(2.3 * len(preps), 2.6), squeeze=False)
+def preps(preps: Tensor, titles: Sequence[str]) -> np.ndarray:
+    """PReps [N, T, L] side by side, each on its own diverging colour scale centred on zero."""
+    _, axes = plt.subplots(1, len(preps), figsize=(2.7 * len(preps), 2.7), squeeze=False)
     for n, ax in enumerate(axes[0]):
+        limit = float(preps[n].abs().quantile(0.99))
         picture = ax.imshow(
             preps[n], cmap="RdBu", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
         )
         ax.set_title(titles[n], fontsize=10)
         ax.set_xlabel("value in chunk")
-        if n:
-            ax.set_yticks([])
+        bar = ax.figure.colorbar(picture, ax=ax, ticks=[-limit, 0, limit], format="%.1f")
+        bar.ax.tick_params(labelsize=8)
     axes[0, 0].set_ylabel("chunk")
-    figure.colorbar(picture, ax=axes[0, -1], label="weight")
     return axes
 
 
@@ -155,4 +156,76 @@ def history(rows: Sequence[dict[str, float]], names: Sequence[str], ax: Axes | N
         ax.plot([r["step"] for r in rows], [r[name] for r in rows], "o-", ms=4, label=name)
     ax.set(xlabel="training step of the space", ylabel="validation score")
     ax.legend()
+    return ax
+
+
+def predicted_by_architecture(
+    names: Sequence[str], targets: Sequence[Tensor], predictions: Sequence[Tensor]
+) -> np.ndarray:
+    """`predicted_vs_target` for each architecture, lists of accuracies [N] in percent."""
+    _, axes = plt.subplots(1, len(names), figsize=(3.1 * len(names), 3.4), sharex=True, sharey=True)
+    low = float(min(accuracy.min() for accuracy in (*targets, *predictions))) - 3
+    columns = zip(axes, names, targets, predictions, _KINDS, strict=False)
+    for ax, name, target, predicted, colour in columns:
+        ax.plot([low, 100], [low, 100], color=GREY, lw=1)
+        ax.scatter(target, predicted, s=16, alpha=0.8, color=colour, linewidths=0)
+        ax.set(title=name, aspect="equal", xlim=(low, 101), ylim=(low, 101))
+        ax.set_xlabel("target: test accuracy (%)")
+    axes[0].set_ylabel("predicted: test accuracy (%)")
+    return axes
+
+
+def architecture_map(
+    z: Tensor, architecture: Tensor, names: Sequence[str], accuracy: Tensor, offset: Tensor
+) -> np.ndarray:
+    """Embeddings [N, E] by architecture [N]; and, without each one's offset [A, E], by accuracy."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    x, y = PCA(2, random_state=0).fit_transform(z.numpy()).T
+    for a, name in enumerate(names):
+        at = (architecture == a).numpy()
+        left.scatter(x[at], y[at], s=22, color=_KINDS[a], marker=_MARKS[a], label=name, lw=0)
+    left.legend()
+    left.set(title="embeddings, by architecture")
+    x, y = PCA(2, random_state=0).fit_transform((z - offset[architecture]).numpy()).T
+    for a in range(len(names)):
+        at = (architecture == a).numpy()
+        dots = right.scatter(
+            x[at], y[at], c=accuracy[at], s=22, cmap="viridis", marker=_MARKS[a], lw=0,
+            vmin=float(accuracy.min()), vmax=100,
+        )  # fmt: skip
+    right.set(title="without the architecture's vector, by accuracy")
+    figure.colorbar(dots, ax=right, label="test accuracy (%)")
+    for ax in (left, right):
+        ax.set(xlabel="first principal component", ylabel="second principal component")
+    return np.array([left, right])
+
+
+def matrix(values: Tensor, names: Sequence[str], xlabel: str, ylabel: str, label: str, ax=None):
+    """A square table [A, A] of percentages as colours and numbers."""
+    ax = _axes(ax, 5.6, 4.4)
+    picture = ax.imshow(values, cmap="cividis", vmin=0, vmax=100)
+    for (i, j), value in np.ndenumerate(values.numpy()):
+        ax.text(j, i, f"{value:.0f}", ha="center", va="center", color="k" if value > 55 else "w")
+    places = range(len(names))
+    ax.set_xticks(places, names, rotation=20)
+    ax.set_yticks(places, names)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.figure.colorbar(picture, ax=ax, label=label)
+    return ax
+
+
+def walk(architecture: Tensor, accuracy: Tensor, names: Sequence[str], ax=None) -> Axes:
+    """Along one line: the architecture [S] named at each point and its accuracy [S] in percent."""
+    ax = _axes(ax, 8, 3.6)
+    way = np.linspace(0, 1, len(accuracy))
+    ax.plot(way, accuracy, color=GREY, lw=1, zorder=1)
+    for a, name in enumerate(names):
+        at = (architecture == a).numpy()
+        ax.scatter(way[at], accuracy[at], s=48, color=_KINDS[a], marker=_MARKS[a], label=name)
+    low = min(90.0, float(accuracy.min()) - 2)
+    ax.set(
+        xlabel=f"position on the line (0: a {names[0]}, 1: a {names[-1]})",
+        ylabel="test accuracy (%)", ylim=(low, 100.5),
+    )  # fmt: skip
+    ax.legend(ncols=len(names), loc="lower center")
     return ax

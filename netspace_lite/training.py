@@ -71,6 +71,33 @@ class InstanceDistillation:
         return self.loss(outputs, self.answers[n[:, None], s], scale).mean()
 
 
+def refine(
+    space: NetSpace, nets, inputs: Tensor, steps: int = 50, *, z: Tensor | None = None,
+    samples: int = 64, lr: float = 0.05, architecture: int = 0, seed: int = 0,
+) -> Tensor:  # fmt: skip
+    """Embeddings [N, E] polished until the decoded nets answer ``inputs`` more like ``nets``.
+
+    The encoder's embeddings (or ``z``) are the start; the space stays as it is and Adam moves z
+    alone, on the loss the space was trained with. What an encoder misses of a net it has never seen
+    is won back in a few steps, as auto-decoders do (DeepSDF, Park et al. 2019, section 4).
+
+    Args:
+        nets: N `Nets` of the architecture.
+        inputs: [S, ...] inputs whose answers are compared, ``samples`` of them a step.
+    """
+    answers = nets.outputs(inputs)
+    scale = spread(answers)
+    z = (space.encode(nets, architecture) if z is None else z.detach().clone()).requires_grad_()
+    adam = torch.optim.Adam([z], lr)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        s = torch.randint(len(inputs), (samples,), generator=generator)
+        outputs = space.decode(z, architecture)(inputs[s])
+        (z.grad,) = torch.autograd.grad(kl_divergence(outputs, answers[:, s], scale).sum(), z)
+        adam.step()
+    return z.detach()
+
+
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up over the first twentieth of the steps, then half a cosine to zero."""
     warmup = max(1, steps // 20)

@@ -25,7 +25,7 @@ class ZooSize:
 
 
 ZOO = {
-    "lite": ZooSize(nets=1600, steps=(4, 300), batch=64, chunk=128),
+    "lite": ZooSize(nets=1600, steps=(4, 400), batch=32, chunk=128),
     "paper": ZooSize(nets=132, steps=(350, 210_000), batch=128, chunk=10_000),
 }
 
@@ -45,6 +45,54 @@ FIT = {
     "lite": FitSize(val=60, test=100, steps=4000, steps_weights_only=2000, epoch=250),
     "paper": FitSize(val=16, test=16, steps=60_000, steps_weights_only=60_000, epoch=1000),
 }
+
+
+@dataclass(frozen=True)
+class MultiSize:
+    """Notebook 3: nets per architecture, how they and the spaces are trained.
+
+    held_out: validation and test nets of each zoo; chances: how often each architecture is the
+    target of instance distillation; fine_tuning: steps for decoded nets, steps from scratch.
+    """
+
+    nets: dict[str, int]
+    steps: tuple[int, int]
+    batch: int
+    held_out: tuple[int, int]
+    teacher: dict
+    teachers: int
+    teacher_recipe: dict
+    chances: tuple[float, ...]
+    instance_steps: int
+    teacher_steps: int
+    hidden: int
+    hidden_teacher: int
+    epoch: int
+    fine_tuning: tuple[int, int]
+    own_nets: int
+    own_steps: int
+
+
+MULTI = {
+    "lite": MultiSize(
+        nets={"LeNetLike": 400, "VanillaCNN": 280, "ResNet8": 200, "ResNet14": 160},
+        steps=(8, 300), batch=64, held_out=(12, 24),
+        teacher={"depth": 14, "channels": (16, 32, 32, 32), "strides": (2, 1, 2)},
+        teachers=3, teacher_recipe={"steps": 300, "lr": 1e-3, "weight_decay": 5e-2},
+        chances=(0.15, 0.2, 0.3, 0.35), instance_steps=1500, teacher_steps=600,
+        hidden=256, hidden_teacher=64, epoch=250, fine_tuning=(20, 200),
+        own_nets=160, own_steps=400,
+    ),
+    "paper": MultiSize(
+        nets={"LeNetLike": 90, "VanillaCNN": 80, "ResNet8": 90, "ResNet32": 130},
+        steps=(350, 210_000), batch=128, held_out=(15, 15),
+        teacher={"depth": 56}, teachers=1,
+        teacher_recipe={"steps": 70_000, "lr": 1e-3, "weight_decay": 5e-2},
+        chances=(0.15, 0.2, 0.25, 0.4), instance_steps=60_000, teacher_steps=60_000,
+        hidden=128, hidden_teacher=64, epoch=1000, fine_tuning=(400, 4000),
+        own_nets=90, own_steps=20_000,
+    ),
+}  # fmt: skip
 
 
 def root() -> Path:

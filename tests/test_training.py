@@ -15,6 +15,7 @@ from netspace_lite.training import (
     fit,
     kl_divergence,
     learning_rate,
+    refine,
     spread,
 )
 from netspace_lite.zoo import ImageTask, draw_recipes, initial_rows, train_zoo
@@ -147,6 +148,20 @@ def test_the_best_state_is_kept(zoo, data):
     space, history = fitted(zoo, data, steps=8)
     best = max(row["agreement"] for row in history)
     assert scores(space, zoo[:8], data.val)["agreement"] == pytest.approx(best, abs=0.1)
+
+
+def test_refining_embeddings_brings_decoded_nets_closer_and_leaves_the_space(zoo, data):
+    space, _ = fitted(zoo, data, steps=60)
+    before = {name: value.clone() for name, value in space.state_dict().items()}
+    z = refine(space, zoo[:8], data.train.x, 40)
+    answers = zoo[:8].outputs(data.test.x)
+    scale = spread(answers)
+    start, end = (
+        kl_divergence(space.decode(e).outputs(data.test.x), answers, scale).mean()
+        for e in (space.encode(zoo[:8]), z)
+    )
+    assert end < 0.8 * start
+    assert all(torch.equal(space.state_dict()[name], value) for name, value in before.items())
 
 
 class Interrupted(Exception):
