@@ -6,7 +6,6 @@ variable `NETSPACE_BACKEND` overrides the default, and `with backend("torch"):` 
 
 import os
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 
@@ -38,12 +37,12 @@ HAS_TRITON = hasattr(triton, "compile")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 NAMES = ("auto", "torch", "triton")
 
-_chosen: ContextVar[str | None] = ContextVar("netspace_backend", default=None)
+_chosen: str | None = None  # a plain global: torch.compile can follow and guard it
 
 
 @contextmanager
 def backend(name: str):
-    """Choose the backend of every op called inside the `with` block.
+    """Choose the backend of every op called inside the `with` block, in all threads.
 
     Args:
         name: "auto" (Triton for CUDA tensors, else PyTorch), "torch" or "triton".
@@ -55,18 +54,18 @@ def backend(name: str):
         >>> with backend("torch"):
         ...     y = batched_linear(x, weight, bias)
     """
-    token = _chosen.set(_valid(name, "backend"))
+    global _chosen
+    before, _chosen = _chosen, _valid(name, "backend")
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _chosen = before
 
 
 def current_backend() -> str:
     """The backend in force here: the innermost `backend(...)`, `NETSPACE_BACKEND`, or "auto"."""
-    chosen = _chosen.get()
-    if chosen is not None:
-        return chosen
+    if _chosen is not None:
+        return _chosen
     return _valid(os.environ.get("NETSPACE_BACKEND", "auto"), "NETSPACE_BACKEND")
 
 

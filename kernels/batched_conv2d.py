@@ -31,9 +31,10 @@ from .common import (
     act_forward,
     activate,
     check_layer,
+    check_precision,
     configs,
+    convolution_precision,
     product,
-    product_precision,
     shape,
 )
 from .cpu import UnfoldedConv2d, prefers_unfolding
@@ -73,7 +74,7 @@ def batched_conv2d(
             f"padding {list(padding)} does not fit images x {shape(x)}."
         )
     if use_triton(x):
-        precision = product_precision(precision, torch.backends.cudnn.allow_tf32)
+        precision = check_precision(precision)
         act = ACTIVATIONS.index(activation)
         return _conv2d(x, weight, bias, stride, padding, act, float(slope), precision)
     if prefers_unfolding(x, weight, size):
@@ -321,6 +322,7 @@ def _conv2d(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     stride: list[int], padding: list[int], act: int, slope: float, precision: str,
 ) -> torch.Tensor:  # fmt: skip
+    precision = convolution_precision(precision)
     return launch_forward(x, weight, bias, stride, padding, act, slope, precision)
 
 
@@ -335,6 +337,7 @@ def _conv2d_backward(
     stride: list[int], padding: list[int], has_bias: bool, need_x: bool, need_w: bool,
     act: int, slope: float, precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    precision = convolution_precision(precision)
     return launch_backward(
         g, y, x, weight, stride, padding, has_bias, need_x, need_w, act, slope, precision
     )

@@ -29,10 +29,10 @@ from .common import (
     act_forward,
     activate,
     check_layer,
+    check_precision,
     configs,
-    matmul_tf32,
+    matmul_precision,
     product,
-    product_precision,
 )
 
 
@@ -59,7 +59,7 @@ def batched_linear(
     """
     check_layer("batched_linear", x, weight, bias, 2, activation, slope)
     if use_triton(x):
-        precision = product_precision(precision, matmul_tf32())
+        precision = check_precision(precision)
         act = ACTIVATIONS.index(activation)
         return _linear(x, weight, bias, act, float(slope), float(omega), precision)[0]
     return batched_linear_reference(x, weight, bias, activation, slope, omega)
@@ -247,7 +247,7 @@ def _linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
     act: int, slope: float, omega: float, precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    return launch_forward(x, weight, bias, act, slope, omega, precision)
+    return launch_forward(x, weight, bias, act, slope, omega, matmul_precision(precision))
 
 
 @_linear.register_fake
@@ -262,6 +262,7 @@ def _linear_backward(
     has_bias: bool, need_x: bool, need_w: bool,
     act: int, slope: float, omega: float, precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    precision = matmul_precision(precision)
     return launch_backward(
         g, saved, x, weight, has_bias, need_x, need_w, act, slope, omega, precision
     )

@@ -92,22 +92,29 @@ def configs(*choices):
     return [triton.Config(meta, num_warps=w, num_stages=s) for meta, w, s in choices]
 
 
-def product_precision(precision, tf32_allowed) -> str:
-    """ "ieee" or "tf32" for `tl.dot`; None follows PyTorch's own setting.
+def check_precision(precision) -> str:
+    """The name that ops know a precision by: "ieee", "tf32", or "default" for None.
 
     Raises:
         ValueError: for anything else.
     """
-    if precision is None:
-        return "tf32" if tf32_allowed else "ieee"
-    if precision not in ("ieee", "tf32"):
+    if precision not in (None, "ieee", "tf32"):
         raise ValueError(f"precision must be None, 'ieee' or 'tf32', not {precision!r}.")
-    return precision
+    return precision or "default"
 
 
-def matmul_tf32() -> bool:
-    """Whether PyTorch's setting for matrix products allows TF32."""
-    return torch.get_float32_matmul_precision() != "highest"
+def matmul_precision(precision) -> str:
+    """What "default" stands for where kernels run: PyTorch's setting for matrix products."""
+    if precision != "default":
+        return precision
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def convolution_precision(precision) -> str:
+    """What "default" stands for in convolutions: cuDNN's setting."""
+    if precision != "default":
+        return precision
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
 
 
 def shape(tensor) -> str:

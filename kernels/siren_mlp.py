@@ -26,12 +26,12 @@ import torch
 from .backend import tl, triton, use_triton
 from .batched_linear import batched_linear
 from .common import (
+    check_precision,
     check_same_kind,
     configs,
     cosine,
-    matmul_tf32,
+    matmul_precision,
     product,
-    product_precision,
     shape,
     sine,
 )
@@ -68,7 +68,7 @@ def siren_mlp(points, rows, hidden, omega=30.0, precision=None) -> torch.Tensor:
         y = batched_linear(points, w1, b1, "sine", omega=omega, precision=precision)
         y = batched_linear(y, w2, b2, "sine", omega=omega, precision=precision)
         return batched_linear(y, w3, b3, precision=precision)
-    precision = product_precision(precision, matmul_tf32())
+    precision = check_precision(precision)
     return _siren(points, rows, hidden, float(omega), precision).unsqueeze(-1)
 
 
@@ -312,7 +312,7 @@ def launch_backward(g, points, rows, hidden, omega, need_points, precision):
 def _siren(
     points: torch.Tensor, rows: torch.Tensor, hidden: int, omega: float, precision: str
 ) -> torch.Tensor:
-    return launch_forward(points, rows, hidden, omega, precision)
+    return launch_forward(points, rows, hidden, omega, matmul_precision(precision))
 
 
 @_siren.register_fake
@@ -325,6 +325,7 @@ def _siren_backward(
     g: torch.Tensor, points: torch.Tensor, rows: torch.Tensor,
     hidden: int, omega: float, need_points: bool, precision: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    precision = matmul_precision(precision)
     return launch_backward(g, points, rows, hidden, omega, need_points, precision)
 
 
