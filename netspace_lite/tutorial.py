@@ -79,9 +79,9 @@ MULTI = {
         steps=(8, 300), batch=64, held_out=(12, 24),
         teacher={"depth": 14, "channels": (16, 32, 32, 32), "strides": (2, 1, 2)},
         teachers=3, teacher_recipe={"steps": 300, "lr": 1e-3, "weight_decay": 5e-2},
-        chances=(0.15, 0.2, 0.3, 0.35), instance_steps=1500, teacher_steps=600,
+        chances=(0.18, 0.2, 0.3, 0.32), instance_steps=1300, teacher_steps=600,
         hidden=256, hidden_teacher=64, epoch=250, fine_tuning=(20, 200),
-        own_nets=160, own_steps=400,
+        own_nets=120, own_steps=300,
     ),
     "paper": MultiSize(
         nets={"LeNetLike": 90, "VanillaCNN": 80, "ResNet8": 90, "ResNet32": 130},

@@ -263,6 +263,17 @@ def train_nets(
     return state
 
 
+def fine_tune(nets: Nets, task, recipes: list[Recipe]) -> Nets:
+    """Train nets further, one recipe each with equal steps; ``nets`` themselves stay as they are.
+
+    A recipe's seed decides the order of the data only.
+    """
+    if len(recipes) != len(nets) or len({recipe.steps for recipe in recipes}) != 1:
+        raise ValueError(f"{len(nets)} nets need as many recipes of equal steps: {len(recipes)}")
+    state = _initial_state(nets.module, recipes) | {"rows": nets.rows.detach().clone()}
+    return Nets(nets.batched, train_nets(nets.batched, task, recipes, state)["rows"])
+
+
 def _initial_state(module: nn.Module, recipes: list[Recipe]) -> dict[str, Tensor]:
     rows = initial_rows(module, [recipe.seed for recipe in recipes])
     losses = torch.full((len(recipes), recipes[0].steps), torch.nan)
