@@ -32,6 +32,10 @@ class Images:
     def __getitem__(self, index) -> "Images":
         return Images(self.x[index], self.y[index])
 
+    def to(self, device) -> "Images":
+        """The same images on another device."""
+        return Images(self.x.to(device), self.y.to(device))
+
 
 @dataclass
 class ImageData:
@@ -50,6 +54,11 @@ class ImageData:
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         return tuple(self.train.x.shape[1:])
+
+    def to(self, device) -> "ImageData":
+        """The same data on another device; zoos and spaces are trained where their images are."""
+        parts = (part.to(device) for part in (self.train, self.val, self.test))
+        return ImageData(self.name, *parts, self.classes)
 
 
 def load_digits(seed: int = 0) -> ImageData:

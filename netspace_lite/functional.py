@@ -313,8 +313,11 @@ class Nets:
     logits = outputs
 
     def accuracy(self, images) -> Tensor:
-        """Accuracy in percent of each net on ``images`` (``.x`` [B, C, H, W], ``.y`` [B]): [N]."""
-        return (self.logits(images.x).argmax(-1) == images.y).float().mean(1) * 100
+        """Accuracy in percent of each net on ``images`` (``.x`` [B, C, H, W], ``.y`` [B]): [N].
+
+        The result is on the CPU, wherever the nets are.
+        """
+        return (self.logits(images.x).argmax(-1) == images.y).float().mean(1).cpu() * 100
 
     def to_module(self, n: int = 0) -> nn.Module:
         """Net n as a plain ``nn.Module`` of its own, in evaluation mode."""

@@ -54,23 +54,25 @@ def nearest_by_answers(zoo_answers: Tensor, answers: Tensor, zoo: Nets) -> Nets:
 
 def pca_nets(zoo: Nets, nets: Nets, size: int) -> Nets:
     """Baseline: weights squeezed through the zoo's first ``size`` principal components."""
-    pca = PCA(min(size, len(zoo)), random_state=0).fit(zoo.rows.numpy())
-    rows = pca.inverse_transform(pca.transform(nets.rows.numpy()))
-    return Nets(nets.batched, torch.from_numpy(rows).to(nets.rows.dtype))
+    pca = PCA(min(size, len(zoo)), random_state=0).fit(zoo.rows.cpu())
+    rows = pca.inverse_transform(pca.transform(nets.rows.cpu()))
+    return Nets(nets.batched, torch.from_numpy(rows).to(nets.rows))
 
 
 def noisy_nets(nets: Nets, share: float = 0.1, seed: int = 0) -> Nets:
     """Baseline: each net's weights plus Gaussian noise of ``share`` of their root mean square."""
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(nets.rows.shape, generator=generator)
+    noise = torch.randn(nets.rows.shape, generator=generator).to(nets.rows)
     size = nets.rows.square().mean(1, keepdim=True).sqrt()
     return Nets(nets.batched, nets.rows + share * size * noise)
 
 
-def line_drop(line: Tensor) -> Tensor:
-    """How far accuracies along lines [M, S] fall under the weaker of their two ends: [M] points.
+def line_drop(line: Tensor, ends: Tensor | None = None) -> Tensor:
+    """How far accuracies along lines [M, S] fall under the weaker of two nets: [M] points.
 
-    0 for a line that never falls below both ends.
+    The two are the line's own ends, or nets of accuracies ``ends`` [M, 2]. 0 for a line that never
+    falls under the weaker one.
     """
-    weaker = torch.minimum(line[:, 0], line[:, -1])
+    ends = line[:, [0, -1]] if ends is None else ends
+    weaker = ends.min(1).values
     return (weaker - line.min(1).values).clamp_min(0)

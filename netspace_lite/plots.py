@@ -41,6 +41,7 @@ def _axes(ax: Axes | None, width=5.5, height=3.8) -> Axes:
 
 def images(x: Tensor, titles: Sequence = (), columns: int = 10) -> np.ndarray:
     """A row of images x [B, C, H, W], each scaled to its own range, with titles."""
+    x = x.cpu()
     rows = -(-len(x) // columns)
     _, axes = plt.subplots(rows, columns, figsize=(0.95 * columns, 1.15 * rows), squeeze=False)
     for n, ax in enumerate(axes.flat):
@@ -80,6 +81,7 @@ def accuracy_spread(zoo, ax: Axes | None = None) -> Axes:
 
 def preps(preps: Tensor, titles: Sequence[str]) -> np.ndarray:
     """PReps [N, T, L] side by side, each on its own diverging colour scale centred on zero."""
+    preps = preps.detach().cpu()
     _, axes = plt.subplots(1, len(preps), figsize=(2.7 * len(preps), 2.7), squeeze=False)
     for n, ax in enumerate(axes[0]):
         limit = float(preps[n].abs().quantile(0.99))
@@ -111,8 +113,8 @@ def predicted_vs_target(target: Tensor, predicted: Tensor, title: str = "", ax=N
 def space_map(z: Tensor, values: Tensor, label: str, ax: Axes | None = None) -> Axes:
     """Embeddings [N, E] on their first two principal components, coloured by ``values`` [N]."""
     ax = _axes(ax)
-    pca = PCA(2, random_state=0).fit(z.numpy())
-    x, y = pca.transform(z.numpy()).T
+    pca = PCA(2, random_state=0).fit(z.cpu())
+    x, y = pca.transform(z.cpu()).T
     dots = ax.scatter(x, y, c=values, cmap="viridis", s=9, linewidths=0)
     share = pca.explained_variance_ratio_ * 100
     ax.set(

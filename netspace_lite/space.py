@@ -132,7 +132,7 @@ class NetSpace(nn.Module):
             probes, answers = inputs[chosen].clone(), 0
             if config.probes:
                 self.probes = nn.Parameter(probes, requires_grad=config.learn_probes)
-                row = self.batched[0].layout.pack([self.batched[0].module])
+                row = self.batched[0].layout.pack([self.batched[0].module]).to(probes)
                 answers = self.batched[0](row, probes).numel() + 1
             chunks = [b.layout.chunks(config.chunk) for b in self.batched]
             self.encoder = Encoder(config, chunks, answers)
@@ -140,6 +140,7 @@ class NetSpace(nn.Module):
             self.decoder = Decoder(config, bases)
             if len(self.batched) > 1:  # says which architecture an embedding stands for
                 self.classifier = nn.Linear(config.embedding, len(self.batched))
+        self.to(inputs.device)
 
     @classmethod
     def for_zoos(

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import torch
+
 from .data import ImageData, load_cifar10, load_digits, load_images
 
 
@@ -136,11 +138,14 @@ class Settings:
     def load_data(self) -> ImageData:
         """Your own images, else digits (lite) or CIFAR-10 (paper); the split is by seed 0 always.
 
-        All seeds see the same images, so that figures over seeds spread by training alone.
+        All seeds see the same images, so that figures over seeds spread by training alone. They go
+        to the GPU if there is one, and with them all that is trained on them.
         """
         if self.data:
-            return load_images(Path(self.data).expanduser())
-        return load_digits() if self.lite else load_cifar10()
+            data = load_images(Path(self.data).expanduser())
+        else:
+            data = load_digits() if self.lite else load_cifar10()
+        return data.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def folder(self, name: str) -> Path:
         """Where a notebook keeps what later ones use: ``build/<preset>-<data>-seed<n>/<name>``."""

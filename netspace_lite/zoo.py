@@ -61,6 +61,7 @@ class ImageTask:
 
     def __init__(self, data: ImageData, batch: int = 64):
         self.data, self.batch_size = data, min(batch, len(data.train))
+        self.device = data.train.x.device
         self._orders: dict[tuple[int, int], Tensor] = {}
 
     def describe(self) -> dict:
@@ -242,10 +243,11 @@ def train_nets(
     lengths = [recipe.steps for recipe in recipes]
     if lengths != sorted(lengths, reverse=True) or lengths[-1] < 1:
         raise ValueError("recipes should be sorted by steps, the longest first and none under 1")
+    device = getattr(task, "device", "cpu")  # nets are trained where their data is
     state = state or _initial_state(batched.module, recipes)
-    lr = torch.tensor([[recipe.lr] for recipe in recipes])
-    decay = torch.tensor([[recipe.weight_decay] for recipe in recipes])
-    ends = torch.tensor([[recipe.steps] for recipe in recipes])
+    state |= {key: state[key].to(device) for key in ("rows", "momentum", "variance", "losses")}
+    hyper = [[recipe.lr, recipe.weight_decay, recipe.steps] for recipe in recipes]
+    lr, decay, ends = torch.tensor(hyper, device=device).split(1, dim=1)
     started = time.perf_counter() - state["seconds"].item()
     for step in range(int(state["step"]), lengths[0]):
         n = sum(length > step for length in lengths)  # nets still in training
@@ -322,22 +324,24 @@ def train_zoo(
     }
     if folder is not None and store.exists(folder, "zoo"):
         _same_plan(folder, store.load(folder, "zoo")[0], plan)
-        return Zoo.load(folder, module)
+        zoo = Zoo.load(folder, module)
+        zoo.rows = zoo.rows.to(getattr(task, "device", "cpu"))
+        return zoo
     batched = Batched(module)
     order = sorted(range(len(recipes)), key=lambda n: -recipes[n].steps)
     blocks = [order[i : i + block] for i in range(0, len(order), block)]
-    rows = torch.empty(len(recipes), batched.layout.size)
-    losses = torch.full((len(recipes), recipes[order[0]].steps), torch.nan)
-    total, seconds = sum(recipe.steps for recipe in recipes), 0.0
+    total, states = sum(recipe.steps for recipe in recipes), []
     with tqdm(total=total, unit="step", disable=not progress, desc="training nets") as bar:
         for number, members in enumerate(blocks):
             chosen = [recipes[n] for n in members]
-            state = _train_block(batched, task, chosen, folder, f"block-{number}", plan, bar)
-            rows[members] = state["rows"]
-            losses[members, : chosen[0].steps] = state["losses"]
-            seconds += state["seconds"].item()
-    scores = task.scores(Nets(batched, rows))
-    zoo = Zoo(batched, rows, recipes, scores, losses, plan["task"], seconds)
+            states.append(_train_block(batched, task, chosen, folder, f"block-{number}", plan, bar))
+    back = torch.tensor(order).argsort()  # from longest first to the order of the recipes
+    rows = torch.cat([state["rows"] for state in states])[back]
+    longest = states[0]["losses"].shape[1]
+    losses = [s["losses"].cpu() for s in states]
+    losses = [F.pad(x, (0, longest - x.shape[1]), value=torch.nan) for x in losses]
+    scores, seconds = task.scores(Nets(batched, rows)), sum(s["seconds"].item() for s in states)
+    zoo = Zoo(batched, rows, recipes, scores, torch.cat(losses)[back], plan["task"], seconds)
     if folder is not None:
         zoo.save(folder)
         for number in range(len(blocks)):

@@ -65,3 +65,5 @@ def test_noise_has_the_size_that_was_asked_for():
 def test_a_line_drops_under_its_weaker_end():
     line = torch.tensor([[90.0, 70, 95], [90, 99, 80], [50, 50, 50]])
     assert metrics.line_drop(line).tolist() == [20, 0, 0]
+    ends = torch.tensor([[80.0, 72], [100, 100], [40, 60]])
+    assert metrics.line_drop(line, ends).tolist() == [2, 20, 0]
