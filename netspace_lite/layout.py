@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .kernels import chunk_pack
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,16 @@ class Layout:
         nets = list(nets)
         if not nets:
             raise ValueError("no nets to pack: give at least one module or state dict")
-        return torch.stack([self._row(n, net) for n, net in enumerate(nets)])
+        tensors = [self._parameters(n, net) for n, net in enumerate(nets)]
+        return chunk_pack(tensors, 1, self.size).flatten(1)
 
-    def _row(self, n: int, net) -> Tensor:
+    def _parameters(self, n: int, net) -> list[Tensor]:
         state = net.state_dict() if isinstance(net, nn.Module) else net
         for name, shape in zip(self.names, self.shapes, strict=True):
             found = tuple(state[name].shape) if name in state else "missing"
             if found != shape:
                 raise ValueError(f"net {n}: parameter {name!r} should be {shape}, but is {found}")
-        return torch.cat([state[name].detach().reshape(-1) for name in self.names])
+        return [state[name].detach() for name in self.names]
 
     def unpack(self, rows: Tensor) -> list[dict[str, Tensor]]:
         """rows [N, P] -> N state dicts whose tensors are views of ``rows``."""

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from . import store
 from .architectures import build, describe, name_of
 from .functional import Batched, Nets
-from .layout import Layout, to_prep
+from .kernels import chunk_pack
+from .layout import Layout
 from .mixed import MixedNets
 
 
@@ -122,10 +123,10 @@ class NetSpace(nn.Module):
         if not (config.weights or config.probes):
             raise ValueError("an encoder needs weights=True, or probes > 0, to read anything")
         self.batched = [Batched(module) for module in modules]
-        sizes = [b.layout.size for b in self.batched]
-        for a, size in enumerate(sizes):
-            self.register_buffer(f"mean{a}", torch.zeros(size))
-            self.register_buffer(f"std{a}", torch.ones(size))
+        chunks = [b.layout.chunks(config.chunk) for b in self.batched]
+        for a, count in enumerate(chunks):
+            self.register_buffer(f"mean{a}", torch.zeros(count, config.chunk))
+            self.register_buffer(f"std{a}", torch.ones(count, config.chunk))
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
             chosen = torch.randperm(len(inputs))[: config.probes]
@@ -134,7 +135,6 @@ class NetSpace(nn.Module):
                 self.probes = nn.Parameter(probes, requires_grad=config.learn_probes)
                 row = self.batched[0].layout.pack([self.batched[0].module]).to(probes)
                 answers = self.batched[0](row, probes).numel() + 1
-            chunks = [b.layout.chunks(config.chunk) for b in self.batched]
             self.encoder = Encoder(config, chunks, answers)
             bases = [b.layout.pack([b.module])[0] for b in self.batched]
             self.decoder = Decoder(config, bases)
@@ -165,9 +165,10 @@ class NetSpace(nn.Module):
                 base = zoo.rows[scores.argmax()]
                 space.decoder.bias[a].copy_(base)
                 space.decoder.scale[a].fill_(base.std())
-                getattr(space, f"mean{a}").copy_(zoo.rows.mean(0))
+                mean, std = getattr(space, f"mean{a}"), getattr(space, f"std{a}")
+                mean.flatten()[: len(base)] = zoo.rows.mean(0)
                 if len(zoo) > 1:
-                    getattr(space, f"std{a}").copy_(zoo.rows.std(0).clamp_min(1e-6))
+                    std.flatten()[: len(base)] = zoo.rows.std(0).clamp_min(1e-6)
         return space
 
     @property
@@ -211,8 +212,7 @@ class NetSpace(nn.Module):
         prep = answers = None
         if self.config.weights:
             mean, std = getattr(self, f"mean{architecture}"), getattr(self, f"std{architecture}")
-            chunks = self.batched[architecture].layout.chunks(self.config.chunk)
-            prep = to_prep((rows - mean) / std, chunks, self.config.chunk)
+            prep = chunk_pack(rows, *mean.shape, mean, std)
         if self.config.probes:
             batched = self.batched[architecture]
             blocks = [batched(part, self.probes) for part in rows.split(block)]

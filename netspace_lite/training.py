@@ -9,11 +9,11 @@ from collections.abc import Callable
 from math import cos, pi
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import store
+from .kernels import distillation_loss
 from .space import NetSpace
 
 
@@ -28,10 +28,14 @@ def spread(answers: Tensor) -> Tensor:
 
 
 def kl_divergence(outputs: Tensor, answers: Tensor, temperature) -> Tensor:
-    """KL of softened predictions from softened targets, mean over samples: [N, B, K] -> [N]."""
-    target = F.log_softmax(answers / temperature, -1)
-    predicted = F.log_softmax(outputs / temperature, -1)
-    return (target.exp() * (target - predicted)).sum(-1).mean(1)
+    """KL of softened predictions from softened targets, mean over samples: [N, B, K] -> [N].
+
+    ``answers`` are [N, B, K], or [1, B, K] for all nets; ``temperature`` is a number or [N, 1, 1].
+    """
+    if isinstance(temperature, Tensor):
+        temperature = temperature.flatten()
+    answers = answers.expand_as(outputs)
+    return distillation_loss(outputs, answers, temperature=temperature) / temperature**2
 
 
 class InstanceDistillation:
@@ -42,7 +46,7 @@ class InstanceDistillation:
         zoo: the nets to learn from.
         inputs: [S, ...] shared, or [N, S, ...] with ``per_net``.
         loss: (outputs, answers, scale) -> [N]; ``kl_divergence`` for logits with the scale as
-            temperature, or `scaled_mse`.
+            temperature, or `netspace_lite.shape_nets.squared_error`.
         nets, samples: drawn in each step; many nets on few samples learn fastest.
     """
 
@@ -65,7 +69,7 @@ class InstanceDistillation:
         else:
             features = self.features[n]
         z = space.encoder(features, self.architecture)
-        inputs = self.inputs[n][:, s] if self.per_net else self.inputs[s]
+        inputs = self.inputs[n[:, None], s] if self.per_net else self.inputs[s]
         outputs = space.decode(z, self.architecture)(inputs, self.per_net)
         scale = None if self.scale is None else self.scale[n]
         return self.loss(outputs, self.answers[n[:, None], s], scale).mean()
