@@ -24,8 +24,8 @@ BLOCK_BYTES = 2 << 20  # unfolded images of this many bytes stay in a core's sec
 def prefers_unfolding(x, weight, output_size) -> bool:
     """Whether the unfolded product is the faster way on this CPU tensor.
 
-    True for images per net whose channels, in or out, aren't a multiple of 8, if unfolding makes
-    them at most 4 times larger. Always false for what the unfolded product does not support: shared
+    True for images per net whose channels, in or out, aren't a multiple of 8, or that have samples
+    innermost already, if unfolding makes them at most 4 times larger. Always false for what the unfolded product does not support: shared
     images (one dense convolution is faster), transforms of torch.func, torch.compile, and dtypes
     other than fp32 and fp64.
     """
@@ -37,7 +37,7 @@ def prefers_unfolding(x, weight, output_size) -> bool:
         return False
     growth = weight[0, 0, 0].numel() * output_size[0] * output_size[1] / x[0, 0, 0].numel()
     blocked = weight.shape[1] % CHANNELS == 0 and weight.shape[2] % CHANNELS == 0
-    return not blocked and growth <= GROWTH
+    return (not blocked or x.stride(0) == 1) and growth <= GROWTH
 
 
 class UnfoldedConv2d(torch.autograd.Function):

@@ -110,14 +110,16 @@ def test_unfolded_product_matches_reference(case, activation):
 def test_rule_of_the_cpu_path():
     """Channels in eights stay grouped; so do images that unfolding would blow up."""
 
-    def unfolds(inner, out, stride=2, shared=False):
-        case = (2, 4, inner, out, 8, 8, (3, 3), stride, 1)
+    def unfolds(inner, out, stride=2, shared=False, innermost=False):
+        x = images((2, 4, inner, out, 8, 8, (3, 3), stride, 1), shared)
+        x = x.permute(1, 2, 3, 4, 0).contiguous().permute(4, 0, 1, 2, 3) if innermost else x
         size = (8 // stride, 8 // stride)
-        return prefers_unfolding(images(case, shared), torch.zeros(2, out, inner, 3, 3), size)
+        return prefers_unfolding(x, torch.zeros(2, out, inner, 3, 3), size)
 
     assert unfolds(6, 12)
     assert unfolds(1, 8)
     assert not unfolds(8, 16)
+    assert unfolds(8, 16, innermost=True)  # as the layer before it left them
     assert not unfolds(6, 12, stride=1)
     assert not unfolds(6, 12, shared=True)
 

@@ -64,6 +64,16 @@ def test_without_bias(assert_matches):
     )
 
 
+def test_samples_innermost(assert_matches):
+    """Inputs `[N, I, B]` in memory, seen as `[N, B, I]`: as convolutions on a CPU leave them."""
+    assert_matches(
+        lambda x, w: op(x.mT, w, activation="leaky_relu", precision="ieee"),
+        lambda x, w: batched_linear_reference(x.mT, w, activation="leaky_relu"),
+        x=torch.randn(2, 7, 40),
+        w=torch.randn(2, 3, 7),
+    )
+
+
 def test_reference_equals_modules():
     nets = [nn.Linear(7, 5) for _ in range(3)]
     x = torch.randn(3, 4, 7)
