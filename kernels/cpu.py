@@ -25,9 +25,9 @@ def prefers_unfolding(x, weight, output_size) -> bool:
     """Whether the unfolded product is the faster way on this CPU tensor.
 
     True for images per net whose channels, in or out, aren't a multiple of 8, or that have samples
-    innermost already, if unfolding makes them at most 4 times larger. Always false for what the unfolded product does not support: shared
-    images (one dense convolution is faster), transforms of torch.func, torch.compile, and dtypes
-    other than fp32 and fp64.
+    innermost already, if unfolding makes them at most 4 times larger. Always false for what the
+    unfolded product does not support: shared images (one dense convolution is faster), transforms
+    of torch.func, torch.compile, and dtypes other than fp32 and fp64.
     """
     if x.ndim == 4 or x.dtype not in (torch.float32, torch.float64) or x.device.type != "cpu":
         return False
