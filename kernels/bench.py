@@ -283,8 +283,10 @@ def main():
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
+    parser.add_argument("--repeats", type=int, default=15, help="rounds; every way runs in each")
     options = parser.parse_args()
-    device, repeats = torch.device(options.device), 5 if options.quick else 15
+    device = torch.device(options.device)
+    repeats = min(options.repeats, 5) if options.quick else options.repeats
     print(machine(device), flush=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch.compile's advice on precision
