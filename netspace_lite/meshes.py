@@ -4,6 +4,8 @@ A mesh is a `trimesh.Trimesh`; `mesh.export("chair.ply")` (or ``.obj``) writes i
 no surface there is no mesh, and None stands in its place.
 """
 
+import base64
+import io
 from collections.abc import Callable
 
 import matplotlib.pyplot as plt
@@ -190,3 +192,34 @@ def _cluster(mesh, cells: int = 96) -> trimesh.Trimesh:
     coarse = trimesh.Trimesh(mesh.vertices[first], merged.reshape(-1)[mesh.faces])
     coarse.update_faces(coarse.nondegenerate_faces())
     return coarse
+
+
+class Slider:
+    """Pictures one at a time with a slider below: rich display in Jupyter, no kernel needed.
+
+    The pictures are part of the page. Where a viewer shows no interactive output, draw the same
+    meshes side by side with `draw_meshes`.
+    """
+
+    def __init__(self, figures):
+        self.pictures = []
+        for figure in figures:
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png")
+            plt.close(figure)
+            self.pictures.append(base64.b64encode(buffer.getvalue()).decode())
+
+    def _repr_html_(self) -> str:
+        frames = "".join(
+            f'<img alt="step {n}" style="display:{"none" if n else "block"}" '
+            f'src="data:image/png;base64,{picture}">'
+            for n, picture in enumerate(self.pictures)
+        )
+        show = (
+            "this.parentElement.querySelectorAll('img').forEach("
+            "(frame, n) => frame.style.display = n == this.value ? 'block' : 'none')"
+        )
+        return (
+            f'<div>{frames}<input type="range" min="0" max="{len(self.pictures) - 1}" value="0" '
+            f'style="width:320px" aria-label="step" oninput="{show}"></div>'
+        )

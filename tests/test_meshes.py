@@ -7,6 +7,7 @@ import torch
 import trimesh
 
 from netspace_lite.meshes import (
+    Slider,
     compare_meshes,
     draw_meshes,
     mesh_from_grid,
@@ -150,3 +151,10 @@ class TestDrawing:
     def test_titles_must_match(self):
         with pytest.raises(ValueError, match="1 meshes but 2 titles"):
             draw_meshes([None], ["a", "b"])
+
+
+def test_a_slider_holds_every_picture_and_shows_the_first():
+    page = Slider([draw_meshes([None]) for _ in range(3)])._repr_html_()
+    assert page.count("data:image/png;base64,") == 3
+    assert page.count("display:block") == 1
+    assert 'max="2"' in page
