@@ -231,3 +231,70 @@ def walk(architecture: Tensor, accuracy: Tensor, names: Sequence[str], ax=None) 
     )  # fmt: skip
     ax.legend(ncols=len(names), loc="lower center")
     return ax
+
+
+def trajectories(z: Tensor, values: Tensor, path: Tensor, label: str, ax=None) -> Axes:
+    """The map of the space (`space_map`) with searches drawn on it.
+
+    Args:
+        z, values: [N, E] embeddings and their [N] colours.
+        path: [S, M, E], M searches of S points each, from the circle to the star.
+    """
+    ax = space_map(z, values, label, ax)
+    pca = PCA(2, random_state=0).fit(z.cpu())
+    points = pca.transform(path.flatten(0, 1).cpu()).reshape(*path.shape[:2], 2)
+    for m in range(path.shape[1]):
+        ax.plot(*points[:, m].T, color=RED, lw=1, alpha=0.8)
+    ends = {"mec": "black", "mew": 0.8, "ls": ""}
+    ax.plot(*points[0].T, "o", color="white", ms=6, label="start", **ends)
+    ax.plot(*points[-1].T, "*", color=ORANGE, ms=11, label="end", **ends)
+    ax.legend(loc="best")
+    return ax
+
+
+def search_history(steps: Sequence[int], scores: Tensor, lines: dict[str, float], ax=None) -> Axes:
+    """Accuracy [S, M] of M searches at ``steps``, and horizontal lines to compare with."""
+    ax = _axes(ax)
+    ax.plot(steps, scores, color=BLUE, lw=1, alpha=0.5)
+    ax.plot(steps, scores.median(1).values, color=BLUE, lw=2.5, label="median of all starts")
+    for (name, height), colour in zip(lines.items(), (ORANGE, GREEN, PINK), strict=False):
+        ax.axhline(height, color=colour, ls="--", label=f"{name}: {height:.1f}%")
+    ax.set(xlabel="step of the search", ylabel="accuracy (%)", ylim=(None, 101))
+    ax.legend(loc="lower right")
+    return ax
+
+
+def inspect_net(z: Tensor, values: Tensor, at: Tensor, confusion: Tensor, title: str) -> np.ndarray:
+    """Where a point lies on the map, and what its net confuses.
+
+    Args:
+        z, values: [N, E] and [N], the map; at: [E], the point.
+        confusion: [K, K], images of each class (rows) by the class the net gave (columns).
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    trajectories(z, values, at[None, None], "test accuracy (%)", left)
+    left.get_legend().remove()
+    share = confusion / confusion.sum(1, keepdim=True).clamp_min(1) * 100
+    picture = right.imshow(share, cmap="cividis", vmin=0, vmax=100)
+    figure.colorbar(picture, ax=right, label="share of the class (%)")
+    right.set(xlabel="class given by the net", ylabel="true class", title=title)
+    return np.array([left, right])
+
+
+def grouped_bars(
+    rows: dict[str, Sequence[float]], labels: Sequence[str], xlabel: str, ax: Axes | None = None
+) -> Axes:
+    """Horizontal bars in groups: name -> one value per label."""
+    ax = _axes(ax, 8, 0.3 * len(rows) * (len(labels) + 1) + 1)
+    height = 1 / (len(labels) + 1)
+    for i, (label, colour) in enumerate(zip(labels, (BLUE, SKY, GREY), strict=False)):
+        places = np.arange(len(rows)) + i * height
+        drawn = ax.barh(
+            places, [row[i] for row in rows.values()], height, label=label, color=colour
+        )
+        ax.bar_label(drawn, fmt="%.0f", padding=3, fontsize=9)
+    ax.set_yticks(np.arange(len(rows)) + height, list(rows))
+    ax.invert_yaxis()
+    ax.set(xlabel=xlabel, xlim=(0, 115))
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=len(labels))
+    return ax

@@ -71,6 +71,7 @@ class MultiSize:
     hidden_teacher: int
     epoch: int
     fine_tuning: tuple[int, int]
+    described_steps: int
     own_nets: int
     own_steps: int
 
@@ -83,7 +84,7 @@ MULTI = {
         teachers=3, teacher_recipe={"steps": 300, "lr": 1e-3, "weight_decay": 5e-2},
         chances=(0.18, 0.2, 0.3, 0.32), instance_steps=1300, teacher_steps=600,
         hidden=256, hidden_teacher=64, epoch=250, fine_tuning=(20, 200),
-        own_nets=120, own_steps=300,
+        described_steps=400, own_nets=120, own_steps=300,
     ),
     "paper": MultiSize(
         nets={"LeNetLike": 90, "VanillaCNN": 80, "ResNet8": 90, "ResNet32": 130},
@@ -92,7 +93,7 @@ MULTI = {
         teacher_recipe={"steps": 70_000, "lr": 1e-3, "weight_decay": 5e-2},
         chances=(0.15, 0.2, 0.25, 0.4), instance_steps=60_000, teacher_steps=60_000,
         hidden=128, hidden_teacher=64, epoch=1000, fine_tuning=(400, 4000),
-        own_nets=90, own_steps=20_000,
+        described_steps=10_000, own_nets=90, own_steps=20_000,
     ),
 }  # fmt: skip
 

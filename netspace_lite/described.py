@@ -1,0 +1,151 @@
+"""Decode modules the space never met: each layer is described to the decoder, not numbered.
+
+A head per architecture (`netspace_lite.space.Decoder`) knows its architectures by index and can't
+be asked for another. Here one generator makes every layer of every module from the embedding and a
+description that any layout gives: kind, shape, depth (in the spirit of graph hypernetworks,
+Knyazev et al. 2021). Smaller layers are cut from the corner of a largest one, so widths share
+weights like nested dolls.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import cos, log2, pi, sin
+
+import torch
+from torch import Tensor, nn
+
+from .functional import Batched, Nets
+from .layout import Layout
+
+KINDS = ("convolution", "pointwise", "linear", "bias")
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The largest layers that can be asked for: convolution channels and window, linear sizes."""
+
+    channels: int = 32
+    kernel: int = 3
+    outputs: int = 64
+    inputs: int = 128
+
+
+def kind_of(shape: Sequence[int]) -> str:
+    """The kind of layer that a parameter of this shape belongs to, one of ``KINDS``."""
+    if len(shape) == 4:
+        return "pointwise" if tuple(shape[2:]) == (1, 1) else "convolution"
+    return {2: "linear", 1: "bias"}.get(len(shape), "unknown")
+
+
+def describe_layers(layout: Layout) -> Tensor:
+    """One row per parameter tensor: [R, D] of kind, shape, and depth from both ends.
+
+    Raises ValueError for a parameter that is neither a weight of a layer nor a bias.
+    """
+    kinds = [kind_of(shape) for shape in layout.shapes]
+    for name, shape, kind in zip(layout.names, layout.shapes, kinds, strict=True):
+        if kind == "unknown":
+            raise ValueError(f"parameter {name!r} of shape {shape} is no layer: can't describe it")
+    weights = [kind != "bias" for kind in kinds]
+    last = max(sum(weights) - 1, 1)
+    rows, depth = [], -1
+    for shape, kind, weight in zip(layout.shapes, kinds, weights, strict=True):
+        depth += weight
+        share = max(depth, 0) / last
+        waves = [wave(share * pi * k) for k in (1, 2, 4) for wave in (sin, cos)]
+        inputs = shape[1] if weight else 1
+        rows.append(
+            [float(kind == k) for k in KINDS]
+            + [log2(n) / 6 for n in (shape[0], inputs)]
+            + [share, depth / 10, (last - depth) / 10, float(depth == 0), float(depth == last)]
+            + waves
+        )
+    return torch.tensor(rows)
+
+
+class DescribedDecoder(nn.Module):
+    """Embeddings [N, E] and any module's layout -> nets of that module.
+
+    Args:
+        embedding: E.
+        hidden: width of the layer codes.
+        largest: bounds on the layers.
+        seed: of the initialisation.
+    """
+
+    def __init__(self, embedding: int, hidden: int = 128, largest: Largest | None = None, seed=0):
+        super().__init__()
+        self.embedding, self.largest = embedding, largest or Largest()
+        c, k = self.largest.channels, self.largest.kernel
+        self.shapes = {
+            "convolution": (c, c, k, k),
+            "pointwise": (c, c, 1, 1),
+            "linear": (self.largest.outputs, self.largest.inputs),
+            "bias": (max(c, self.largest.outputs),),
+        }
+        width = describe_layers(Layout(("weight",), ((1, 1),))).shape[1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.read = nn.Linear(embedding, hidden)
+            self.layer = nn.Sequential(nn.Linear(width, hidden), nn.LeakyReLU())
+            self.code = nn.Sequential(nn.Linear(2 * hidden, hidden), nn.LeakyReLU())
+            self.mix = nn.Sequential(nn.Linear(hidden, hidden), nn.LeakyReLU())
+            sizes = {kind: torch.Size(shape).numel() for kind, shape in self.shapes.items()}
+            self.make = nn.ModuleDict({k: nn.Linear(hidden, size) for k, size in sizes.items()})
+
+    def forward(self, z: Tensor, layout: Layout) -> Tensor:
+        """z: [N, E] -> rows [N, P]."""
+        self._check(layout)
+        about = self.layer(describe_layers(layout).to(z))  # [R, hidden]
+        read = self.read(z)[:, None].expand(-1, len(about), -1)
+        code = self.code(torch.cat([read, about.expand(len(z), -1, -1)], -1))  # [N, R, hidden]
+        code = code + self.mix(code)
+        code = code / code.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
+        parts = []
+        for r, shape in enumerate(layout.shapes):
+            kind = kind_of(shape)
+            full = self.make[kind](code[:, r]).unflatten(1, self.shapes[kind])
+            cut = full[(slice(None), *(slice(size) for size in shape))].flatten(1)
+            fan_in = max(1, torch.Size(shape[1:]).numel())
+            parts.append(cut * ((6 / fan_in) ** 0.5 if kind != "bias" else 0.1))
+        return torch.cat(parts, 1)
+
+    def decode(self, z: Tensor, module: nn.Module | Batched) -> Nets:
+        """Nets of any module, one per embedding z [N, E] (or one, [E]).
+
+        Raises ValueError if a layer is larger than the decoder was built for.
+        """
+        batched = module if isinstance(module, Batched) else Batched(module)
+        return Nets(batched, self(z[None] if z.dim() == 1 else z, batched.layout))
+
+    def _check(self, layout: Layout) -> None:
+        for name, shape in zip(layout.names, layout.shapes, strict=True):
+            bound = self.shapes.get(kind_of(shape))
+            if bound and any(s > b for s, b in zip(shape, bound, strict=True)):
+                raise ValueError(
+                    f"parameter {name!r} of shape {tuple(shape)} is larger than {bound}, the "
+                    "largest this decoder makes: build it with a larger Largest(...)"
+                )
+
+
+class DescribedDistillation:
+    """Decoded modules answer well, whichever module is described and wherever in the space.
+
+    Args:
+        modules: the modules named in training; others can be asked for later.
+        z: [S, E] embeddings to decode from.
+        answering: how nets should answer, ``(nets, generator) -> [N]``.
+        nets, kinds: embeddings and modules drawn in each step.
+    """
+
+    def __init__(self, modules, z: Tensor, answering, nets: int = 2, kinds: int = 3):
+        self.batched = [Batched(module) for module in modules]
+        self.z, self.answering, self.nets, self.kinds = z.detach(), answering, nets, kinds
+
+    def __call__(self, decoder: DescribedDecoder, generator: torch.Generator) -> Tensor:
+        loss = 0
+        for a in torch.randperm(len(self.batched), generator=generator)[: self.kinds].tolist():
+            n = torch.randint(len(self.z), (self.nets,), generator=generator)
+            nets = decoder.decode(self.z[n], self.batched[a])
+            loss = loss + self.answering(nets, generator).mean() / self.kinds
+        return loss

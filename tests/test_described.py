@@ -1,0 +1,76 @@
+"""Modules described to the decoder by their layout."""
+
+import pytest
+import torch
+from torch import nn
+
+from netspace_lite.architectures import LeNetLike, ResNet, VanillaCNN
+from netspace_lite.described import (
+    DescribedDecoder,
+    DescribedDistillation,
+    Largest,
+    describe_layers,
+)
+from netspace_lite.layout import Layout
+from netspace_lite.training import fit
+
+IMAGE = (1, 8, 8)
+
+
+def resnet(depth):
+    return ResNet(IMAGE, 3, depth, (4, 4, 4, 4), strides=(2, 1, 2))
+
+
+def test_a_description_tells_all_layers_apart():
+    rows = describe_layers(Layout.of(resnet(14)))
+    assert len(rows) == len(list(resnet(14).parameters()))
+    assert len(torch.unique(rows.mul(1e4).round(), dim=0)) == len(rows)
+
+
+def test_depth_is_told_from_both_ends():
+    shallow, deep = (describe_layers(Layout.of(resnet(depth))) for depth in (8, 20))
+    torch.testing.assert_close(shallow[0][:7], deep[0][:7])  # the stem: same kind, shape, depth 0
+    assert not torch.allclose(shallow[0], deep[0])  # but further from the end
+
+
+def test_every_module_within_bounds_can_be_asked_for():
+    decoder = DescribedDecoder(16, hidden=8)
+    z = torch.randn(2, 16)
+    for module in (resnet(8), resnet(26), VanillaCNN(IMAGE, 3, (4, 8), (2, 2)), nn.Linear(5, 3)):
+        nets = decoder.decode(z, module)
+        assert nets.rows.shape == (2, Layout.of(module).size)
+        assert torch.isfinite(nets.rows).all()
+    assert len(decoder.decode(z[0], resnet(8))) == 1
+
+
+def test_narrow_layers_are_corners_of_wide_ones_of_the_same_description():
+    decoder = DescribedDecoder(16, hidden=8)
+    row = decoder(torch.randn(1, 16), Layout(("weight",), ((6, 5),)))
+    assert row.shape == (1, 30)
+    big = decoder(torch.zeros(1, 16), Layout(("w",), ((64, 128),))).view(64, 128)
+    assert float(big.detach().std()) * 128**0.5 == pytest.approx(2**0.5, rel=0.5)  # starts at a usual scale
+
+
+def test_what_cannot_be_made_is_named():
+    decoder = DescribedDecoder(16, largest=Largest(channels=4))
+    with pytest.raises(ValueError, match=r"'0.weight' of shape \(8, 1, 3, 3\) is larger than"):
+        decoder.decode(torch.zeros(16), nn.Sequential(nn.Conv2d(1, 8, 3)))
+    with pytest.raises(ValueError, match="'in_proj' of shape .* is no layer"):
+        describe_layers(Layout(("in_proj",), ((2, 3, 4),)))
+
+
+def test_training_lowers_the_loss_of_every_module_named():
+    lenet = LeNetLike(IMAGE, 3, channels=(4,), hidden=(8,), kernel=3)
+    decoder, x = DescribedDecoder(16, hidden=16), torch.randn(30, *IMAGE)
+    wanted = (x[:, 0, 0, 0] > 0).long()
+
+    def answering(nets, generator):
+        logits = nets(x).transpose(1, 2)
+        return nn.functional.cross_entropy(
+            logits, wanted.expand(len(logits), -1), reduction="none"
+        ).mean(1)
+
+    objective = DescribedDistillation([lenet, resnet(8)], torch.randn(5, 16), answering, kinds=2)
+    before = objective(decoder, torch.Generator().manual_seed(0)).detach()
+    fit(decoder, objective, lambda d: {"score": 0.0}, 30, lr=5e-3, epoch=30, progress=False)
+    assert objective(decoder, torch.Generator().manual_seed(0)).detach() < before / 2
