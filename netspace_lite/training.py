@@ -77,7 +77,8 @@ class InstanceDistillation:
 
 def refine(
     space: NetSpace, nets, inputs: Tensor, steps: int = 50, *, z: Tensor | None = None,
-    samples: int = 64, lr: float = 0.05, architecture: int = 0, seed: int = 0,
+    per_net: bool = False, loss=kl_divergence, samples: int = 64, lr: float = 0.05,
+    architecture: int = 0, seed: int = 0,
 ) -> Tensor:  # fmt: skip
     """Embeddings [N, E] polished until the decoded nets answer ``inputs`` more like ``nets``.
 
@@ -87,17 +88,20 @@ def refine(
 
     Args:
         nets: N `Nets` of the architecture.
-        inputs: [S, ...] inputs whose answers are compared, ``samples`` of them a step.
+        inputs: [S, ...] inputs whose answers are compared, ``samples`` of them a step; with
+            ``per_net`` [N, S, ...], each net's own.
+        loss: (outputs, answers, scale) -> [N], as in `InstanceDistillation`.
     """
-    answers = nets.outputs(inputs)
-    scale = spread(answers)
+    answers = nets.outputs(inputs, per_net)
+    scale = spread(answers) if answers.shape[-1] > 1 else None
     z = (space.encode(nets, architecture) if z is None else z.detach().clone()).requires_grad_()
     adam = torch.optim.Adam([z], lr)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        s = torch.randint(len(inputs), (samples,), generator=generator)
-        outputs = space.decode(z, architecture)(inputs[s])
-        (z.grad,) = torch.autograd.grad(kl_divergence(outputs, answers[:, s], scale).sum(), z)
+        s = torch.randint(answers.shape[1], (samples,), generator=generator)
+        x = inputs[:, s] if per_net else inputs[s]
+        outputs = space.decode(z, architecture)(x, per_net)
+        (z.grad,) = torch.autograd.grad(loss(outputs, answers[:, s], scale).sum(), z)
         adam.step()
     return z.detach()
 

@@ -19,7 +19,7 @@ from netspace_lite.shape_nets import (
 )
 from netspace_lite.shapes import Samples, sample_chairs
 from netspace_lite.space import NetSpace, SpaceConfig
-from netspace_lite.training import InstanceDistillation, fit
+from netspace_lite.training import InstanceDistillation, fit, refine
 from netspace_lite.zoo import Zoo, train_nets, train_zoo
 
 SMALL = Siren(hidden=16, omega=15.0)
@@ -173,6 +173,17 @@ def test_the_space_of_classifiers_is_the_space_of_shapes(zoo, space, samples):
     )  # fmt: skip
     assert objective(space, torch.Generator().manual_seed(0)).item() < before / 4
     assert [row["step"] for row in history] == [50, 100, 150]
+
+
+def test_embeddings_of_shapes_are_refined_on_their_own_points(zoo, space, samples):
+    def loss(z):
+        return squared_error(space.decode(z)(samples.points, per_net=True), answers).detach()
+
+    answers = zoo.outputs(samples.points, per_net=True)
+    torch.nn.init.normal_(space.decoder.heads[0].weight, std=0.02)
+    z = refine(space, zoo, samples.points, per_net=True, loss=squared_error, lr=0.02)
+    assert (loss(z) < loss(space.encode(zoo))).sum() >= 3
+    assert loss(z).mean() < loss(space.encode(zoo)).mean()
 
 
 def test_the_papers_size_trains_a_step(samples):
