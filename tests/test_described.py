@@ -48,7 +48,9 @@ def test_narrow_layers_are_corners_of_wide_ones_of_the_same_description():
     row = decoder(torch.randn(1, 16), Layout(("weight",), ((6, 5),)))
     assert row.shape == (1, 30)
     big = decoder(torch.zeros(1, 16), Layout(("w",), ((64, 128),))).view(64, 128)
-    assert float(big.detach().std()) * 128**0.5 == pytest.approx(2**0.5, rel=0.5)  # starts at a usual scale
+    assert float(big.detach().std()) * 128**0.5 == pytest.approx(
+        2**0.5, rel=0.5
+    )  # starts at a usual scale
 
 
 def test_what_cannot_be_made_is_named():
