@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 from torch.func import functional_call, vmap
 
-from .architectures import Sine, Siren
+from .architectures import Sine, Siren, name_of
 from .kernels import batched_conv2d, batched_linear, siren_mlp
 from .layout import Layout, check_rows
 
@@ -293,7 +293,7 @@ class Nets:
         return (self[n] for n in range(len(self)))
 
     def __repr__(self) -> str:
-        name = type(self.module).__name__
+        name = name_of(self.module)
         return f"{type(self).__name__}({len(self)} × {name}, {self.layout.size:,} parameters each)"
 
     def __call__(self, x: Tensor, per_net: bool = False) -> Tensor:
