@@ -275,7 +275,7 @@ def inspect_net(z: Tensor, values: Tensor, at: Tensor, confusion: Tensor, title:
     trajectories(z, values, at[None, None], "test accuracy (%)", left)
     left.get_legend().remove()
     share = confusion / confusion.sum(1, keepdim=True).clamp_min(1) * 100
-    picture = right.imshow(share, cmap="cividis", vmin=0, vmax=100)
+    picture = right.imshow(share.numpy(), cmap="cividis", vmin=0, vmax=100)
     figure.colorbar(picture, ax=right, label="share of the class (%)")
     right.set(xlabel="class given by the net", ylabel="true class", title=title)
     return np.array([left, right])
