@@ -19,7 +19,7 @@ from netspace_lite.objectives import (
     combine,
 )
 from netspace_lite.space import NetSpace, SpaceConfig
-from netspace_lite.zoo import ImageTask, Recipe, initial_rows, train_zoo
+from netspace_lite.zoo import ImageTask, Recipe, fine_tune, initial_rows, train_zoo
 
 IMAGE, CLASSES = (1, 8, 8), 3
 CONFIG = SpaceConfig(embedding=16, probes=8, weights=False, hidden=16)
@@ -248,6 +248,21 @@ def test_classification_separates_architectures(space, zoos):
     z = space.encode(zoos)
     assert torch.equal(space.predict(z), wanted)
     assert (space.predict(space.translate(z[:6], 0, 3)) == 3).all()
+
+
+def test_fine_tuning_is_training_from_where_nets_are(zoos, data):
+    """One step from given weights equals AdamW on the plain module."""
+    task, recipe, before = ImageTask(data, 32), Recipe(3, 1, 1e-2, 0.1), zoos[0].rows.clone()
+    tuned = fine_tune(zoos[0][:2], task, [recipe] * 2)
+    module = zoos[0].to_module(1)
+    adam = torch.optim.AdamW(module.parameters(), 1e-2, weight_decay=0.1)
+    x, y = task.batch([recipe], 0)
+    F.cross_entropy(module(x[0]), y[0]).backward()
+    adam.step()
+    torch.testing.assert_close(tuned.rows[1:], tuned.layout.pack([module]), rtol=1e-4, atol=1e-5)
+    assert torch.equal(zoos[0].rows, before)
+    with pytest.raises(ValueError, match="6 nets need as many recipes"):
+        fine_tune(zoos[0], task, [recipe])
 
 
 class Depthwise(nn.Module):
