@@ -19,6 +19,7 @@ Traffic in bytes: what is read plus what is written, N·P·(s_in + s_out), and t
 """
 
 import functools
+import itertools
 import math
 
 import torch
@@ -88,31 +89,30 @@ def chunk_unpack(prep, shapes, mean=None, std=None):
 
 def chunk_pack_reference(tensors, T, L, mean=None, std=None, dtype=None):
     """`chunk_pack` in PyTorch: one concatenation of all tensors and their padding."""
-    if isinstance(tensors, torch.Tensor):
-        tensors = [tensors]
-    stacked = isinstance(tensors[0], torch.Tensor)
-    dtype = dtype or (tensors[0] if stacked else tensors[0][0]).dtype
-    between = dtype if mean is None and std is None else torch.promote_types(dtype, torch.float32)
-    if stacked:  # [N, *shape] each
-        nets = tensors[0].shape[0]
-        parts = [t.reshape(nets, -1).to(between) for t in tensors]
-        used = sum(part.shape[1] for part in parts)
-        parts.append(parts[0].new_zeros(1).expand(nets, T * L - used))
-        rows, sizes = torch.cat(parts, dim=1), [used] * nets
+    tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+    flat, counts = _flatten(tensors)
+    dtype = dtype or flat[0].dtype
+    scaled = mean is not None or std is not None
+    between = torch.promote_types(dtype, torch.float32) if scaled else dtype
+    parts = [t if t.dtype == between else t.to(between) for t in flat]
+    used = _used(flat, counts)
+    if counts == STACKED:
+        nets = flat[0].shape[0]
+        parts.append(parts[0].new_zeros(1).expand(nets, T * L - used[0]))
+        rows, used = torch.cat(parts, dim=1), used * nets
     else:
-        sizes = [sum(t.numel() for t in net) for net in tensors]
-        zeros, parts = tensors[0][0].new_zeros(T * L - min(sizes), dtype=between), []
-        for net, used in zip(tensors, sizes, strict=True):
-            parts += [t.reshape(-1).to(between) for t in net]
-            parts.append(zeros[: T * L - used])
-        rows = torch.cat(parts)
-    prep = rows.view(len(sizes), T, L)
-    if between == dtype and mean is None and std is None:
+        zeros, ends = parts[0].new_zeros(T * L - min(used)), list(itertools.accumulate(counts))
+        pieces = []
+        for count, end, size in zip(counts, ends, used, strict=True):
+            pieces += [*parts[end - count : end], zeros[: T * L - size]]
+        rows = torch.cat(pieces)
+    prep = rows.view(len(used), T, L)
+    if not scaled:
         return prep
     prep = prep if mean is None else prep - mean
     prep = prep if std is None else prep / std
     position = torch.arange(T * L, device=prep.device).view(T, L)
-    inside = position < torch.tensor(sizes, device=prep.device).view(-1, 1, 1)
+    inside = position < torch.tensor(used, device=prep.device).view(-1, 1, 1)
     return torch.where(inside, prep, 0).to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""The fast CPU path of `batched_conv2d`: unfolded images times weights, samples innermost.
+"""What is fast on a CPU: how many nets at once, and convolutions with samples innermost.
 
 PyTorch's grouped convolution is fast on a CPU where oneDNN can block the channels: in and out in
 multiples of 8. Otherwise it is up to 6 times slower than a plain product, as long as unfolding
@@ -19,6 +19,19 @@ from torch.autograd.function import once_differentiable
 CHANNELS = 8  # fp32 channels in the blocks of oneDNN's layouts (nChw8c, nChw16c)
 GROWTH = 4  # unfolding may make images this many times larger before moving them costs the gain
 BLOCK_BYTES = 2 << 20  # unfolded images of this many bytes stay in a core's second-level cache
+
+BLOCK_INPUTS = 512 << 10  # bytes of inputs that the nets of one block have between them
+MOST_NETS = 32
+
+
+def nets_per_block(inputs) -> int:
+    """How many nets to evaluate together on a CPU, given the inputs [B, ...] of one net.
+
+    32 nets on 64 digits of 8×8 pixels share what a single call costs, and their activations stay
+    in the caches. One net on a hundred CIFAR images fills the caches alone, and PyTorch's dense
+    convolution is faster than its grouped one: then the answer is 1, a loop.
+    """
+    return max(1, min(MOST_NETS, BLOCK_INPUTS // (inputs.numel() * inputs.element_size())))
 
 
 def prefers_unfolding(x, weight, output_size) -> bool:

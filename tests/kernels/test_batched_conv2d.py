@@ -5,7 +5,7 @@ import torch
 from netspace_lite.kernels import backend, batched_conv2d
 from netspace_lite.kernels import batched_conv2d as op
 from netspace_lite.kernels.batched_conv2d import batched_conv2d_reference
-from netspace_lite.kernels.cpu import UnfoldedConv2d, prefers_unfolding
+from netspace_lite.kernels.cpu import UnfoldedConv2d, nets_per_block, prefers_unfolding
 from torch import nn
 
 # nets, samples, channels in and out, height, width, kernel (h, w), stride, padding
@@ -122,6 +122,13 @@ def test_rule_of_the_cpu_path():
     assert unfolds(8, 16, innermost=True)  # as the layer before it left them
     assert not unfolds(6, 12, stride=1)
     assert not unfolds(6, 12, shared=True)
+
+
+def test_nets_per_block():
+    """Many small nets share a block, large inputs are one net's own."""
+    assert nets_per_block(torch.zeros(64, 1, 8, 8)) == 32
+    assert nets_per_block(torch.zeros(128, 3, 32, 32)) == 1
+    assert nets_per_block(torch.zeros(64, 1, 16, 16)) == 8
 
 
 def test_torch_func_composes():
