@@ -180,11 +180,11 @@ def execute(notebook: Path, output: Path) -> float:
         client = NotebookClient(
             book,
             kernel_name="python3",
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],
             timeout=None,
             resources={"metadata": {"path": str(notebook.parent)}},
             on_cell_executed=lambda **_: bar.update(),
         )
-        client.create_kernel_manager().transport = "ipc"  # private to this machine's user
         try:
             client.execute()
         finally:  # what ran so far is kept, so that an error can be looked at in place
