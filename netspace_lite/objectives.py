@@ -61,10 +61,14 @@ class Pool:
     def __len__(self) -> int:
         return len(self.group)
 
-    def draw(self, count: int, generator: torch.Generator, group: int | None = None) -> Tensor:
-        """Numbers [count] of random nets, of one zoo or with equal chances for all zoos."""
+    def draw(self, count: int, generator: torch.Generator, group=None) -> Tensor:
+        """Numbers [count] of random nets: of one zoo, of a zoo each [count], or of any zoo.
+
+        All zoos have equal chances, whatever their sizes.
+        """
         groups = torch.randint(len(self.zoos), (count,), generator=generator)
-        groups = groups if group is None else torch.full_like(groups, group)
+        if group is not None:
+            groups = torch.as_tensor(group).expand(count)
         sizes = torch.tensor([len(zoo) for zoo in self.zoos])
         first = sizes.cumsum(0) - sizes
         within = (torch.rand(count, generator=generator) * sizes[groups]).long()
@@ -146,18 +150,19 @@ class Interpolation:
 
     Args:
         answering: how nets in between should answer.
-        lines: drawn in each step.
+        nets: decoded in between in each step.
+        named: points classified in each step, at all places 0/d to d/d, which costs little.
         apart: the paper's rule is max(1, A − 2): only the longest lines.
         jitter: points lie up to this share of a segment beside k/d; 0 as in the paper. Some
-            jitter keeps borders away from the points in between.
+            jitter keeps borders away from the places k/d.
     """
 
     def __init__(
-        self, space: NetSpace, zoos, answering: Answering, lines: int = 2,
+        self, space: NetSpace, zoos, answering: Answering, nets: int = 4, named: int = 64,
         apart: int | None = None, jitter: float = 0.3,
     ):  # fmt: skip
-        self.pool, self.answering, self.lines = Pool(space, zoos), answering, lines
-        self.jitter = jitter
+        self.pool, self.answering = Pool(space, zoos), answering
+        self.nets, self.named, self.jitter = nets, named, jitter
         self.apart = max(1, len(space.architectures) - 2) if apart is None else apart
         present = self.pool.present
         self.ends = [
@@ -172,24 +177,28 @@ class Interpolation:
             )
 
     def __call__(self, space: NetSpace, generator: torch.Generator) -> Tensor:
-        z, architecture = self.points(space, generator)
-        named = F.cross_entropy(space.classify(z), architecture)
-        return named + decoded_loss(space, z, architecture, self.answering, generator)
+        z, architecture = self.points(space, generator, self.nets)
+        loss = decoded_loss(space, z, architecture, self.answering, generator)
+        z, architecture = self.points(space, generator, self.named, ends=True)
+        return loss + F.cross_entropy(space.classify(z), architecture)
 
-    def points(self, space: NetSpace, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Random points on the lines [M, E] and the architectures wanted there [M]."""
-        picked = torch.randint(len(self.ends), (self.lines,), generator=generator).tolist()
-        points, wanted = [], []
-        for low, high in (self.ends[i] for i in picked):
-            n = torch.cat([self.pool.draw(1, generator, low), self.pool.draw(1, generator, high)])
-            start, end = self.pool.encode(space, n)
-            first, last = self.pool.architecture[n].tolist()
-            k = torch.arange(1, last - first)
-            beside = (torch.rand(len(k), generator=generator) * 2 - 1) * self.jitter
-            way = ((k + beside) / (last - first))[:, None]
-            points.append(torch.lerp(start, end, way))
-            wanted.append(first + k)
-        return torch.cat(points), torch.cat(wanted)
+    def points(
+        self, space: NetSpace, generator: torch.Generator, count: int, ends: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Random points on random lines [count, E], and the architectures wanted there [count].
+
+        Places k/d with k from 1 to d − 1, or from 0 to d with ``ends``.
+        """
+        picked = torch.randint(len(self.ends), (count,), generator=generator)
+        low, high = torch.tensor(self.ends)[picked].T
+        low, high = (self.pool.draw(count, generator, group) for group in (low, high))
+        first, last = self.pool.architecture[low], self.pool.architecture[high]
+        inner = last - first - 1
+        chance, beside = torch.rand(2, count, generator=generator)
+        k = (chance * (inner + 2)).long() if ends else 1 + (chance * inner).long()
+        way = (k + (beside * 2 - 1) * self.jitter) / (last - first)
+        start, end = self.pool.encode(space, low), self.pool.encode(space, high)
+        return torch.lerp(start, end, way.clamp(0, 1)[:, None]), first + k
 
 
 class MixedDistillation:

@@ -71,8 +71,11 @@ class Encoder(nn.Module):
         if answers:
             self.answers = nn.Linear(answers, config.embedding)
         self.offset = None
-        if len(chunks) > 1:  # where each architecture lies, whatever its nets answer
-            self.offset = nn.Parameter(torch.randn(len(chunks), config.embedding))
+        if len(chunks) > 1:  # where each architecture lies, whatever its nets answer: in a row
+            order = torch.arange(len(chunks)) - (len(chunks) - 1) / 2
+            self.offset = nn.Parameter(
+                8 * order[:, None] * F.normalize(torch.randn(config.embedding), dim=0)
+            )
 
     def forward(self, features: Features, architecture: int = 0) -> Tensor:
         z = 0 if self.offset is None else self.offset[architecture]
@@ -138,8 +141,11 @@ class NetSpace(nn.Module):
             self.encoder = Encoder(config, chunks, answers)
             bases = [b.layout.pack([b.module])[0] for b in self.batched]
             self.decoder = Decoder(config, bases)
-            if len(self.batched) > 1:  # says which architecture an embedding stands for
+            if len(self.batched) > 1:  # says which architecture z stands for: the nearest, at first
+                offset = self.encoder.offset
                 self.classifier = nn.Linear(config.embedding, len(self.batched))
+                self.classifier.weight.copy_(offset / 4)
+                self.classifier.bias.copy_(-offset.square().sum(1) / 8)
         self.to(inputs.device)
 
     @classmethod

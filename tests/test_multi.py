@@ -200,15 +200,17 @@ def test_teacher_distillation_is_the_papers_loss(space, zoos, data):
 
 def test_interpolation_follows_the_distance_rule(space, zoos):
     answering = lambda nets, generator: nets.rows.sum(1)  # noqa: E731
-    objective = Interpolation(space, zoos, answering, lines=3, jitter=0)
+    objective = Interpolation(space, zoos, answering, jitter=0)
     assert objective.apart == 2  # the paper's max(1, A - 2): only the ends
     assert objective.ends == [(0, 3)]
-    z, wanted = objective.points(space, generator())
-    assert wanted.tolist() == [1, 2] * 3
+    with torch.no_grad():
+        z, wanted = objective.points(space, generator(), 30)
+    assert set(wanted.tolist()) == {1, 2}
     ends = space.encode(zoos)
-    thirds = torch.lerp(ends[:6, None], ends[None, 18:], 1 / 3).flatten(0, 1)
-    assert (z[0] - thirds).abs().amax(1).min() < 1e-5
-    assert (z[1] - thirds).abs().amax(1).min() > 1e-2
+    for point, k in zip(z, wanted.tolist(), strict=True):
+        places = torch.lerp(ends[:6, None], ends[None, 18:], k / 3).flatten(0, 1)
+        assert (point - places).abs().amax(1).min() < 1e-5
+    assert set(objective.points(space, generator(), 60, ends=True)[1].tolist()) == {0, 1, 2, 3}
     assert len(Interpolation(space, zoos, answering, apart=1).ends) == 3
     with pytest.raises(ValueError, match="nothing in between"):
         Interpolation(space, zoos[:2], answering)
@@ -234,6 +236,14 @@ def test_mixed_distillation_teaches_one_head_with_all_nets(space, zoos, data):
     assert heads == [False, False, True, False]
     assert (space.encoder.offset.grad.abs().sum(1) > 0).tolist() == [False, False, True, False]
     assert loss > 0
+
+
+def test_a_new_space_has_its_architectures_in_a_row(space, zoos):
+    offset = space.encoder.offset.detach()
+    assert torch.equal(space.predict(offset), torch.arange(4))
+    way = torch.lerp(offset[:1], offset[3:], torch.linspace(0, 1, 100)[:, None])
+    assert space.predict(way).diff().sum() == 3
+    assert (space.predict(way).diff() >= 0).all()
 
 
 def test_classification_separates_architectures(space, zoos):
