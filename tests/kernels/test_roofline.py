@@ -89,3 +89,16 @@ def test_programs_cover_the_result_once():
         y = batched_linear(x, w)
     stored = torch.cat([torch.from_numpy(p.touched(y)) for p in programs])
     assert torch.equal(stored.sort().values, torch.arange(y.numel()))
+
+
+def test_siren_reads_only_its_tensors():
+    """11 neurons in tiles of 16: what a dropped mask would read lies outside the row's memory."""
+    points, rows = torch.randn(1, 5, 3), torch.randn(1, siren_params(11))
+    with backend("triton"), traced() as programs:
+        siren_mlp(points, rows, 11)
+    read = torch.cat([torch.from_numpy(a) for p in programs for a, _ in p.loads])
+    inside = torch.zeros_like(read, dtype=torch.bool)
+    for tensor in (points, rows):
+        first = tensor.data_ptr()
+        inside |= (read >= first) & (read < first + 4 * tensor.numel())
+    assert inside.all()
