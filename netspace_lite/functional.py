@@ -9,6 +9,7 @@ weights. Anything else falls back to ``torch.func.vmap``, and says so once.
 """
 
 import copy
+import itertools
 import warnings
 from collections.abc import Iterator
 
@@ -20,6 +21,7 @@ from torch.func import functional_call, vmap
 
 from .architectures import Sine, Siren, name_of
 from .kernels import batched_conv2d, batched_linear, siren_mlp
+from .kernels.cpu import nets_per_block
 from .layout import Layout, check_rows
 
 BLOCK = 32  # nets evaluated together: on a CPU, blocks of 16 to 80 nets fit the caches best
@@ -52,6 +54,14 @@ class Batched:
             self._check(rows, x, per_net)
         if self.graph is None:
             return self._vmap(rows, x, per_net)
+        step = nets_per_block(x[0] if per_net else x)
+        if rows.device.type != "cpu" or step >= len(rows):
+            return self._interpret(rows, x, per_net)
+        inputs = x.split(step) if per_net else itertools.repeat(x)
+        blocks = zip(rows.split(step), inputs, strict=False)
+        return torch.cat([self._interpret(block, part, per_net) for block, part in blocks])
+
+    def _interpret(self, rows: Tensor, x: Tensor, per_net: bool) -> Tensor:
         return _Interpreter(self.graph, self.layout.views(rows), len(rows)).run(x, per_net)
 
     def _vmap(self, rows: Tensor, x: Tensor, per_net: bool) -> Tensor:
@@ -132,11 +142,16 @@ def _check_inputs(rows: Tensor, x: Tensor, per_net: bool) -> None:
 
 
 class _Interpreter:
-    """One pass through the graph; ``folded`` remembers which values carry the nets."""
+    """One pass through the graph; ``folded`` remembers which values carry the nets.
+
+    What a layer returns waits in ``apart`` as [B, N, ...], in whatever order it lies in memory, and
+    goes straight into the next layer; it is folded to [B·N, ...] only if another step asks.
+    """
 
     def __init__(self, graph: fx.GraphModule, views: dict[str, Tensor], nets: int):
         self.graph, self.views, self.nets = graph, views, nets
         self.values: dict[fx.Node, object] = {}
+        self.apart: dict[fx.Node, Tensor] = {}
         self.folded: set[fx.Node] = set()
 
     def run(self, x: Tensor, per_net: bool) -> Tensor:
@@ -146,27 +161,44 @@ class _Interpreter:
             if node in skip:
                 continue
             if node.op == "placeholder":
-                self.values[node] = x.transpose(0, 1).flatten(0, 1) if per_net else x
                 if per_net:
+                    self.apart[node] = x.transpose(0, 1)
                     self.folded.add(node)
+                else:
+                    self.values[node] = x
             elif node.op == "output":
                 return self._unfold(node.args[0])
             elif node.op == "call_module" and type(modules[node.target]) in _BATCHED:
                 fused = _following_activation(node, modules)
                 out = self._layer(node, modules[node.target], fused and modules[fused.target])
                 for done in filter(None, (node, fused)):
-                    self.values[done] = out
+                    self.apart[done] = out
                     self.folded.add(done)
                     skip.add(done)
+            elif node.op == "call_module" and self._flattens(node, modules[node.target]):
+                self.apart[node] = self.apart[node.args[0]].flatten(2)
+                self.folded.add(node)
             else:
                 self._plain(node, modules)
 
     def _unfold(self, node: fx.Node) -> Tensor:
-        value = self._fold(node)
-        return value.unflatten(0, (-1, self.nets)).transpose(0, 1)
+        return self._apart(node).transpose(0, 1)
+
+    def _flattens(self, node: fx.Node, module: nn.Module) -> bool:
+        """Whether ``node`` flattens a layer's images: always a view while they are apart."""
+        whole = type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
+        return whole and node.args[0] in self.apart
+
+    def _apart(self, node: fx.Node) -> Tensor:
+        """The value of ``node`` as [B, N, ...]."""
+        if node in self.apart:
+            return self.apart[node]
+        return self._fold(node).unflatten(0, (-1, self.nets))
 
     def _fold(self, node: fx.Node) -> Tensor:
         """The value of ``node`` with one entry a sample and net: [B·N, ...]."""
+        if node in self.apart and node not in self.values:
+            self.values[node] = self.apart[node].flatten(0, 1)
         value = self.values[node]
         if node in self.folded or not isinstance(value, Tensor):
             return value
@@ -176,30 +208,28 @@ class _Interpreter:
         weight = self.views[f"{node.target}.weight"]
         bias = self.views.get(f"{node.target}.bias")
         (source,) = node.args
-        value = self.values[source]
+        carried = source in self.folded
+        value = self._apart(source) if carried else self.values[source]
         fuse = _fusable(activation)
         if isinstance(layer, nn.Linear):
-            return self._linear(source, value, weight, bias, fuse)
-        shared = source not in self.folded
+            return self._linear(value, carried, weight, bias, fuse)
         if layer.groups != 1 or layer.dilation != (1, 1):
             out = _grouped_conv(self._fold(source), weight, bias, layer)
-            return activation(out) if activation is not None else out
-        if not shared:
-            value = value.unflatten(0, (-1, self.nets))
-        out = batched_conv2d(value, weight, bias, layer.stride, layer.padding, **fuse)
-        return out.flatten(0, 1)
+            out = activation(out) if activation is not None else out
+            return out.unflatten(0, (-1, self.nets))
+        return batched_conv2d(value, weight, bias, layer.stride, layer.padding, **fuse)
 
-    def _linear(self, source, value, weight, bias, fuse) -> Tensor:
-        shape = value.shape[1:-1]  # extra axes, such as tokens, count as samples
-        if source in self.folded:
-            value = value.unflatten(0, (-1, self.nets)).transpose(0, 1)
+    def _linear(self, value: Tensor, carried: bool, weight, bias, fuse) -> Tensor:
+        shape = value.shape[2:-1] if carried else value.shape[1:-1]  # tokens count as samples
+        if carried:
+            value = value.transpose(0, 1)
             value = value.flatten(1, -2) if shape else value
         else:
             value = value.flatten(0, -2)
         out = batched_linear(value, weight, bias, **fuse)
         if shape:
             out = out.unflatten(1, (-1, *shape))
-        return out.transpose(0, 1).flatten(0, 1)
+        return out.transpose(0, 1)
 
     def _plain(self, node: fx.Node, modules: dict[str, nn.Module]) -> None:
         """A step without parameters: unchanged, on shared or on folded values."""

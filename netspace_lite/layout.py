@@ -64,11 +64,11 @@ class Layout:
     def views(self, rows: Tensor) -> dict[str, Tensor]:
         """Each parameter of all nets as a strided view into ``rows``: name -> [N, *shape]."""
         check_rows(rows, self.size)
+        # One split, not a slice each: its backward writes the rows' gradient once.
+        parts = rows.split(self.sizes, dim=1)
         return {
-            name: rows.narrow(1, offset, size).unflatten(1, shape) if shape else rows[:, offset]
-            for name, shape, offset, size in zip(
-                self.names, self.shapes, self.offsets, self.sizes, strict=True
-            )
+            name: part.unflatten(1, shape) if shape else part[:, 0]
+            for name, shape, part in zip(self.names, self.shapes, parts, strict=True)
         }
 
     def pack(self, nets) -> Tensor:

@@ -54,7 +54,9 @@ def test_the_installed_package_imports_from_outside_the_checkout(module, tmp_pat
 
 def test_kernels_is_no_top_level_module(tmp_path):
     code = "import importlib.util as u; print(u.find_spec('kernels'))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.stdout.strip() == "None"
 
 
