@@ -182,6 +182,7 @@ def execute(notebook: Path, output: Path) -> float:
             kernel_name="python3",
             extra_arguments=["--IPKernelApp.log_level=ERROR"],
             timeout=None,
+            startup_timeout=300,
             resources={"metadata": {"path": str(notebook.parent)}},
             on_cell_executed=lambda **_: bar.update(),
         )
