@@ -78,11 +78,11 @@ class MultiSize:
 
 MULTI = {
     "lite": MultiSize(
-        nets={"LeNetLike": 400, "VanillaCNN": 280, "ResNet8": 200, "ResNet14": 160},
-        steps=(8, 300), batch=64, held_out=(12, 24),
+        nets={"LeNetLike": 340, "VanillaCNN": 260, "ResNet8": 190, "ResNet14": 160},
+        steps=(16, 300), batch=64, held_out=(12, 30),
         teacher={"depth": 14, "channels": (16, 32, 32, 32), "strides": (2, 1, 2)},
         teachers=3, teacher_recipe={"steps": 300, "lr": 1e-3, "weight_decay": 5e-2},
-        chances=(0.18, 0.2, 0.3, 0.32), instance_steps=1300, teacher_steps=600,
+        chances=(0.18, 0.2, 0.3, 0.32), instance_steps=1100, teacher_steps=400,
         hidden=256, hidden_teacher=64, epoch=250, fine_tuning=(20, 200),
         described_steps=400, own_nets=120, own_steps=300,
     ),
