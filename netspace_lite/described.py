@@ -7,7 +7,7 @@ Knyazev et al. 2021). Smaller layers are cut from the corner of a largest one, s
 weights like nested dolls.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import cos, log2, pi, sin
 
@@ -28,6 +28,19 @@ class Largest:
     kernel: int = 3
     outputs: int = 64
     inputs: int = 128
+
+    @classmethod
+    def of(cls, modules: Iterable[nn.Module]) -> "Largest":
+        """Just large enough for these modules."""
+        shapes = [shape for module in modules for shape in Layout.of(module).shapes]
+        convolutions = [s for s in shapes if len(s) == 4] or [(1, 1, 1, 1)]
+        linear = [s for s in shapes if len(s) == 2] or [(1, 1)]
+        return cls(
+            max(max(s[:2]) for s in convolutions),
+            max(max(s[2:]) for s in convolutions),
+            max(s[0] for s in linear),
+            max(s[1] for s in linear),
+        )
 
 
 def kind_of(shape: Sequence[int]) -> str:

@@ -61,6 +61,14 @@ def test_what_cannot_be_made_is_named():
         describe_layers(Layout(("in_proj",), ((2, 3, 4),)))
 
 
+def test_largest_of_modules_holds_them():
+    modules = [resnet(8), LeNetLike((1, 28, 28), 3, hidden=(200,))]
+    largest = Largest.of(modules)
+    assert largest == Largest(channels=16, kernel=5, outputs=200, inputs=256)
+    for module in modules:
+        DescribedDecoder(4, hidden=4, largest=largest).decode(torch.zeros(4), module)
+
+
 def test_training_lowers_the_loss_of_every_module_named():
     lenet = LeNetLike(IMAGE, 3, channels=(4,), hidden=(8,), kernel=3)
     decoder, x = DescribedDecoder(16, hidden=16), torch.randn(30, *IMAGE)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from netspace_lite.architectures import LeNetLike, ResNet, VanillaCNN, name_of
+from netspace_lite.architectures import LeNetLike, ResNet, VanillaCNN, name_of, paper_net
 from netspace_lite.data import ImageData, Images
 from netspace_lite.explore import OnImages
 from netspace_lite.functional import Nets
@@ -19,6 +19,7 @@ from netspace_lite.objectives import (
     combine,
 )
 from netspace_lite.space import NetSpace, SpaceConfig
+from netspace_lite.tutorial import MULTI
 from netspace_lite.zoo import ImageTask, Recipe, fine_tune, initial_rows, train_zoo
 
 IMAGE, CLASSES = (1, 8, 8), 3
@@ -273,6 +274,24 @@ def test_fine_tuning_is_training_from_where_nets_are(zoos, data):
     assert torch.equal(zoos[0].rows, before)
     with pytest.raises(ValueError, match="6 nets need as many recipes"):
         fine_tune(zoos[0], task, [recipe])
+
+
+def test_the_papers_sizes_take_a_training_step():
+    image, names = torch.randn(2, 3, 32, 32), MULTI["paper"].nets
+    nets = [Nets(net, initial_rows(net, [0])) for net in map(paper_net, names)]
+    assert [zoo.layout.size for zoo in nets] == [62_006, 68_818, 77_706, 465_674]
+    config = SpaceConfig(embedding=4, probes=1, weights=False, hidden=4)
+    space = NetSpace.for_zoos(nets, image, config)
+    answering = OnImages(Images(image, torch.arange(2)), paper_net("ResNet56"))
+    objective = combine(
+        TeacherDistillation(space, nets, answering, nets=1),
+        ArchitectureClassification(space, nets),
+        Interpolation(space, nets, answering, nets=1),
+    )
+    loss = objective(space, generator())
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(head.weight.grad is not None for head in space.decoder.heads)
 
 
 class Depthwise(nn.Module):
