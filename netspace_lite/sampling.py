@@ -94,21 +94,23 @@ def disagreement(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([(net != b).float().mean(1) * 100 for net in a])
 
 
-def novelty(nets: Nets, zoo: Nets, x: Tensor) -> dict[str, Tensor]:
-    """Distance of each net to the nearest *other* net of the zoo.
+def novelty(nets: Nets, x: Tensor, zoo: Nets | None = None) -> dict[str, Tensor]:
+    """Distance of each net to the nearest net of a zoo, in its answers and in its weights.
 
     Args:
-        nets: N nets, or the zoo itself for the distances within it.
+        nets: N nets.
         x: [B, ...] inputs to compare answers on.
+        zoo: the nets they could be copies of; None: each other.
 
     Returns ``function`` [N], the `disagreement` in percent, and ``weights`` [N], the Euclidean
     distance. A copy of a zoo net has 0 in both.
     """
+    others = nets if zoo is None else zoo
     distances = {
-        "function": disagreement(nets.logits(x), zoo.logits(x)),
-        "weights": torch.cdist(nets.rows, zoo.rows),
+        "function": disagreement(nets.logits(x), others.logits(x)),
+        "weights": torch.cdist(nets.rows, others.rows),
     }
-    if nets is zoo:
+    if zoo is None:
         for distance in distances.values():
             distance.fill_diagonal_(torch.inf)
     return {name: distance.min(1).values for name, distance in distances.items()}

@@ -293,10 +293,10 @@ def test_sample_follows_the_density_that_scikit_learn_fits():
 
 
 def test_novelty_is_zero_for_copies_and_finds_the_nearest(nets, images):
-    copies = novelty(nets[[2, 5]], nets, images.x)
+    copies = novelty(nets[[2, 5]], images.x, nets)
     assert copies["function"].tolist() == [0, 0]
     assert copies["weights"].max() < 1e-2
-    within = novelty(nets, nets, images.x)
+    within = novelty(nets, images.x)
     by_hand = min(float((nets.rows[0] - row).norm()) for row in nets.rows[1:])
     assert float(within["weights"][0]) == pytest.approx(by_hand, rel=1e-4)
     classes = [net.to_module()(images.x).argmax(-1) for net in nets]
