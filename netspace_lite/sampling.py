@@ -20,9 +20,9 @@ from .functional import Nets
 class Gaussian:
     """The embeddings of a zoo as one normal distribution: the simplest idea of "in the space".
 
-    Called on embeddings it is their mean squared z-score along the distribution's axes, 1 for a
-    typical member. Axes along which the zoo hardly spreads count as a tenth of the widest, so
-    that leaving the zoo's subspace costs much, but not everything.
+    Called on embeddings it is their mean squared z-score along the distribution's axes, about 1
+    for a typical member. Axes along which the zoo hardly spreads, or not at all, count as a tenth
+    of the widest, so that leaving the zoo's subspace costs much, but not everything.
 
     Args:
         embeddings: [N, E], at least two.
@@ -34,9 +34,11 @@ class Gaussian:
                 f"a distribution needs at least 2 embeddings [N, E], not {list(embeddings.shape)}"
             )
         self.mean = embeddings.mean(0)
-        _, spread, self.axes = torch.linalg.svd(embeddings - self.mean, full_matrices=False)
-        spread = spread / (len(embeddings) - 1) ** 0.5
-        self.spread = spread.clamp_min(spread[0] / 10)
+        centred = embeddings - self.mean
+        variance, axes = torch.linalg.eigh(centred.T @ centred / (len(embeddings) - 1))
+        self.axes = axes.T  # [E, E], from the narrowest to the widest
+        spread = variance.clamp_min(0).sqrt()
+        self.spread = spread.clamp_min(spread[-1] / 10)
 
     def __call__(self, z: Tensor) -> Tensor:
         """Mean squared z-score of embeddings z [N, E]: [N]."""
@@ -45,7 +47,7 @@ class Gaussian:
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """Random embeddings [n, E]."""
         noise = torch.randn(n, len(self.axes), generator=torch.Generator().manual_seed(seed))
-        return self.mean + (noise * self.spread) @ self.axes
+        return self.mean + (noise.to(self.mean) * self.spread) @ self.axes
 
 
 def sample(

@@ -273,6 +273,9 @@ def test_the_gaussian_scores_and_draws_like_its_embeddings():
     drawn = gaussian.sample(4000, seed=1)
     torch.testing.assert_close(drawn.mean(0), z.mean(0), atol=0.2, rtol=0)
     torch.testing.assert_close(drawn.T.cov(), z.T.cov(), atol=0.5, rtol=0)
+    flat = Gaussian(z * torch.tensor([1.0, 1.0, 0.0]))  # no spread along the last axis
+    off = flat.mean + torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    assert flat(off)[0] > 5 * flat(off)[1]
     with pytest.raises(ValueError, match="at least 2 embeddings"):
         Gaussian(z[:1])
 
