@@ -5,30 +5,27 @@ Zoos, fits and their folders are those of the notebooks, so whoever comes first 
 
 from dataclasses import dataclass
 
-from torch import nn
-
 from . import metrics
-from .architectures import ResNet, lite_net, paper_net
+from .architectures import lite_net, paper_net
 from .data import ImageData
 from .objectives import ArchitectureClassification, MixedDistillation, combine
 from .space import NetSpace, SpaceConfig
 from .training import InstanceDistillation, fit
 from .tutorial import FIT, MULTI, ZOO, Settings
-from .zoo import ImageTask, Recipe, Zoo, draw_recipes, train_zoo
+from .zoo import ImageTask, Zoo, draw_recipes, train_zoo
 
 
 @dataclass
 class Chapter:
     """A fitted space and the nets it was fitted, chosen and tested on.
 
-    train, val, test: a `Zoo`, or a list of one per architecture; teacher: a stronger net, if any.
+    train, val, test: a `Zoo`, or a list of one per architecture.
     """
 
     space: NetSpace
     train: Zoo | list[Zoo]
     val: Zoo | list[Zoo]
     test: Zoo | list[Zoo]
-    teacher: nn.Module | None = None
 
 
 def single(settings: Settings, data: ImageData) -> Chapter:
@@ -52,7 +49,7 @@ def single(settings: Settings, data: ImageData) -> Chapter:
 
 
 def several(settings: Settings, data: ImageData) -> Chapter:
-    """The mixed zoo of notebook 3, its teacher, and its space distilled from instances."""
+    """The mixed zoo of notebook 3 and its space, distilled from instances."""
     size, task = MULTI[settings.preset], ImageTask(data, MULTI[settings.preset].batch)
     parts = []
     for name, count in size.nets.items():
@@ -61,12 +58,6 @@ def several(settings: Settings, data: ImageData) -> Chapter:
         zoo = train_zoo(net, task, recipes, settings.folder(f"mixed/{name}"))
         parts.append(zoo.split(*size.held_out, settings.seed))
     train, val, test = (list(part) for part in zip(*parts, strict=True))
-    candidates = [
-        Recipe(settings.seed * 10 + n, **size.teacher_recipe) for n in range(size.teachers)
-    ]
-    large = ResNet(data.shape, data.classes, **size.teacher)
-    teachers = train_zoo(large, task, candidates, settings.folder("mixed/teacher"))
-    teacher = teachers.to_module(int(teachers.scores["val_accuracy"].argmax()))
     space = NetSpace.for_zoos(
         train, data.train.x, SpaceConfig(weights=False, hidden=size.hidden), settings.seed
     )
@@ -91,4 +82,4 @@ def several(settings: Settings, data: ImageData) -> Chapter:
         seed=settings.seed,
         folder=settings.folder("mixed/space"),
     )
-    return Chapter(space, train, val, test, teacher)
+    return Chapter(space, train, val, test)
