@@ -285,7 +285,7 @@ def grouped_bars(
     rows: dict[str, Sequence[float]], labels: Sequence[str], xlabel: str, ax: Axes | None = None
 ) -> Axes:
     """Horizontal bars in groups: name -> one value per label."""
-    ax = _axes(ax, 8, 0.3 * len(rows) * (len(labels) + 1) + 1)
+    ax = _axes(ax, 8.5, 0.2 * len(rows) * (len(labels) + 1) + 1)
     height = 1 / (len(labels) + 1)
     for i, (label, colour) in enumerate(zip(labels, (BLUE, SKY, GREY), strict=False)):
         places = np.arange(len(rows)) + i * height
@@ -296,5 +296,5 @@ def grouped_bars(
     ax.set_yticks(np.arange(len(rows)) + height, list(rows))
     ax.invert_yaxis()
     ax.set(xlabel=xlabel, xlim=(0, 115))
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=len(labels))
+    ax.legend(loc="upper center", bbox_to_anchor=(0.4, 1.15), ncols=len(labels))
     return ax
