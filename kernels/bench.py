@@ -46,8 +46,8 @@ def cases(quick=False):
     """name -> (make one module, nets, samples): lite sizes on 8×8 digits, the paper's on CIFAR."""
     lite = {
         "LeNetLike lite": (lambda: lite_net("LeNetLike", *DIGITS), 160, 64),
-        "LeNetLike, 6 and 12 channels": (
-            lambda: LeNetLike(*DIGITS, (6, 12), (64,), kernel=3), 160, 64,
+        "LeNetLike, 16 and 16 channels": (
+            lambda: LeNetLike(*DIGITS, (16, 16), (64,), kernel=3), 160, 64,
         ),
         "SIREN lite, 64": (lambda: Siren(64), 64, 1024),
     }  # fmt: skip

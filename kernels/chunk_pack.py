@@ -54,7 +54,7 @@ def chunk_pack(tensors, T, L, mean=None, std=None, dtype=None) -> torch.Tensor:
     _check(flat, counts, T, L, mean, std)
     dtype = dtype or flat[0].dtype
     if not use_triton(flat[0]):
-        return chunk_pack_reference(tensors, T, L, mean, std, dtype)
+        return _concatenate(flat, counts, T, L, mean, std, dtype)
     return _gather(flat, counts, T, L, mean, std, True, dtype)
 
 
@@ -91,7 +91,10 @@ def chunk_pack_reference(tensors, T, L, mean=None, std=None, dtype=None):
     """`chunk_pack` in PyTorch: one concatenation of all tensors and their padding."""
     tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
     flat, counts = _flatten(tensors)
-    dtype = dtype or flat[0].dtype
+    return _concatenate(flat, counts, T, L, mean, std, dtype or flat[0].dtype)
+
+
+def _concatenate(flat, counts, T, L, mean, std, dtype):
     scaled = mean is not None or std is not None
     between = torch.promote_types(dtype, torch.float32) if scaled else dtype
     parts = [t if t.dtype == between else t.to(between) for t in flat]

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 CHANNELS = 8  # fp32 channels in the blocks of oneDNN's layouts (nChw8c, nChw16c)
 GROWTH = 4  # unfolding may make images this many times larger before moving them costs the gain
-BLOCK_BYTES = 2 << 20  # unfolded images of this many bytes stay in a core's second-level cache
+BLOCK_BYTES = 4 << 20  # unfolded images of this many bytes stay in the second-level caches
 
 BLOCK_INPUTS = 512 << 10  # bytes of inputs that the nets of one block have between them
 MOST_NETS = 32
@@ -71,9 +71,9 @@ class UnfoldedConv2d(torch.autograd.Function):
                 torch.bmm(w, cols, out=y_block)
             else:
                 torch.baddbmm(bias[at].unsqueeze(-1), w, cols, out=y_block)
+            if slope != 1:
+                F.leaky_relu_(y_block, slope)
             columns.append(cols)
-        if slope != 1:
-            F.leaky_relu_(y, slope)
         ctx.window, ctx.slope, ctx.has_bias = window, slope, bias is not None
         ctx.save_for_backward(weight, y if slope != 1 else y.new_empty(0), *columns)
         return y.permute(4, 0, 1, 2, 3)
@@ -82,67 +82,79 @@ class UnfoldedConv2d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         weight, y, *columns = ctx.saved_tensors
-        nets, out = weight.shape[:2]
+        out, need_x = weight.shape[1], ctx.needs_input_grad[0]
         g = g.permute(1, 2, 3, 4, 0)
-        if ctx.slope != 1:
-            g = torch.ops.aten.leaky_relu_backward(g, y, ctx.slope, True)
-        g = g.reshape(nets, out, -1)
-        need_x = ctx.needs_input_grad[0]
         dx = g.new_empty(ctx.window.images) if need_x else None
-        dw = g.new_empty(weight.shape)
-        start = 0
-        for cols in columns:
+        dw, db = torch.empty_like(weight), g.new_empty(weight.shape[:2])
+        scratch, start = torch.empty_like(columns[0]), 0
+        for cols in columns:  # block by block, each while it lies in the cache
             at = slice(start, start + len(cols))
             start = at.stop
-            torch.bmm(g[at], cols.mT, out=dw[at].view(len(cols), out, -1))
+            g_block = g[at]
+            if ctx.slope != 1:
+                g_block = torch.ops.aten.leaky_relu_backward(g_block, y[at], ctx.slope, True)
+            g_block = g_block.reshape(len(cols), out, -1)
+            torch.bmm(g_block, cols.mT, out=dw[at].view(len(cols), out, -1))
+            torch.sum(g_block, -1, out=db[at])
             if need_x:
-                ctx.window.fold(weight[at].reshape(len(cols), out, -1).mT @ g[at], dx[at])
-        db = g.sum(-1) if ctx.has_bias else None
-        return dx.permute(4, 0, 1, 2, 3) if need_x else None, dw, db, None, None, None
+                w = weight[at].reshape(len(cols), out, -1)
+                grad = torch.bmm(w.mT, g_block, out=scratch[: len(cols)])
+                ctx.window.fold(grad, dx[at])
+        dx = dx.permute(4, 0, 1, 2, 3) if need_x else None
+        return dx, dw, db if ctx.has_bias else None, None, None, None
 
 
 class _Window:
     """Where a kernel's window meets the images; unfolds images and folds gradients back."""
 
     def __init__(self, images, weight, stride, padding):
-        self.images, self.stride, self.padding = images, stride, padding
-        self.kernel = weight[3:]
-        _, self.channels, height, width, self.samples = images
-        self.padded = height + 2 * padding[0], width + 2 * padding[1]
-        self.height = (self.padded[0] - self.kernel[0]) // stride[0] + 1
-        self.width = (self.padded[1] - self.kernel[1]) // stride[1] + 1
+        self.images, self.kernel = images, weight[3:]
+        sides = list(zip(images[2:4], self.kernel, stride, padding, strict=True))
+        self.height, self.width = (_steps(*side) for side in sides)
+        rows, columns = (list(_meetings(*side)) for side in sides)
+        self.meetings = [
+            ((slice(None), slice(None), i, j, u, v), (slice(None), slice(None), h, w))
+            for i, (u, h) in enumerate(rows)
+            for j, (v, w) in enumerate(columns)
+        ]
 
     def blocks(self, x):
         """Slices of nets whose unfolded images fit BLOCK_BYTES, at least one net each."""
-        window = self.channels * self.kernel[0] * self.kernel[1]
-        net = window * self.height * self.width * self.samples * x.element_size()
+        window = x.shape[1] * self.kernel[0] * self.kernel[1]
+        net = window * self.height * self.width * x.shape[-1] * x.element_size()
         step = max(1, BLOCK_BYTES // net)
         return [slice(n, n + step) for n in range(0, len(x), step)]
 
     def unfold(self, x):
         """[n, C, H, W, B] -> [n, C·kh·kw, H'·W'·B]."""
-        inner = self._inner(padded := x.new_zeros(len(x), self.channels, *self.padded, x.shape[-1]))
-        inner.copy_(x)
-        n, c, h, w, b = padded.stride()
-        size = (len(x), self.channels, *self.kernel, self.height, self.width, self.samples)
-        strides = (n, c, h, w, h * self.stride[0], w * self.stride[1], b)
-        return padded.as_strided(size, strides).reshape(
-            len(x), self.channels * self.kernel[0] * self.kernel[1], -1
-        )
+        n, channels, _, _, samples = x.shape
+        cols = x.new_empty(n, channels, *self.kernel, self.height, self.width, samples)
+        for in_window, in_image in self.meetings:
+            place, seen = cols[in_window], x[in_image]
+            if place.shape[2:4] != (self.height, self.width):  # the rest lies in the padding
+                cols[in_window[:4]].zero_()
+            place.copy_(seen)
+        return cols.view(n, channels * self.kernel[0] * self.kernel[1], -1)
 
     def fold(self, cols, out):
         """The transpose of `unfold`: adds [n, C·kh·kw, H'·W'·B] up into `out` [n, C, H, W, B]."""
-        kh, kw = self.kernel
-        cols = cols.view(len(cols), self.channels, kh, kw, self.height, self.width, self.samples)
-        padded = cols.new_zeros(len(cols), self.channels, *self.padded, self.samples)
-        sh, sw = self.stride
-        for i in range(kh):
-            for j in range(kw):
-                rows = slice(i, i + sh * self.height - sh + 1, sh)
-                columns = slice(j, j + sw * self.width - sw + 1, sw)
-                padded[:, :, rows, columns] += cols[:, :, i, j]
-        out.copy_(self._inner(padded))
+        n, channels, _, _, samples = out.shape
+        cols = cols.view(n, channels, *self.kernel, self.height, self.width, samples)
+        out.zero_()
+        for in_window, in_image in self.meetings:
+            out[in_image] += cols[in_window]
 
-    def _inner(self, padded):
-        (ph, pw), (height, width) = self.padding, self.images[2:4]
-        return padded[:, :, ph : ph + height, pw : pw + width]
+
+def _steps(size, kernel, stride, padding):
+    """How many places a window has along one axis."""
+    return (size + 2 * padding - kernel) // stride + 1
+
+
+def _meetings(size, kernel, stride, padding):
+    """For each value i of the window: the places u where it lies in the image, and its pixels."""
+    for i in range(kernel):
+        first = max(0, -((i - padding) // stride))  # s·u + i − p ≥ 0
+        last = min(_steps(size, kernel, stride, padding), (size - 1 - i + padding) // stride + 1)
+        last = max(first, last)
+        pixel = first * stride + i - padding
+        yield slice(first, last), slice(pixel, pixel + (last - first) * stride, stride)

@@ -255,7 +255,7 @@ PAPER_NETS = {"cifar10": ((3, 32, 32), 10, _CIFAR), "tinyimagenet": ((3, 64, 64)
 
 # Small enough to train hundreds on a laptop; channels in multiples of 8 are fast on a CPU.
 LITE_NETS = {
-    "LeNetLike": (LeNetLike, {"channels": (16, 16), "hidden": (64,), "kernel": 3}),
+    "LeNetLike": (LeNetLike, {"channels": (6, 16), "hidden": (64,), "kernel": 3}),
     "VanillaCNN": (VanillaCNN, {"channels": (8, 16, 16, 32), "strides": (2, 1, 2, 1)}),
     "ResNet8": (ResNet, {"depth": 8, "channels": (8, 16, 16, 16), "strides": (2, 1, 2)}),
     "ResNet14": (ResNet, {"depth": 14, "channels": (8, 16, 16, 16), "strides": (2, 1, 2)}),

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .data import Images
 from .functional import Nets
 from .mixed import MixedNets
+from .progress import progress_bar
 from .sampling import Gaussian
 from .space import NetSpace
 from .training import kl_divergence, learning_rate
@@ -261,7 +261,7 @@ def _descend(
     adam = torch.optim.Adam([z], lr)
     generator = torch.Generator().manual_seed(seed)
     search = Search(z.detach(), torch.full((len(z),), -torch.inf), torch.zeros(len(z)).bool())
-    with tqdm(total=steps, disable=not progress, unit="step", desc="optimising") as bar:
+    with progress_bar(steps, "optimising", progress) as bar:
         try:
             for step in range(steps + 1):
                 if step % every == 0 or step == steps:

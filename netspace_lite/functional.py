@@ -57,12 +57,22 @@ class Batched:
         step = nets_per_block(x[0] if per_net else x)
         if rows.device.type != "cpu" or step >= len(rows):
             return self._interpret(rows, x, per_net)
+        if step == 1:
+            return self._loop(rows, x, per_net)
         inputs = x.split(step) if per_net else itertools.repeat(x)
         blocks = zip(rows.split(step), inputs, strict=False)
         return torch.cat([self._interpret(block, part, per_net) for block, part in blocks])
 
     def _interpret(self, rows: Tensor, x: Tensor, per_net: bool) -> Tensor:
         return _Interpreter(self.graph, self.layout.views(rows), len(rows)).run(x, per_net)
+
+    def _loop(self, rows: Tensor, x: Tensor, per_net: bool) -> Tensor:
+        """One net after the other, as its plain module: each fills the caches alone."""
+        views = {name: view.unbind() for name, view in self.layout.views(rows).items()}
+        nets = ({name: view[n] for name, view in views.items()} for n in range(len(rows)))
+        inputs = x if per_net else itertools.repeat(x)
+        calls = zip(nets, inputs, strict=False)
+        return torch.stack([functional_call(self.module, net, (part,)) for net, part in calls])
 
     def _vmap(self, rows: Tensor, x: Tensor, per_net: bool) -> Tensor:
         def one_net(parameters, inputs):

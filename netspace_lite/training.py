@@ -10,10 +10,10 @@ from math import cos, pi
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from . import store
 from .kernels import distillation_loss
+from .progress import progress_bar
 from .space import NetSpace
 
 
@@ -132,7 +132,8 @@ def fit(
 
     Returns the history: one dict of step, seconds, loss and the scores per epoch.
     """
-    optimiser = torch.optim.AdamW([p for p in space.parameters() if p.requires_grad], lr)
+    trained = [p for p in space.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr, fused=True)  # one pass over memory, not ten
     generator = torch.Generator().manual_seed(seed)
     history: list[dict[str, float]] = []
     best: dict[str, Tensor] = {}
@@ -141,9 +142,7 @@ def fit(
         history, best = _resume(folder, plan, space, optimiser, generator)
     started = time.monotonic() - (history[-1]["seconds"] if history else 0.0)
     first, running = (int(history[-1]["step"]) if history else 0), 0.0
-    with tqdm(
-        total=steps, initial=first, unit="step", disable=not progress, desc="fitting the space"
-    ) as bar:
+    with progress_bar(steps, "fitting the space", progress, first) as bar:
         for step in range(first, steps):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, steps, lr)

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from . import store
 from .architectures import build, describe
 from .data import ImageData
 from .functional import BLOCK, Batched, Nets
 from .layout import Layout
+from .progress import progress_bar
 
 CHECKPOINT_SECONDS = 60  # an interruption loses at most this much training
 
@@ -331,7 +331,7 @@ def train_zoo(
     order = sorted(range(len(recipes)), key=lambda n: -recipes[n].steps)
     blocks = [order[i : i + block] for i in range(0, len(order), block)]
     total, states = sum(recipe.steps for recipe in recipes), []
-    with tqdm(total=total, unit="step", disable=not progress, desc="training nets") as bar:
+    with progress_bar(total, "training nets", progress) as bar:
         for number, members in enumerate(blocks):
             chosen = [recipes[n] for n in members]
             states.append(_train_block(batched, task, chosen, folder, f"block-{number}", plan, bar))

@@ -72,7 +72,7 @@ def test_wrong_nets_are_refused_by_name():
         layout.pack([*nets(1), other])
     with pytest.raises(ValueError, match="no nets to pack"):
         layout.pack([])
-    with pytest.raises(ValueError, match=r"should be \[N, 7290\]"):
+    with pytest.raises(ValueError, match=r"should be \[N, 5750\]"):
         layout.views(torch.zeros(3, 5))
     with pytest.raises(ValueError, match="at least one net"):
         layout.views(torch.zeros(0, layout.size))

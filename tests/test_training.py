@@ -126,7 +126,7 @@ def test_the_objectives_gradient_is_that_of_finite_differences(zoo, data):
 
         (gradient,) = torch.autograd.grad(loss(), parameter)
         with torch.no_grad():
-            for n in (0, 500, 7289):
+            for n in (0, 500, 5749):
                 value, step = parameter[n].item(), 1e-6
                 parameter[n] = value + step
                 up = loss().item()
