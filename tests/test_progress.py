@@ -1,35 +1,37 @@
-"""Bars stay quiet enough for a kernel's message queue, and can be switched off."""
+"""Bars stay quiet enough for a kernel's message queue, resume, and can be switched off."""
 
 import io
+
+from tqdm import tqdm
 
 from netspace_lite import progress
 
 
-def drawn(monkeypatch, updates, **options):
-    out = io.StringIO()
-    monkeypatch.setattr(progress, "tqdm", lambda **kw: plain_bar(file=out, **kw))
+def drawn(monkeypatch, updates, seconds, **options):
+    """What a bar of ``updates`` steps draws if all of them take ``seconds``."""
+    out, clock = io.StringIO(), [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    monkeypatch.setattr(tqdm, "monitor_interval", 0)
+    monkeypatch.setattr(progress, "tqdm", lambda **given: tqdm(file=out, **given))
     with progress.progress_bar(updates, "testing", **options) as bar:
         for _ in range(updates - options.get("first", 0)):
+            clock[0] += seconds / updates
             bar.update()
-    return out.getvalue()
+    return out.getvalue().split("\r")
 
 
-def plain_bar(**options):
-    from tqdm import tqdm
-
-    return tqdm(**options)
-
-
-def test_ten_thousand_steps_draw_a_handful_of_lines(monkeypatch):
-    text = drawn(monkeypatch, 10_000)
-    assert "testing: 100%" in text and "10000/10000" in text
-    assert text.count("\r") < 100  # tqdm's own interval of 0.1 s would do, one line a step not
+def test_a_hundred_seconds_draw_at_most_a_hundred_lines(monkeypatch):
+    lines = drawn(monkeypatch, 10_000, 100)
+    assert 20 < len(lines) <= 103
+    assert "testing: 100%" in lines[-1]
+    assert "10000/10000" in lines[-1]
 
 
 def test_a_resumed_bar_begins_where_it_stopped(monkeypatch):
-    text = drawn(monkeypatch, 50, first=20)
-    assert "20/50" in text.split("\r")[1] and "50/50" in text
+    lines = drawn(monkeypatch, 50, 100, first=20)
+    assert "20/50" in lines[1]
+    assert "50/50" in lines[-1]
 
 
 def test_no_bar_where_none_is_wanted(monkeypatch):
-    assert drawn(monkeypatch, 10, show=False) == ""
+    assert drawn(monkeypatch, 10, 100, show=False) == [""]
