@@ -27,7 +27,7 @@ class ZooSize:
 
 
 ZOO = {
-    "lite": ZooSize(nets=1600, steps=(4, 400), batch=32, chunk=128),
+    "lite": ZooSize(nets=2400, steps=(4, 400), batch=32, chunk=128),
     "paper": ZooSize(nets=132, steps=(350, 210_000), batch=128, chunk=10_000),
 }
 
@@ -44,7 +44,7 @@ class FitSize:
 
 
 FIT = {
-    "lite": FitSize(val=60, test=100, steps=4000, steps_weights_only=2000, epoch=250),
+    "lite": FitSize(val=60, test=100, steps=5000, steps_weights_only=2000, epoch=250),
     "paper": FitSize(val=16, test=16, steps=60_000, steps_weights_only=60_000, epoch=1000),
 }
 
@@ -78,11 +78,11 @@ class MultiSize:
 
 MULTI = {
     "lite": MultiSize(
-        nets={"LeNetLike": 340, "VanillaCNN": 260, "ResNet8": 190, "ResNet14": 160},
-        steps=(16, 300), batch=64, held_out=(12, 30),
+        nets={"LeNetLike": 340, "VanillaCNN": 260, "ResNet8": 220, "ResNet14": 220},
+        steps=(16, 300), batch=32, held_out=(12, 30),
         teacher={"depth": 14, "channels": (16, 32, 32, 32), "strides": (2, 1, 2)},
         teachers=3, teacher_recipe={"steps": 300, "lr": 1e-3, "weight_decay": 5e-2},
-        chances=(0.18, 0.2, 0.3, 0.32), instance_steps=1100, teacher_steps=400,
+        chances=(0.18, 0.2, 0.3, 0.32), instance_steps=1400, teacher_steps=400,
         hidden=256, hidden_teacher=64, epoch=250, fine_tuning=(20, 200),
         described_steps=900, own_nets=120, own_steps=300,
     ),

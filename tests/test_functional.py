@@ -127,6 +127,13 @@ def test_what_cannot_be_batched_falls_back_and_says_so(case):
         check_against_loop(make(), shape, per_net=False)
 
 
+@pytest.mark.parametrize("per_net", [False, True], ids=["shared", "per net"])
+@pytest.mark.parametrize("step", [1, 2])
+def test_few_nets_at_a_time_equal_a_loop_too(monkeypatch, step, per_net):
+    monkeypatch.setattr("netspace_lite.functional.nets_per_block", lambda inputs: step)
+    check_against_loop(lite_net("ResNet8", (1, 8, 8), 10), (1, 8, 8), per_net)
+
+
 def test_one_net_and_one_sample():
     check_against_loop(lite_net("ResNet8", (1, 8, 8), 10), (1, 8, 8), False, nets=1, samples=1)
 
