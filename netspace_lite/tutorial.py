@@ -53,14 +53,17 @@ FIT = {
 class MultiSize:
     """Notebook 3: nets per architecture, how they and the spaces are trained.
 
-    held_out: validation and test nets of each zoo; chances: how often each architecture is the
-    target of instance distillation; fine_tuning: steps for decoded nets, steps from scratch.
+    held_out: validation and test nets of each zoo; converged: nets per architecture trained to
+    convergence for comparison; chances: how often each architecture is the target of instance
+    distillation; fine_tuning: steps for decoded nets, steps from scratch.
     """
 
     nets: dict[str, int]
     steps: tuple[int, int]
     batch: int
     held_out: tuple[int, int]
+    converged: int
+    converged_recipe: dict
     teacher: dict
     teachers: int
     teacher_recipe: dict
@@ -80,15 +83,17 @@ MULTI = {
     "lite": MultiSize(
         nets={"LeNetLike": 340, "VanillaCNN": 260, "ResNet8": 220, "ResNet14": 220},
         steps=(16, 300), batch=32, held_out=(12, 30),
+        converged=4, converged_recipe={"steps": 800, "lr": 2e-3},
         teacher={"depth": 14, "channels": (16, 32, 32, 32), "strides": (2, 1, 2)},
-        teachers=3, teacher_recipe={"steps": 300, "lr": 1e-3, "weight_decay": 5e-2},
-        chances=(0.18, 0.2, 0.3, 0.32), instance_steps=1400, teacher_steps=400,
+        teachers=2, teacher_recipe={"steps": 800, "lr": 1e-3, "weight_decay": 5e-2},
+        chances=(0.18, 0.2, 0.3, 0.32), instance_steps=1000, teacher_steps=600,
         hidden=256, hidden_teacher=64, epoch=250, fine_tuning=(20, 200),
-        described_steps=900, own_nets=120, own_steps=300,
+        described_steps=800, own_nets=120, own_steps=300,
     ),
     "paper": MultiSize(
         nets={"LeNetLike": 90, "VanillaCNN": 80, "ResNet8": 90, "ResNet32": 130},
         steps=(350, 210_000), batch=128, held_out=(15, 15),
+        converged=4, converged_recipe={"steps": 210_000, "lr": 1e-3},
         teacher={"depth": 56}, teachers=1,
         teacher_recipe={"steps": 70_000, "lr": 1e-3, "weight_decay": 5e-2},
         chances=(0.15, 0.2, 0.25, 0.4), instance_steps=60_000, teacher_steps=60_000,
@@ -176,7 +181,7 @@ def execute(notebook: Path, output: Path) -> float:
     started = time.monotonic()
     book = nbformat.read(notebook, as_version=4)
     code = sum(cell.cell_type == "code" for cell in book.cells)
-    with tqdm(total=code, desc=notebook.stem, unit="cell", file=sys.stdout) as bar:
+    with tqdm(total=code, desc=notebook.stem, unit="cell", file=sys.stdout, miniters=1) as bar:
         client = NotebookClient(
             book,
             kernel_name="python3",
