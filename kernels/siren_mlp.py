@@ -77,8 +77,9 @@ def siren_mlp_reference(points, rows, hidden, omega=30.0):
     w1, b1, w2, b2, w3, b3 = _layers(rows, hidden)
     if points.ndim == 2:
         points = points.expand(rows.shape[0], -1, -1)
-    y = torch.sin(omega * torch.baddbmm(b1[:, None], points, w1.mT))
-    y = torch.sin(omega * torch.baddbmm(b2[:, None], y, w2.mT))
+    scaled = {"beta": omega, "alpha": omega}  # inside the product, not in a pass of its own
+    y = torch.sin(torch.baddbmm(b1[:, None], points, w1.mT, **scaled))
+    y = torch.sin(torch.baddbmm(b2[:, None], y, w2.mT, **scaled))
     return torch.baddbmm(b3[:, None], y, w3.mT)
 
 
