@@ -202,10 +202,11 @@ def _conv_case(inner, out, size, kernel, stride, padding):
 
 
 def _siren_case(dtype, precision):
-    rows = torch.empty(4, siren.siren_params(256), device="meta", dtype=dtype)
+    hidden = siren.widest(dtype, precision)
+    rows = torch.empty(4, siren.siren_params(hidden), device="meta", dtype=dtype)
     points = torch.empty(4, 20_000, 3, device="meta", dtype=dtype)
-    out = siren.launch_forward(points, rows, 256, 30.0, precision)
-    siren.launch_backward(out, points, rows, 256, 30.0, True, precision)
+    out = siren.launch_forward(points, rows, hidden, 30.0, precision)
+    siren.launch_backward(out, points, rows, hidden, 30.0, True, precision)
 
 
 def _loss_case(dtype, precision):
@@ -225,7 +226,7 @@ CASES: dict[str, Callable] = {
     "linear 256 to 256, sine": _linear_case(256, 256, 2),
     "convolution 3 to 6, 5x5": _conv_case(3, 6, 32, 5, 2, 0),
     "convolution 16 to 32, 3x3": _conv_case(16, 32, 32, 3, 2, 1),
-    "siren 256": _siren_case,
+    "siren, widest": _siren_case,
     "distillation loss": _loss_case,
     "chunk packing": _pack_case,
 }
@@ -237,7 +238,7 @@ MODES = {
 }
 
 
-def reports(archs, modes=("tf32", "bf16"), first=False):
+def reports(archs, modes=("tf32", "ieee", "bf16"), first=False):
     """Compile every case for every target: all configurations in tf32, else the first one.
 
     Args:

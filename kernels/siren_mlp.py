@@ -37,7 +37,8 @@ from .common import (
 )
 
 CACHE_VALUES = 1 << 18  # hidden activations, in values, that nets of one block have on a CPU
-MAX_HIDDEN = 256  # a program holds all h sums of its points in registers
+# A program holds all h sums of its points in registers, and without tensor cores the products' too.
+MAX_HIDDEN, MAX_HIDDEN_IEEE = 256, 64
 
 
 def siren_mlp(points, rows, hidden, omega=30.0, precision=None) -> torch.Tensor:
@@ -47,8 +48,8 @@ def siren_mlp(points, rows, hidden, omega=30.0, precision=None) -> torch.Tensor:
         points: `[B, 3]` shared by all nets, or `[N, B, 3]`.
         rows: `[N, P]`, each net's parameters in module order: weight and bias of 3→h, h→h, h→1,
             so P = h² + 6h + 1. Contiguous within a row.
-        hidden: h, the width of both hidden layers. The Triton kernel holds up to 256; wider nets
-            run layer by layer through `batched_linear`.
+        hidden: h, the width of both hidden layers. The Triton kernel holds up to 256, or 64 in
+            fp32 without tf32; wider nets run layer by layer through `batched_linear`.
         omega: frequency ω of the sines.
         precision: of fp32 products in the Triton kernel, "ieee" or "tf32"; None follows
             `torch.get_float32_matmul_precision()`.
@@ -63,13 +64,19 @@ def siren_mlp(points, rows, hidden, omega=30.0, precision=None) -> torch.Tensor:
     _check(points, rows, hidden)
     if not use_triton(rows):
         return _in_blocks(points, rows, hidden, omega)
-    if hidden > MAX_HIDDEN:
+    if hidden > widest(rows.dtype, precision):
         w1, b1, w2, b2, w3, b3 = _layers(rows, hidden)
         y = batched_linear(points, w1, b1, "sine", omega=omega, precision=precision)
         y = batched_linear(y, w2, b2, "sine", omega=omega, precision=precision)
         return batched_linear(y, w3, b3, precision=precision)
     precision = check_precision(precision)
     return _siren(points, rows, hidden, float(omega), precision).unsqueeze(-1)
+
+
+def widest(dtype, precision=None) -> int:
+    """The largest h that the kernels hold without spilling registers (see `aot`)."""
+    ieee = matmul_precision(check_precision(precision)) == "ieee"
+    return MAX_HIDDEN_IEEE if dtype == torch.float32 and ieee else MAX_HIDDEN
 
 
 def siren_mlp_reference(points, rows, hidden, omega=30.0):

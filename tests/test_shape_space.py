@@ -1,5 +1,7 @@
 """Shape nets: their training task, their space, scans of them and search through them."""
 
+import math
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from netspace_lite.shape_nets import (
     OnScan,
     ShapeTask,
     agreement,
+    level_off,
     meshes,
     scan,
     shape_recipes,
@@ -55,6 +58,13 @@ class Ball:
         return points.norm(dim=-1, keepdim=True) - self.radii
 
 
+class LevelBall(Ball):
+    """The same, levelling off at 0.2."""
+
+    def __call__(self, points, per_net=False):
+        return 0.2 * torch.tanh(super().__call__(points) / 0.2)
+
+
 # The task.
 
 
@@ -84,10 +94,23 @@ def test_batches_depend_on_seed_and_step_only(samples):
     assert torch.equal(first.batch(recipes, 40)[0], second.batch(recipes[:], 40)[0])
 
 
-def test_the_learning_rate_falls_to_zero_with_half_a_cosine(samples):
+def test_the_learning_rate_rises_then_falls_to_zero_with_half_a_cosine(samples):
     task = ShapeTask(samples, shape_recipes(4))
-    factors = task.schedule(torch.tensor([0.0, 0.5, 1.0]))
-    torch.testing.assert_close(factors, torch.tensor([1.0, 0.5, 0.0]), atol=1e-6, rtol=0)
+    factors = task.schedule(torch.tensor([0.0, 0.05, 0.5, 1.0]))
+    expected = torch.tensor([0.02, 0.52 * 0.993844, 0.5, 0.0])
+    torch.testing.assert_close(factors, expected, atol=1e-6, rtol=0)
+
+
+def test_distances_level_off_far_away_only(samples):
+    near = samples.sdf.abs() <= 0.05
+    found = level_off(samples, 0.2)
+    assert found.points is samples.points
+    assert torch.equal(found.sdf.sign(), samples.sdf.sign())
+    assert ((found.sdf - samples.sdf).abs()[near] <= 0.021 * samples.sdf.abs()[near]).all()
+    assert 0.19 < found.sdf.max() < 0.2 < samples.sdf.max()
+    assert level_off(samples, math.inf) is samples
+    with pytest.raises(ValueError, match="positive distance, not 0"):
+        level_off(samples, 0)
 
 
 @pytest.mark.parametrize(
@@ -245,6 +268,17 @@ def test_a_distance_without_a_slope_is_penalised(zoo):
     assert OnScan(points, TOWARDS[:1]).misfit(flat) == 0
     loss = OnScan(points, TOWARDS[:1], eikonal=0.5)(flat, torch.Generator())
     torch.testing.assert_close(loss, torch.tensor([0.5]))
+
+
+def test_a_scan_expects_the_slope_of_distances_that_level_off():
+    points = scan(lambda x: x.norm(dim=-1) - 0.5, TOWARDS[:1], noise=0.0)
+    levelled = LevelBall(0.5)
+    losses = {
+        limit: OnScan(points, TOWARDS[:1], eikonal=1.0, limit=limit)(levelled, torch.Generator())
+        for limit in (0.2, math.inf)
+    }
+    assert losses[0.2] < 0.01
+    assert losses[math.inf] > 0.2
 
 
 def test_scans_and_cameras_come_in_pairs():

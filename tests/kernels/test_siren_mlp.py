@@ -1,5 +1,7 @@
 """siren_mlp: the fused kernels against the fp64 reference, and the reference against a module."""
 
+import importlib
+
 import pytest
 import torch
 from netspace_lite.kernels import backend, siren_mlp
@@ -50,13 +52,35 @@ def test_strided_points(assert_matches):
     )
 
 
-def test_wide_nets_run_layer_by_layer(assert_matches):
+@pytest.mark.parametrize("hidden", [65, 260])
+def test_wide_nets_run_layer_by_layer(assert_matches, hidden):
     assert_matches(
-        lambda points, rows: siren_mlp(points, rows, 260, precision="ieee"),
-        lambda points, rows: siren_mlp_reference(points, rows, 260),
+        lambda points, rows: siren_mlp(points, rows, hidden, precision="ieee"),
+        lambda points, rows: siren_mlp_reference(points, rows, hidden),
         points=torch.randn(1, 3, 3),
-        rows=siren_rows(1, 260, 0),
+        rows=siren_rows(1, hidden, 0),
     )
+
+
+@pytest.mark.parametrize(
+    ("hidden", "dtype", "precision", "fused"),
+    [
+        (64, torch.float32, "ieee", True),
+        (65, torch.float32, "ieee", False),  # would spill registers
+        (65, torch.float32, None, False),  # PyTorch's default is ieee
+        (65, torch.float32, "tf32", True),
+        (65, torch.bfloat16, "ieee", True),
+        (257, torch.bfloat16, "tf32", False),
+    ],
+)
+def test_one_kernel_takes_what_its_registers_hold(monkeypatch, hidden, dtype, precision, fused):
+    module, runs = importlib.import_module("netspace_lite.kernels.siren_mlp"), []
+    real = module._siren
+    monkeypatch.setattr(module, "_siren", lambda *args: runs.append(args) or real(*args))
+    rows = siren_rows(1, hidden, 0).to(dtype)
+    with backend("triton"):
+        siren_mlp(torch.randn(2, 3, dtype=dtype), rows, hidden, precision=precision)
+    assert bool(runs) == fused
 
 
 def test_large_angles(assert_close, device):
