@@ -81,14 +81,14 @@ class MultiSize:
 
 MULTI = {
     "lite": MultiSize(
-        nets={"LeNetLike": 340, "VanillaCNN": 260, "ResNet8": 220, "ResNet14": 220},
-        steps=(16, 300), batch=32, held_out=(12, 30),
-        converged=4, converged_recipe={"steps": 800, "lr": 2e-3},
+        nets={"LeNetLike": 340, "VanillaCNN": 260, "ResNet8": 200, "ResNet14": 190},
+        steps=(30, 300), batch=32, held_out=(12, 30),
+        converged=4, converged_recipe={"steps": 600, "lr": 2e-3},
         teacher={"depth": 14, "channels": (16, 32, 32, 32), "strides": (2, 1, 2)},
-        teachers=2, teacher_recipe={"steps": 800, "lr": 1e-3, "weight_decay": 5e-2},
-        chances=(0.18, 0.2, 0.3, 0.32), instance_steps=1000, teacher_steps=600,
-        hidden=256, hidden_teacher=64, epoch=250, fine_tuning=(20, 200),
-        described_steps=800, own_nets=120, own_steps=300,
+        teachers=2, teacher_recipe={"steps": 600, "lr": 1e-3, "weight_decay": 5e-2},
+        chances=(0.18, 0.2, 0.3, 0.32), instance_steps=800, teacher_steps=500,
+        hidden=256, hidden_teacher=64, epoch=200, fine_tuning=(20, 200),
+        described_steps=600, own_nets=120, own_steps=300,
     ),
     "paper": MultiSize(
         nets={"LeNetLike": 90, "VanillaCNN": 80, "ResNet8": 90, "ResNet32": 130},
