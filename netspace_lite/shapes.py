@@ -57,31 +57,38 @@ class Transform:
         return np.array(self.centre)
 
 
-def sample_chairs(chairs: list[Chair], samples: int = 20_000, seed: int = 0) -> Samples:
+def sample_chairs(
+    chairs: list[Chair], samples: int = 20_000, seed: int = 0, far: float = 0.25
+) -> Samples:
     """Draw ``samples`` points a chair, half inside and half outside.
 
     Those of chair i depend on ``seed``, i and the chair only.
 
     Inside points fill the parts evenly, whatever their size, so that thin legs count. Of the
-    outside ones about half lie near the surface, the others anywhere in the unit ball.
+    outside ones about half lie near the surface, the others anywhere in the unit ball; more of them
+    do with a larger ``far``, the share of candidates drawn from the ball, which is mostly outside.
 
-    Raises ValueError if ``samples`` is not a positive even number.
+    Raises ValueError if ``samples`` is not a positive even number or ``far`` not in 0 to 0.75.
     """
     _check_count(samples)
-    drawn = [_sample_chair(chair, samples, seed * 100_003 + i) for i, chair in enumerate(chairs)]
+    if not 0 <= far <= 0.75:
+        raise ValueError(f"far should be a share from 0 to 0.75, so that some hit, not {far}")
+    seeds = [seed * 100_003 + i for i in range(len(chairs))]
+    drawn = [_sample_chair(chair, samples, s, far) for chair, s in zip(chairs, seeds, strict=True)]
     points, sdf = (torch.stack(tensors) for tensors in zip(*drawn, strict=True))
     return Samples(points, sdf)
 
 
-def _sample_chair(chair: Chair, samples: int, seed: int) -> tuple[Tensor, Tensor]:
+def _sample_chair(chair: Chair, samples: int, seed: int, far: float) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    parts, count = chair.parts(), 3 * samples  # enough candidates for both halves
+    parts = chair.parts()
+    count = int(2.25 * samples / (1 - far))  # candidates enough for both halves
     places = 2 * torch.rand(count, 3, generator=generator) - 1
     which = torch.randint(len(parts), (count,), generator=generator)
     near = place_in_parts(parts, places, which)
     near += NOISE * torch.randn(count, 3, generator=generator)
     near[:, 0] *= 2 * torch.randint(2, (count,), generator=generator) - 1  # mirrored or not
-    anywhere = torch.rand(count, 1, generator=generator) < 0.25
+    anywhere = torch.rand(count, 1, generator=generator) < far
     points = torch.where(anywhere, _ball(count, generator), near)
     points = points / points.norm(dim=-1, keepdim=True).clamp(min=1)
     sdf = chair_sdf(parts[None], points)[0]

@@ -35,7 +35,7 @@ def samples():
 
 @pytest.fixture(scope="module")
 def zoo(samples):
-    recipes = shape_recipes(4, steps=80)
+    recipes = shape_recipes(4, steps=100)
     return train_zoo(SMALL, ShapeTask(samples, recipes, 128), recipes, progress=False)
 
 

@@ -154,6 +154,15 @@ class TestSamplingChairs:
         near = (sdf[sdf > 0] < 0.1).float().mean()
         assert 0.4 < near < 0.9
 
+    def test_more_far_points_on_request(self, chairs):
+        few, many = (sample_chairs(chairs[:3], 2000, far=far) for far in (0.25, 0.6))
+        assert torch.equal(few.points, sample_chairs(chairs[:3], 2000).points)
+        far = [(samples.sdf > 0.15).float().mean() for samples in (few, many)]
+        assert far[1] > 1.3 * far[0]
+        assert ((many.sdf < 0).float().mean(1) == 0.5).all()
+        with pytest.raises(ValueError, match="from 0 to 0.75, so that some hit, not 0.9"):
+            sample_chairs(chairs[:1], 100, far=0.9)
+
     def test_mirror_sides_are_even(self, chairs):
         x = sample_chairs(chairs, 2000).points[..., 0]
         assert abs((x > 0).float().mean() - 0.5) < 0.02
