@@ -88,7 +88,7 @@ MULTI = {
         teachers=2, teacher_recipe={"steps": 600, "lr": 1e-3, "weight_decay": 5e-2},
         chances=(0.18, 0.2, 0.3, 0.32), instance_steps=800, teacher_steps=500,
         hidden=256, hidden_teacher=64, epoch=200, fine_tuning=(20, 200),
-        described_steps=900, own_nets=120, own_steps=300,
+        described_steps=600, own_nets=120, own_steps=300,
     ),
     "paper": MultiSize(
         nets={"LeNetLike": 90, "VanillaCNN": 80, "ResNet8": 90, "ResNet32": 130},
