@@ -34,6 +34,7 @@ from .common import (
     check_precision,
     configs,
     convolution_precision,
+    places,
     product,
     shape,
 )
@@ -247,10 +248,8 @@ def _pair(value):
 
 
 def _output_size(x, weight, stride, padding):
-    return tuple(
-        (size + 2 * p - k) // s + 1
-        for size, k, s, p in zip(x.shape[-2:], weight.shape[-2:], stride, padding, strict=True)
-    )
+    sides = zip(x.shape[-2:], weight.shape[-2:], stride, padding, strict=True)
+    return tuple(places(*side) for side in sides)
 
 
 def _window(weight, stride, padding):

@@ -49,7 +49,6 @@ def chunk_pack(tensors, T, L, mean=None, std=None, dtype=None) -> torch.Tensor:
         ValueError: if a net doesn't fit, there are no nets, devices are mixed, dtypes aren't
             floating, or `mean`/`std` have another shape.
     """
-    tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
     flat, counts = _flatten(tensors)
     _check(flat, counts, T, L, mean, std)
     dtype = dtype or flat[0].dtype
@@ -89,7 +88,6 @@ def chunk_unpack(prep, shapes, mean=None, std=None):
 
 def chunk_pack_reference(tensors, T, L, mean=None, std=None, dtype=None):
     """`chunk_pack` in PyTorch: one concatenation of all tensors and their padding."""
-    tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
     flat, counts = _flatten(tensors)
     return _concatenate(flat, counts, T, L, mean, std, dtype or flat[0].dtype)
 
@@ -305,6 +303,7 @@ _scatter.register_autograd(_scatter_backward, setup_context=_scatter_context)
 
 def _flatten(tensors):
     """All tensors as 1-D, net after net, and how many a net has; or stacked ones as [N, size]."""
+    tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
     if not tensors or (not isinstance(tensors[0], torch.Tensor) and not all(tensors)):
         raise ValueError(f"chunk_pack: there is nothing to pack in {len(tensors)} nets.")
     if isinstance(tensors[0], torch.Tensor):

@@ -110,6 +110,11 @@ def matmul_precision(precision) -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+def places(size, kernel, stride, padding):
+    """How many places a window has along one axis of an image."""
+    return (size + 2 * padding - kernel) // stride + 1
+
+
 def convolution_precision(precision) -> str:
     """What "default" stands for in convolutions: cuDNN's setting."""
     if precision != "default":

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from .common import places
+
 CHANNELS = 8  # fp32 channels in the blocks of oneDNN's layouts (nChw8c, nChw16c)
 GROWTH = 4  # unfolding may make images this many times larger before moving them costs the gain
 BLOCK_BYTES = 4 << 20  # unfolded images of this many bytes stay in the second-level caches
@@ -85,7 +87,8 @@ class UnfoldedConv2d(torch.autograd.Function):
         out, need_x = weight.shape[1], ctx.needs_input_grad[0]
         g = g.permute(1, 2, 3, 4, 0)
         dx = g.new_empty(ctx.window.images) if need_x else None
-        dw, db = torch.empty_like(weight), g.new_empty(weight.shape[:2])
+        dw = torch.empty_like(weight)
+        db = g.new_empty(weight.shape[:2]) if ctx.has_bias else None
         scratch, start = torch.empty_like(columns[0]), 0
         for cols in columns:  # block by block, each while it lies in the cache
             at = slice(start, start + len(cols))
@@ -95,13 +98,14 @@ class UnfoldedConv2d(torch.autograd.Function):
                 g_block = torch.ops.aten.leaky_relu_backward(g_block, y[at], ctx.slope, True)
             g_block = g_block.reshape(len(cols), out, -1)
             torch.bmm(g_block, cols.mT, out=dw[at].view(len(cols), out, -1))
-            torch.sum(g_block, -1, out=db[at])
+            if ctx.has_bias:
+                torch.sum(g_block, -1, out=db[at])
             if need_x:
                 w = weight[at].reshape(len(cols), out, -1)
                 grad = torch.bmm(w.mT, g_block, out=scratch[: len(cols)])
                 ctx.window.fold(grad, dx[at])
         dx = dx.permute(4, 0, 1, 2, 3) if need_x else None
-        return dx, dw, db if ctx.has_bias else None, None, None, None
+        return dx, dw, db, None, None, None
 
 
 class _Window:
@@ -110,7 +114,7 @@ class _Window:
     def __init__(self, images, weight, stride, padding):
         self.images, self.kernel = images, weight[3:]
         sides = list(zip(images[2:4], self.kernel, stride, padding, strict=True))
-        self.height, self.width = (_steps(*side) for side in sides)
+        self.height, self.width = (places(*side) for side in sides)
         rows, columns = (list(_meetings(*side)) for side in sides)
         self.meetings = [
             ((slice(None), slice(None), i, j, u, v), (slice(None), slice(None), h, w))
@@ -145,16 +149,11 @@ class _Window:
             out[in_image] += cols[in_window]
 
 
-def _steps(size, kernel, stride, padding):
-    """How many places a window has along one axis."""
-    return (size + 2 * padding - kernel) // stride + 1
-
-
 def _meetings(size, kernel, stride, padding):
     """For each value i of the window: the places u where it lies in the image, and its pixels."""
     for i in range(kernel):
         first = max(0, -((i - padding) // stride))  # s·u + i − p ≥ 0
-        last = min(_steps(size, kernel, stride, padding), (size - 1 - i + padding) // stride + 1)
+        last = min(places(size, kernel, stride, padding), (size - 1 - i + padding) // stride + 1)
         last = max(first, last)
         pixel = first * stride + i - padding
         yield slice(first, last), slice(pixel, pixel + (last - first) * stride, stride)

@@ -68,10 +68,8 @@ class Batched:
 
     def _loop(self, rows: Tensor, x: Tensor, per_net: bool) -> Tensor:
         """One net after the other, as its plain module: each fills the caches alone."""
-        views = {name: view.unbind() for name, view in self.layout.views(rows).items()}
-        nets = ({name: view[n] for name, view in views.items()} for n in range(len(rows)))
         inputs = x if per_net else itertools.repeat(x)
-        calls = zip(nets, inputs, strict=False)
+        calls = zip(self.layout.unpack(rows), inputs, strict=False)
         return torch.stack([functional_call(self.module, net, (part,)) for net, part in calls])
 
     def _vmap(self, rows: Tensor, x: Tensor, per_net: bool) -> Tensor:

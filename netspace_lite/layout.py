@@ -92,7 +92,7 @@ class Layout:
 
     def unpack(self, rows: Tensor) -> list[dict[str, Tensor]]:
         """rows [N, P] -> N state dicts whose tensors are views of ``rows``."""
-        views = self.views(rows)
+        views = {name: view.unbind() for name, view in self.views(rows).items()}
         return [{name: view[n] for name, view in views.items()} for n in range(len(rows))]
 
 
