@@ -1,47 +1,38 @@
 """The space of deep models, small enough to read in an evening.
 
-What notebooks and users type most; everything else is imported from its module.
+Everything notebooks and users type lives here; `netspace_lite.shapes` has what is particular to
+nets that are shapes, `netspace_lite.tutorial` what the notebooks share, `netspace_lite.kernels` the
+operations underneath.
 """
 
-from .architectures import LeNetLike, ResNet, Siren, VanillaCNN, architecture, lite_net, paper_net
-from .data import load_cifar10, load_digits, load_images
-from .explore import interpolate, optimise, weight_line
-from .functional import Batched, Nets
-from .layout import Layout, from_prep, to_prep
-from .metrics import compare, scores
-from .space import NetSpace, SpaceConfig
-from .training import InstanceDistillation, fit, refine
-from .zoo import ImageTask, Recipe, Zoo, draw_recipes, train_zoo
+# ruff: noqa: F401, I001
+from types import ModuleType as _Module
 
-__all__ = [
-    "Batched",
-    "ImageTask",
-    "InstanceDistillation",
-    "Layout",
-    "LeNetLike",
-    "NetSpace",
-    "Nets",
-    "Recipe",
-    "ResNet",
-    "Siren",
-    "SpaceConfig",
-    "VanillaCNN",
-    "Zoo",
-    "architecture",
-    "compare",
-    "draw_recipes",
-    "fit",
-    "from_prep",
-    "interpolate",
-    "lite_net",
-    "load_cifar10",
-    "load_digits",
-    "load_images",
-    "optimise",
-    "paper_net",
-    "refine",
-    "scores",
-    "to_prep",
-    "train_zoo",
-    "weight_line",
-]
+from .architectures import (
+    LeNetLike, ResNet, Sine, Siren, VanillaCNN, architecture, lite_net, name_of, paper_net,
+)  # fmt: skip
+from .batching import Batched
+from .data import ImageData, Images, few_shot, load_cifar10, load_digits, load_images
+from .described import DescribedDecoder, DescribedDistillation, Largest, describe_layers
+from .explore import (
+    Descent, Gaussian, ImageLoss, LikenessLoss, Search, interpolate, optimise, optimise_weights,
+    refine, sample, weight_line,
+)  # fmt: skip
+from .fingerprint import fingerprint
+from .folding import Affine, fold_batchnorm
+from .layout import Layout, from_prep, to_prep
+from .metrics import (
+    averages, compare, disagreement, line_drop, mean_net, nearest_by_answers, nearest_by_weights,
+    noisy_nets, novelty, pca_nets, readout, scores, weight_statistics,
+)  # fmt: skip
+from .nets import MixedNets, Nets
+from .space import NetSpace, SpaceConfig
+from .training import (
+    ArchitectureClassification, Distillation, Interpolation, MixedZoo, TeacherDistillation,
+    combine, fit, kl_divergence, logit_scale,
+)  # fmt: skip
+from .zoo import (
+    ImageTask, Recipe, Task, Zoo, draw_recipes, fine_tune, initial_rows, train_nets, train_zoo,
+)  # fmt: skip
+
+__all__ = [n for n, v in globals().items() if n[0] != "_" and not isinstance(v, _Module)]

@@ -1,18 +1,16 @@
 """The paper's networks as plain ``nn.Module``s, sized from the image and the number of classes.
 
-Nothing here knows about batches of nets: `netspace_lite.functional` runs any of these classes, or
+Nothing here knows about batches of nets: `netspace_lite.batching` runs any of these classes, or
 yours, for many nets at once. A class decorated with `architecture` remembers its arguments, so a
 saved zoo can build it again from its JSON file.
 """
 
-import copy
 import functools
 import inspect
 import math
 
 import torch
-from torch import fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import nn
 
 ARCHITECTURES: dict[str, type[nn.Module]] = {}
 
@@ -67,8 +65,13 @@ def name_of(module: nn.Module) -> str:
     return f"{type(module).__name__}{depth}"
 
 
-def _conv_size(size: int, kernel: int, stride: int, padding: int) -> int:
-    return (size + 2 * padding - kernel) // stride + 1
+def _output_shape(layers: nn.Module, image) -> torch.Size:
+    """Shape of what ``layers`` make of one image (C, H, W), without the sample axis."""
+    with torch.no_grad():
+        try:
+            return layers(torch.zeros(1, *image)).shape[1:]
+        except RuntimeError as error:
+            raise ValueError(f"images of {tuple(image)} are too small: {error}") from error
 
 
 @architecture
@@ -76,7 +79,7 @@ class LeNetLike(nn.Module):
     """Strided convolutions, then linear layers, with leaky ReLU (paper section IV).
 
     Args:
-        image: (C, H, W) of one image, H == W.
+        image: (C, H, W) of one image.
         classes: number of classes K.
         channels: output channels of each stride-2 convolution. The paper's CIFAR-10 net is
             (6, 16); its TinyImageNet count of 79,612 parameters comes out with (4, 8, 16).
@@ -87,16 +90,13 @@ class LeNetLike(nn.Module):
 
     def __init__(self, image, classes, channels=(6, 16), hidden=(120, 84), kernel=5):
         super().__init__()
-        depth, size, _ = image
-        padding = 0 if kernel == 5 else kernel // 2
+        depth, padding = image[0], 0 if kernel == 5 else kernel // 2
         layers = []
         for width in channels:
             layers += [nn.Conv2d(depth, width, kernel, 2, padding), nn.LeakyReLU()]
-            depth, size = width, _conv_size(size, kernel, 2, padding)
-        if size < 1:
-            raise ValueError(f"images of {image} are too small for {len(channels)} convolutions")
+            depth = width
         layers.append(nn.Flatten())
-        features = depth * size * size
+        (features,) = _output_shape(nn.Sequential(*layers), image)
         for width in hidden:
             layers += [nn.Linear(features, width), nn.LeakyReLU()]
             features = width
@@ -112,7 +112,7 @@ class VanillaCNN(nn.Module):
     """3×3 convolutions with leaky ReLU and one linear layer (paper section IV).
 
     Args:
-        image: (C, H, W) of one image, H == W.
+        image: (C, H, W) of one image.
         classes: number of classes K.
         channels, strides: one entry per convolution. Defaults are the paper's CIFAR-10 net; its
             TinyImageNet count of 112,856 comes out with (8, 16, 32, 64, 64), all strides 2.
@@ -120,13 +120,13 @@ class VanillaCNN(nn.Module):
 
     def __init__(self, image, classes, channels=(8, 8, 32, 64, 64), strides=(2, 1, 2, 1, 2)):
         super().__init__()
-        depth, size, _ = image
-        layers = []
+        depth, layers = image[0], []
         for width, stride in zip(channels, strides, strict=True):
             layers += [nn.Conv2d(depth, width, 3, stride, 1), nn.LeakyReLU()]
-            depth, size = width, _conv_size(size, 3, stride, 1)
-        linear = nn.Linear(depth * size * size, classes)
-        self.layers = nn.Sequential(*layers, nn.Flatten(), linear)
+            depth = width
+        layers.append(nn.Flatten())
+        (features,) = _output_shape(nn.Sequential(*layers), image)
+        self.layers = nn.Sequential(*layers, nn.Linear(features, classes))
 
     def forward(self, x):
         """x: [B, C, H, W] -> logits [B, K]."""
@@ -161,7 +161,7 @@ class ResNet(nn.Module):
     """CIFAR-style residual net of depth 6n+2 (paper section IV; He et al. 2016, section 4.2).
 
     Args:
-        image: (C, H, W) of one image, H == W.
+        image: (C, H, W) of one image.
         classes: number of classes K.
         depth: 6n+2, that is 8, 14, 20, 32, 56 ...
         channels: stem, then the three stages.
@@ -177,9 +177,8 @@ class ResNet(nn.Module):
         super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"a ResNet's depth is 6n+2 (8, 14, 20, ...), not {depth}")
-        inputs, size, _ = image
         stem, *stages = channels
-        self.stem = nn.Conv2d(inputs, stem, 3, 1, 1)
+        self.stem = nn.Conv2d(image[0], stem, 3, 1, 1)
         self.norm = _norm(stem, batch_norm)
         self.activation = nn.LeakyReLU()
         blocks, width = [], stem
@@ -187,11 +186,13 @@ class ResNet(nn.Module):
             for i in range((depth - 2) // 6):
                 stride = first if i == 0 else 1
                 blocks.append(Block(width, channel, stride, batch_norm))
-                width, size = channel, math.ceil(size / stride)
+                width = channel
         self.blocks = nn.Sequential(*blocks)
-        window = min(8, size)  # the paper's 8×8 pooling, or all of a smaller image
-        self.pool = nn.AvgPool2d(window)
-        self.linear = nn.Linear(width * (size // window) ** 2, classes)
+        sides = [-(-side // math.prod(strides)) for side in image[1:]]
+        windows = [min(8, side) for side in sides]  # the paper's 8×8, or all of a smaller image
+        self.pool = nn.AvgPool2d(windows)
+        places = math.prod(side // window for side, window in zip(sides, windows, strict=True))
+        self.linear = nn.Linear(width * places, classes)
 
     def forward(self, x):
         """x: [B, C, H, W] -> logits [B, K]."""
@@ -289,28 +290,3 @@ def _choose(nets, name, image, classes) -> nn.Module:
         raise ValueError(f"no net {name!r}: choose from {', '.join(nets)}")
     cls, config = nets[name]
     return cls(image, classes, **config)
-
-
-def fold_batchnorm(module: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose convolutions have absorbed the BatchNorm2d after them.
-
-    A convolution followed directly by a batch norm becomes one convolution with bias that computes
-    the same (``torch.nn.utils.fusion``), and the batch norm becomes the identity. What is left
-    is weights and biases only, so it can be packed.
-
-    Raises ValueError if a batch norm does not follow a convolution directly.
-    """
-    folded = copy.deepcopy(module).eval()
-    modules = dict(folded.named_modules())
-    for node in fx.symbolic_trace(folded).graph.nodes:
-        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
-            continue
-        conv = node.args[0]
-        name = conv.target if conv.op == "call_module" else ""
-        if not isinstance(modules.get(name), nn.Conv2d) or len(conv.users) > 1:
-            raise ValueError(f"can't fold {node.target!r}: no convolution of its own before it")
-        folded.set_submodule(name, fuse_conv_bn_eval(modules[name], modules[node.target]))
-        folded.set_submodule(node.target, nn.Identity())
-    if getattr(folded, "config", {}).get("batch_norm"):
-        folded.config = {**folded.config, "batch_norm": False}
-    return folded

@@ -5,7 +5,6 @@ Images stay one tensor; mini-batches are drawn by index. Nothing here unpickles 
 
 import os
 import tarfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,8 @@ import pooch
 import torch
 from sklearn.datasets import load_digits as sklearn_digits
 from torch import Tensor
+
+from . import store
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "md5:c32a1d4ab5d03f1284b67883e8d87530"
@@ -74,7 +75,7 @@ def load_images(path, seed: int = 0, val: float = 0.2) -> ImageData:
     """Your own images from an ``.npz`` with ``x_train, y_train, x_test, y_test``.
 
     Args:
-        path: file with x of shape [B, H, W] (grey), [B, H, W, 3] or [B, 3, H, W] (RGB), H == W,
+        path: file with x of shape [B, H, W] (grey), [B, H, W, 3] or [B, 3, H, W] (RGB),
             uint8 in 0..255 or float; y of shape [B], whole numbers 0..K-1 without gaps.
         seed: decides which training images become the validation set.
         val: share of the training images to validate on.
@@ -82,44 +83,20 @@ def load_images(path, seed: int = 0, val: float = 0.2) -> ImageData:
     Raises ValueError saying which array is wrong, and how, before anything is kept.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no image file {path}: give an .npz with x_train, y_train, ...")
-    arrays = _read_npz(path)
+    arrays = store.load_arrays(path, ("x_train", "y_train", "x_test", "y_test"))
     for part in ("train", "test"):
         arrays[f"x_{part}"] = _check_images(f"x_{part}", arrays[f"x_{part}"])
         arrays[f"y_{part}"] = _check_labels(part, arrays[f"y_{part}"], len(arrays[f"x_{part}"]))
     train, test = arrays["x_train"], arrays["x_test"]
     if train.shape[1:] != test.shape[1:]:
         raise ValueError(f"x_train is {train.shape} but x_test is {test.shape}: sizes differ")
-    missing = sorted(set(range(arrays["y_train"].max() + 1)) - set(arrays["y_train"].tolist()))
-    if missing or arrays["y_test"].max() > arrays["y_train"].max():
+    known = np.unique(arrays["y_train"])
+    if known[-1] != len(known) - 1 or arrays["y_test"].max() > known[-1]:
         raise ValueError(
-            "y_train should hold every class 0..K-1 that occurs; "
-            + (f"it lacks {missing}" if missing else "y_test has classes that y_train lacks")
+            "y_train should hold every class 0..K-1 that occurs, without gaps; it holds "
+            f"{len(known)} classes up to {known[-1]}, y_test up to {arrays['y_test'].max()}"
         )
     return _split(path.stem, train, arrays["y_train"], test, arrays["y_test"], seed, val)
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    names = ("x_train", "y_train", "x_test", "y_test")
-    try:
-        with zipfile.ZipFile(path) as whole:  # np.load leaves a damaged file open
-            damaged = whole.testzip()
-        if damaged:
-            raise zipfile.BadZipFile(f"{damaged} is damaged")
-        with np.load(path, allow_pickle=False) as file:
-            absent = [name for name in names if name not in file]
-            if absent:
-                raise ValueError(f"{path} lacks {', '.join(absent)}; it should hold {names}")
-            return {name: file[name] for name in names}
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a readable .npz file: {error}") from error
-    except ValueError as error:
-        if "pickle" in str(error).lower():
-            raise ValueError(
-                f"{path} holds pickled objects, which are never loaded: save plain arrays"
-            ) from error
-        raise
 
 
 def _check_images(name: str, x: np.ndarray) -> np.ndarray:
@@ -130,9 +107,9 @@ def _check_images(name: str, x: np.ndarray) -> np.ndarray:
         x = x[:, None]
     elif x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
         x = x.transpose(0, 3, 1, 2)
-    if x.ndim != 4 or x.shape[1] not in (1, 3) or x.shape[2] != x.shape[3] or len(x) == 0:
+    if x.ndim != 4 or x.shape[1] not in (1, 3) or x.size == 0:
         raise ValueError(
-            f"{name} should be square grey or RGB images, [B, H, H] or [B, H, H, 3], not {x.shape}"
+            f"{name} should be grey or RGB images, [B, H, W] or [B, H, W, 3], not {x.shape}"
         )
     x = x.astype(np.float32) / 255 if x.dtype == np.uint8 else x.astype(np.float32)
     if not np.isfinite(x).all():
@@ -143,7 +120,7 @@ def _check_images(name: str, x: np.ndarray) -> np.ndarray:
 def _check_labels(part: str, y: np.ndarray, images: int) -> np.ndarray:
     if y.shape != (images,):
         raise ValueError(f"y_{part} should be one label an image, [{images}], not {y.shape}")
-    if y.dtype.kind not in "iu" or y.min() < 0:
+    if y.dtype.kind not in "iu" or y.astype(np.int64).min() < 0:
         raise ValueError(f"y_{part} should be whole numbers from 0, not {y.dtype} from {y.min()}")
     return y.astype(np.int64)
 
@@ -193,6 +170,8 @@ def _split(name, x, y, x_test, y_test, seed, val=0.2) -> ImageData:
     """Draw the validation set from the training images and standardise all by the rest."""
     order = np.random.default_rng(seed + 1).permutation(len(y))
     held = max(1, round(val * len(y)))
+    if held >= len(y):
+        raise ValueError(f"{name}: {len(y)} training images can't spare {held} to validate on")
     train, val_index = order[held:], order[:held]
     mean = x[train].mean((0, 2, 3), keepdims=True)
     std = x[train].std() + 1e-8
@@ -203,3 +182,15 @@ def _split(name, x, y, x_test, y_test, seed, val=0.2) -> ImageData:
 
     parts = images(x[train], y[train]), images(x[val_index], y[val_index]), images(x_test, y_test)
     return ImageData(name, *parts, classes=int(y.max()) + 1)
+
+
+def few_shot(images: Images, per_class: int, seed: int = 0) -> Images:
+    """``per_class`` random images of each class, class by class; ValueError if one has fewer."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for label in images.y.unique().tolist():
+        members = (images.y == label).nonzero()[:, 0].cpu()
+        if len(members) < per_class:
+            raise ValueError(f"class {label} has {len(members)} images, fewer than {per_class}")
+        chosen.append(members[torch.randperm(len(members), generator=generator)[:per_class]])
+    return images[torch.cat(chosen).to(images.x.device)]

@@ -14,8 +14,9 @@ from math import cos, log2, pi, sin
 import torch
 from torch import Tensor, nn
 
-from .functional import Batched, Nets
+from .batching import Batched
 from .layout import Layout
+from .nets import Nets
 
 KINDS = ("convolution", "pointwise", "linear", "bias")
 
@@ -147,18 +148,18 @@ class DescribedDistillation:
     Args:
         modules: the modules named in training; others can be asked for later.
         z: [S, E] embeddings to decode from.
-        answering: how nets should answer, ``(nets, generator) -> [N]``.
+        loss: of decoded nets, ``(nets, generator) -> [N]``.
         nets, kinds: embeddings and modules drawn in each step.
     """
 
-    def __init__(self, modules, z: Tensor, answering, nets: int = 2, kinds: int = 3):
+    def __init__(self, modules, z: Tensor, loss, nets: int = 2, kinds: int = 3):
         self.batched = [Batched(module) for module in modules]
-        self.z, self.answering, self.nets, self.kinds = z.detach(), answering, nets, kinds
+        self.z, self.loss, self.nets, self.kinds = z.detach(), loss, nets, kinds
 
     def __call__(self, decoder: DescribedDecoder, generator: torch.Generator) -> Tensor:
-        loss = 0
+        total = 0
         for a in torch.randperm(len(self.batched), generator=generator)[: self.kinds].tolist():
             n = torch.randint(len(self.z), (self.nets,), generator=generator)
-            nets = decoder.decode(self.z[n], self.batched[a])
-            loss = loss + self.answering(nets, generator).mean() / self.kinds
-        return loss
+            nets = decoder.decode(self.z[n.to(self.z.device)], self.batched[a])
+            total = total + self.loss(nets, generator).mean() / self.kinds
+        return total

@@ -1,4 +1,4 @@
-"""What to do with a space of networks: walk straight lines in it, and search it.
+"""What to do with a space of networks: walk straight lines in it, search it, draw from it.
 
 Everything acts on embeddings ``z: [N, E]`` and leaves the decoder as it is; a batch of embeddings
 decodes to a batch of nets, so a hundred searches cost little more than one. Weights are searched by
@@ -8,20 +8,23 @@ the same loop, as the baseline: a row is an embedding of P values whose decoder 
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.decomposition import PCA
+from sklearn.mixture import GaussianMixture
+from sklearn.neighbors import KernelDensity
 from torch import Tensor, nn
 
 from .data import Images
-from .functional import Nets
-from .mixed import MixedNets
+from .nets import MixedNets, Nets
 from .progress import progress_bar
-from .sampling import Gaussian
 from .space import NetSpace
-from .training import kl_divergence, learning_rate
+from .training import NetsLoss, kl_divergence, learning_rate, logit_scale
 
-Objective = Callable[[Nets, torch.Generator], Tensor]
+Validation = Images | Callable[[Nets], Tensor] | None
 
 
 def interpolate(start: Tensor, end: Tensor, steps: int = 11) -> Tensor:
@@ -57,13 +60,13 @@ def weight_line(start: Nets, end: Nets, steps: int = 11) -> Nets:
 
     Returns M·S nets, line by line: ``accuracy(images).view(M, S)``.
     """
-    if start.layout != end.layout:
+    if start.batched.fingerprint != end.batched.fingerprint:
         raise ValueError(f"{start!r} and {end!r} have no line between their weights: they differ")
     return Nets(start.batched, interpolate(start.rows, end.rows, steps).flatten(0, 1))
 
 
-class OnImages:
-    """An objective: how nets should answer labelled images (paper section III-E).
+class ImageLoss:
+    """How far nets are from answering labelled images well (paper section III-E).
 
     Args:
         images: x [S, C, H, W] and y [S]; mini-batches are drawn from them.
@@ -81,7 +84,7 @@ class OnImages:
         self, images: Images, teacher=None, *, distil=0.9, loss=None, temperature=4.0, samples=256
     ):
         if len(images) == 0:
-            raise ValueError("an objective needs images to ask the nets about: there are none")
+            raise ValueError("a loss on images needs some to ask the nets about: there are none")
         if not 0 <= distil <= 1:
             raise ValueError(f"distil is a share of the loss, from 0 to 1, not {distil}")
         self.images, self.loss = images, loss or cross_entropy
@@ -89,19 +92,42 @@ class OnImages:
         self.samples = min(samples, len(images))
         if isinstance(teacher, nn.Module):
             with torch.no_grad():
-                self.answers = teacher.eval()(images.x)[None]
+                self.targets = teacher.eval()(images.x)[None]
         elif teacher is not None:
-            self.answers = teacher[0].outputs(images.x)
+            self.targets = teacher[0].outputs(images.x)
 
     def __call__(self, nets: Nets, generator: torch.Generator) -> Tensor:
         s = torch.randperm(len(self.images), generator=generator)[: self.samples]
+        s = s.to(self.images.x.device)
         logits, total = nets(self.images.x[s]), 0
         if self.distil < 1:
             total = (1 - self.distil) * self.loss(logits, self.images.y[s])
         if self.distil > 0:
-            kl = kl_divergence(logits, self.answers[:, s], self.temperature)
+            kl = kl_divergence(logits, self.targets[:, s], self.temperature)
             total = total + self.distil * self.temperature**2 * kl
         return total
+
+
+class LikenessLoss:
+    """How differently nets answer from ``nets``, one by one.
+
+    Args:
+        nets: N `Nets` to be like.
+        inputs: [S, ...] shared, or with ``per_net`` [N, S, ...], each net's own.
+        loss: (outputs, targets, scale) -> [N], as in `netspace_lite.Distillation`.
+        samples: B, inputs drawn in each step.
+    """
+
+    def __init__(self, nets, inputs: Tensor, *, per_net=False, loss=kl_divergence, samples=64):
+        self.inputs, self.per_net, self.loss, self.samples = inputs, per_net, loss, samples
+        self.targets = nets.outputs(inputs, per_net)
+        self.scale = logit_scale(self.targets)
+
+    def __call__(self, nets: Nets, generator: torch.Generator) -> Tensor:
+        s = torch.randint(self.targets.shape[1], (self.samples,), generator=generator)
+        s = s.to(self.targets.device)
+        outputs = nets(self.inputs[:, s], True) if self.per_net else nets(self.inputs[s])
+        return self.loss(outputs, self.targets[:, s], self.scale)
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -115,7 +141,7 @@ class Search:
     """What `optimise` found for N starts, and the way there.
 
     best: [N, E] the embeddings kept, one a start (or [N, P] rows), and nets: what they decode to.
-    score: [N] their validation score (accuracy in percent on images).
+    score: [N] their validation score (accuracy in percent on images), on the CPU.
     reached: [N] whether they stand for the wanted architecture; all True where none was named.
     path: [S, N, E] and scores: [S, N] at each of the S validations; losses: [steps, N].
     stopped: why the search ended before its last step, or "".
@@ -135,7 +161,7 @@ class Search:
         better = reached & ~self.reached | (reached == self.reached) & (score >= self.score)
         self.path.append(z.clone())
         self.scores.append(score)
-        self.best = torch.where(better[:, None], z, self.best)
+        self.best = torch.where(better[:, None].to(z.device), z, self.best)
         self.score = torch.where(better, score, self.score)
         self.reached = self.reached | reached
 
@@ -144,22 +170,26 @@ class Search:
         return f"Search({len(self.score)} starts, median score {first:.1f} → {last:.1f})"
 
 
+@dataclass(frozen=True)
+class Descent:
+    """How a search goes: Adam whose rate rises for a twentieth of the steps, then falls to zero.
+
+    steps, lr: of Adam; every: steps between validations; seed: of random starts and mini-batches;
+    prior_weight, architecture_weight: of those terms in the loss.
+    """
+
+    steps: int = 150
+    lr: float = 1.0
+    every: int = 10
+    seed: int = 0
+    prior_weight: float = 0.1
+    architecture_weight: float = 1.0
+
+
 def optimise(
-    space: NetSpace,
-    starts,
-    objective: Objective,
-    validate: Images | Callable[[Nets], Tensor],
-    *,
-    architecture=None,
-    architecture_weight: float = 1.0,
-    prior: Gaussian | None = None,
-    prior_weight: float = 0.1,
-    steps: int = 150,
-    lr: float = 1.0,
-    every: int = 10,
-    seed: int = 0,
-    progress: bool = True,
-) -> Search:
+    space: NetSpace, starts, loss: NetsLoss, validate: Validation = None, *, architecture=None,
+    prior: "Gaussian | None" = None, config: Descent | None = None, progress: bool = True,
+) -> Search:  # fmt: skip
     """Latent space optimisation: Adam on embeddings, through the frozen decoder (section IV-E).
 
     Every embedding is an independent search, all run as one batch. Ctrl-C returns the best so far.
@@ -167,117 +197,116 @@ def optimise(
     Args:
         starts: embeddings [N, E] or [E]; nets, which are encoded; or a whole number of random
             points drawn from ``prior``.
-        objective: (nets, generator) -> loss of each net [N], or their mean; such as `OnImages`, or
-            your own ``lambda nets, generator: my_loss(nets(x))`` on logits [N, B, K].
+        loss: (nets, generator) -> loss of each net [N], or their mean; such as `ImageLoss`, or your
+            own ``lambda nets, generator: my_loss(nets(x))`` on logits [N, B, K].
         validate: images to measure accuracy on, or (nets) -> score [N], higher is better. The best
-            state of each start is kept, the later one of equals.
+            state of each start is kept, the later one of equals. None: the last state.
         architecture: name or index of the one wanted, in a space of several: its decoder is used
-            and ``architecture_weight`` times the classifier's cross-entropy added, so that the
-            embedding comes to stand for it. None: whatever each embedding stands for.
-        prior: adds ``prior_weight`` times its penalty, which keeps the search near its embeddings.
-        steps, lr: of Adam; the rate rises for a twentieth of the steps, then falls to zero.
-        every: steps between validations.
+            and the classifier's cross-entropy added, so that the embedding comes to stand for it.
+            None: whatever each embedding stands for.
+        prior: adds its penalty, which keeps the search near its embeddings.
+        config: steps, rates, weights.
 
-    Raises ValueError if the starts or the objective's first answer can't be used. If the objective
-    fails later (NaN), the search warns, stops and returns the best so far.
+    Raises ValueError if the starts or the first loss can't be used. If the loss fails later (NaN),
+    the search warns, stops and returns the best so far.
     """
-    wanted = None
+    config, wanted = config or Descent(), None
     if len(space.architectures) > 1 and architecture is not None:
         wanted = space.index(architecture)
-    start = _start_points(space, starts, prior, seed)
+    start = _start_points(space, starts, prior, config.seed)
 
     def penalty(z):
-        total = torch.zeros(len(z)) if prior is None else prior_weight * prior(z)
+        total = 0.0 if prior is None else config.prior_weight * prior(z)
         if wanted is not None:
-            target = torch.full((len(z),), wanted)
-            named = F.cross_entropy(space.classify(z), target, reduction="none")
-            total = total + architecture_weight * named
+            named = -space.classify(z).log_softmax(1)[:, wanted]
+            total = total + config.architecture_weight * named
         return total
 
     def reached(z):
-        return (
-            torch.ones(len(z), dtype=torch.bool) if wanted is None else space.predict(z) == wanted
-        )
+        return _anywhere(z) if wanted is None else (space.predict(z) == wanted).cpu()
 
-    def decode(z):
-        return space.decode(z, architecture)
-
-    return _descend(
-        decode, start, objective, validate, penalty, reached, steps, lr, every, seed, progress
-    )
+    decode = partial(space.decode, architecture=architecture)
+    return _descend(decode, start, loss, validate, penalty, reached, config, progress)
 
 
 def optimise_weights(
-    nets: Nets,
-    objective: Objective,
-    validate: Images | Callable[[Nets], Tensor],
-    *,
-    steps: int = 150,
-    lr: float = 3e-3,
-    every: int = 10,
-    seed: int = 0,
+    nets: Nets, loss: NetsLoss, validate: Validation = None, *, config: Descent | None = None,
     progress: bool = True,
-) -> Search:
+) -> Search:  # fmt: skip
     """The same search on the weights [N, P] themselves, that is fine-tuning: the baseline.
 
     Arguments and result as in `optimise`; from freshly initialised nets it is training.
     """
+
     return _descend(
-        lambda rows: Nets(nets.batched, rows),
-        nets.rows, objective, validate,
-        lambda rows: torch.zeros(len(rows)), lambda rows: torch.ones(len(rows), dtype=torch.bool),
-        steps, lr, every, seed, progress,
+        partial(Nets, nets.batched), nets.rows, loss, validate, lambda rows: 0.0, _anywhere,
+        config or Descent(lr=3e-3), progress,
     )  # fmt: skip
 
 
-def _start_points(space: NetSpace, starts, prior: Gaussian | None, seed: int) -> Tensor:
+def _anywhere(z: Tensor) -> Tensor:
+    return torch.ones(len(z)).bool()
+
+
+def refine(
+    space: NetSpace, nets: Nets, like, steps: int = 50, *, z: Tensor | None = None, lr=0.05, seed=0
+) -> Tensor:
+    """Embeddings [N, E] polished until the decoded nets answer more like ``nets``.
+
+    An `optimise` from the encoder's embeddings (or ``z``) without validation: what an encoder
+    misses of a net it has never seen is won back in a few steps, as auto-decoders do (DeepSDF, Park
+    et al. 2019, section 4). Nets say themselves which architecture they are decoded as.
+
+    Args:
+        nets: N `Nets` of one architecture.
+        like: inputs [S, ...] whose answers are compared, or a loss such as a `LikenessLoss`.
+    """
+    loss = LikenessLoss(nets, like) if isinstance(like, Tensor) else like
+    config = Descent(steps, lr, every=steps, seed=seed, architecture_weight=0.0)
+    settings = {"architecture": space.index(nets), "config": config, "progress": False}
+    return optimise(space, nets if z is None else z, loss, **settings).best
+
+
+def _start_points(space: NetSpace, starts, prior, seed: int) -> Tensor:
     """Whatever a search may start from -> embeddings [N, E]."""
     if isinstance(starts, int):
         if prior is None:
-            raise ValueError(
-                f"{starts} random starts need a distribution to come from: pass "
-                "prior=Gaussian(space.encode(zoo))"
-            )
+            raise ValueError("random starts need a prior, such as Gaussian(space.encode(zoo))")
         starts = prior.sample(starts, seed)
-    elif isinstance(starts, Tensor):
-        starts = starts[None] if starts.dim() == 1 else starts
-    elif len(starts) > 0:
-        starts = space.encode(starts)
     if len(starts) == 0:
         raise ValueError("no starts: give at least one embedding or net to start from")
+    z = torch.atleast_2d(starts) if isinstance(starts, Tensor) else space.encode(starts)
     size = space.config.embedding
-    if starts.dim() != 2 or starts.shape[1] != size:
-        raise ValueError(f"starts should be embeddings [N, {size}], not {list(starts.shape)}")
-    if not starts.isfinite().all():
-        raise ValueError("starts hold values that are NaN or infinite")
-    return starts
+    if z.dim() != 2 or z.shape[1] != size or not z.isfinite().all():
+        raise ValueError(f"starts should be embeddings [N, {size}], not {list(z.shape)}, without NaN")
+    return z
 
 
 def _descend(
-    decode, start, objective, validate, penalty, reached, steps, lr, every, seed, progress
+    decode, start, loss, validate, penalty, reached, config: Descent, progress: bool
 ) -> Search:
     """Adam on ``start`` [N, E] through ``decode``, the best state of each row kept."""
     z = start.detach().clone().requires_grad_()
-    adam = torch.optim.Adam([z], lr)
-    generator = torch.Generator().manual_seed(seed)
+    adam = torch.optim.Adam([z], config.lr)
+    generator = torch.Generator().manual_seed(config.seed)
     search = Search(z.detach(), torch.full((len(z),), -torch.inf), torch.zeros(len(z)).bool())
-    with progress_bar(steps, "optimising", progress) as bar:
+    with progress_bar(config.steps, "optimising", progress) as bar:
         try:
-            for step in range(steps + 1):
-                if step % every == 0 or step == steps:
+            for step in range(config.steps + 1):
+                if step % config.every == 0 or step == config.steps:
                     _validate(search, decode, z.detach(), validate, reached)
                     bar.set_postfix(score=f"{float(search.score.median()):.1f}")
-                if step == steps:
+                if step == config.steps:
                     break
-                loss = _checked(objective(decode(z), generator), len(z), step)
-                (z.grad,) = torch.autograd.grad((loss + penalty(z)).sum(), z)
-                adam.param_groups[0]["lr"] = learning_rate(step, steps, lr)
+                found = _checked(loss(decode(z), generator), len(z), step)
+                (z.grad,) = torch.autograd.grad((found + penalty(z)).sum(), z)
+                adam.param_groups[0]["lr"] = learning_rate(step, config.steps, config.lr)
                 adam.step()
-                search.losses.append(loss.detach())
+                search.losses.append(found.detach())
                 bar.update()
         except KeyboardInterrupt:
             search.stopped = f"interrupted at step {len(search.losses)}"
-        except ObjectiveError as error:
+        except LossError as error:
             if not search.losses:
                 raise
             search.stopped = str(error)
@@ -286,53 +315,111 @@ def _descend(
         raise KeyboardInterrupt("interrupted before there was anything to keep")
     with torch.no_grad():
         search.nets = decode(search.best)
-    empty = torch.empty(0, len(z))
     search.path, search.scores = torch.stack(search.path), torch.stack(search.scores)
-    search.losses = torch.stack(search.losses) if search.losses else empty
+    search.losses = torch.stack(search.losses) if search.losses else z.new_empty(0, len(z))
     return search
 
 
-class ObjectiveError(ValueError):
-    """An objective returned something that can't be descended."""
+class LossError(ValueError):
+    """A loss of nets returned something that can't be descended."""
 
 
 def _checked(loss, nets: int, step: int) -> Tensor:
-    """The objective's answer as a loss of each net, [N]."""
+    """What a loss returned, as a loss of each net, [N]."""
     shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
     if shape not in ([], [nets]):
-        raise ObjectiveError(
-            f"an objective returns one loss a net, [{nets}], or their mean, a scalar; not {shape}"
+        raise LossError(
+            f"a loss of nets returns one number a net, [{nets}], or their mean; not {shape}"
         )
     if not loss.requires_grad:
-        raise ObjectiveError(
-            "the objective's loss does not depend on the nets: compute it from nets(x) with "
+        raise LossError(
+            "the loss does not depend on the nets: compute it from nets(x) with "
             "differentiable torch operations (accuracy and .outputs() have no gradient)"
         )
     loss = loss.expand(nets) if shape == [] else loss
     if not loss.isfinite().all():
         bad = (~loss.isfinite()).nonzero()[:, 0].tolist()
         value = float(loss.detach()[bad[0]])
-        raise ObjectiveError(f"the objective returned {value} at step {step} for starts {bad}")
+        raise LossError(f"the loss is {value} at step {step} for starts {bad}")
     return loss
 
 
 @torch.no_grad()
-def _validate(search: Search, decode, z: Tensor, validate, reached) -> None:
-    nets = decode(z)
-    score = nets.accuracy(validate) if isinstance(validate, Images) else validate(nets)
+def _validate(search: Search, decode, z: Tensor, validate: Validation, reached) -> None:
+    if validate is None:
+        score = torch.zeros(len(z))  # all states are equal: the last one is kept
+    else:
+        nets = decode(z)
+        score = nets.accuracy(validate) if isinstance(validate, Images) else validate(nets)
     if not isinstance(score, Tensor) or score.shape != (len(z),):
         found = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
         raise ValueError(f"validate returns one score a net, [{len(z)}], not {found}")
-    search.visit(z, score.float().nan_to_num(nan=-torch.inf), reached(z))
+    search.visit(z, score.float().cpu().nan_to_num(nan=-torch.inf), reached(z))
 
 
-def few_shot(images: Images, per_class: int, seed: int = 0) -> Images:
-    """``per_class`` random images of each class, class by class; ValueError if one has fewer."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = []
-    for label in images.y.unique().tolist():
-        members = (images.y == label).nonzero()[:, 0]
-        if len(members) < per_class:
-            raise ValueError(f"class {label} has {len(members)} images, fewer than {per_class}")
-        chosen.append(members[torch.randperm(len(members), generator=generator)[:per_class]])
-    return images[torch.cat(chosen)]
+class Gaussian:
+    """The embeddings of a zoo as one normal distribution: the simplest idea of "in the space".
+
+    Called on embeddings it is their mean squared z-score along the distribution's axes, about 1
+    for a typical member. Axes along which the zoo hardly spreads, or not at all, count as a tenth
+    of the widest, so that leaving the zoo's subspace costs much, but not everything.
+
+    Args:
+        embeddings: [N, E], at least two.
+    """
+
+    def __init__(self, embeddings: Tensor):
+        if embeddings.dim() != 2 or len(embeddings) < 2:
+            raise ValueError(
+                f"a distribution needs at least 2 embeddings [N, E], not {list(embeddings.shape)}"
+            )
+        self.mean = embeddings.mean(0)
+        centred = embeddings - self.mean
+        variance, axes = torch.linalg.eigh(centred.T @ centred / (len(embeddings) - 1))
+        self.axes = axes.T  # [E, E], from the narrowest to the widest
+        spread = variance.clamp_min(0).sqrt()
+        self.spread = spread.clamp_min(spread[-1] / 10)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Mean squared z-score of embeddings z [N, E]: [N]."""
+        return (((z - self.mean) @ self.axes.T) / self.spread).square().mean(1)
+
+    def sample(self, n: int, seed: int = 0) -> Tensor:
+        """Random embeddings [n, E]."""
+        noise = torch.randn(n, len(self.axes), generator=torch.Generator().manual_seed(seed))
+        return self.mean + (noise.to(self.mean) * self.spread) @ self.axes
+
+
+def sample(
+    embeddings: Tensor, n: int, density="kernel", *, bandwidth: float = 0.5, components: int = 4,
+    seed: int = 0,
+) -> Tensor:  # fmt: skip
+    """New embeddings [n, E] from a simple density of those given, [N, E].
+
+    The density is fitted on whitened principal components that hold 99% of the variance.
+
+    Args:
+        density: "kernel" (a Gaussian of width ``bandwidth``, in standard deviations, around every
+            embedding: small values copy, large ones wander), "mixture" (a Gaussian mixture of
+            ``components``), or any scikit-learn estimator with ``fit`` and ``sample``.
+    """
+    if n < 1 or embeddings.dim() != 2 or len(embeddings) < 2:
+        raise ValueError(
+            f"sampling needs n ≥ 1 and at least 2 embeddings [N, E], not n = {n} and "
+            f"{list(embeddings.shape)}"
+        )
+    known = {
+        "kernel": KernelDensity(bandwidth=bandwidth),
+        "mixture": GaussianMixture(components, reg_covar=1e-3, random_state=seed),
+    }
+    if isinstance(density, str) and density not in known:
+        raise ValueError(f"no density {density!r}: choose from {', '.join(known)}")
+    model = known[density] if isinstance(density, str) else density
+    z = embeddings.detach().cpu().double().numpy()
+    pca = PCA(0.99, whiten=True, svd_solver="full").fit(z)
+    model.fit(pca.transform(z))
+    seeded = {"random_state": seed} if isinstance(model, KernelDensity) else {}
+    drawn = model.sample(n, **seeded)
+    if isinstance(drawn, tuple):  # a mixture: its points sorted by component, and their labels
+        drawn = np.random.default_rng(seed).permutation(drawn[0])
+    return torch.from_numpy(pca.inverse_transform(drawn)).to(embeddings)

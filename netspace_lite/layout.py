@@ -13,6 +13,7 @@ from math import prod
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .folding import statistics
 from .kernels import chunk_pack
 
 
@@ -28,18 +29,16 @@ class Layout:
 
     @classmethod
     def of(cls, module: nn.Module) -> "Layout":
-        """The layout of ``module``'s parameters. Raises ValueError if it has none, or buffers.
+        """The layout of ``module``'s parameters, tied ones once.
 
-        Buffers such as a batch norm's running statistics are not part of a row; fold them first.
+        Raises ValueError if it has none, or of several dtypes.
         """
         parameters = dict(module.named_parameters())
         if not parameters:
             raise ValueError(f"{type(module).__name__} has no parameters: there is nothing to pack")
-        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
-            raise ValueError(
-                f"{type(module).__name__} has batch norm layers, whose running statistics are not "
-                "parameters: call fold_batchnorm(module) before packing"
-            )
+        kinds = {p.dtype for p in parameters.values()}
+        if len(kinds) > 1 or not next(iter(kinds)).is_floating_point:
+            raise ValueError(f"{type(module).__name__} has parameters of {kinds}: make them one dtype")
         return cls(tuple(parameters), tuple(tuple(p.shape) for p in parameters.values()))
 
     @property
@@ -83,7 +82,13 @@ class Layout:
         return chunk_pack(tensors, 1, self.size).flatten(1)
 
     def _parameters(self, n: int, net) -> list[Tensor]:
-        state = net.state_dict() if isinstance(net, nn.Module) else net
+        module = isinstance(net, nn.Module)
+        if module and statistics(net):
+            raise ValueError(
+                f"net {n} has batch norms, whose running statistics are not parameters: call "
+                "fold_batchnorm(module) before packing"
+            )
+        state = dict(net.named_parameters(remove_duplicate=False)) if module else net
         for name, shape in zip(self.names, self.shapes, strict=True):
             found = tuple(state[name].shape) if name in state else "missing"
             if found != shape:

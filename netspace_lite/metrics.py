@@ -3,11 +3,15 @@
 Accuracies and agreements are in percent, differences in percentage points.
 """
 
+import numpy as np
 import torch
 from sklearn.decomposition import PCA
+from sklearn.linear_model import RidgeCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from .functional import Nets
+from .nets import Nets
 from .space import NetSpace
 
 
@@ -28,20 +32,24 @@ def compare(predicted: Tensor, target: Tensor, y: Tensor) -> dict[str, float]:
     }
 
 
-def scores(space: NetSpace, nets: Nets, images, architecture: int = 0) -> dict[str, float]:
-    """`compare` the nets with what the space decodes from their embeddings, on ``images``."""
-    decoded = space.decode(space.encode(nets, architecture), architecture)
-    return compare(decoded.logits(images.x), nets.logits(images.x), images.y)
+def scores(space: NetSpace, nets: Nets, images, architecture=None) -> dict[str, float]:
+    """`compare` the nets with what the space decodes from their embeddings, on ``images``.
+
+    ``architecture`` None: the nets' own.
+    """
+    a = space.index(nets if architecture is None else architecture)
+    decoded = space.decode(space.encode(nets, a), a)
+    return compare(decoded.outputs(images.x), nets.outputs(images.x), images.y)
 
 
 def mean_net(zoo: Nets, nets: Nets) -> Nets:
     """Baseline: for each of ``nets`` the mean of the zoo's weights."""
-    return Nets(nets.batched, zoo.rows.mean(0).expand(len(nets), -1))
+    return Nets(zoo.batched, zoo.rows.mean(0).expand(len(nets), -1))
 
 
 def nearest_by_weights(zoo: Nets, nets: Nets) -> Nets:
     """Baseline: for each of ``nets`` the zoo's net with the closest weights."""
-    return Nets(nets.batched, zoo.rows[torch.cdist(nets.rows, zoo.rows).argmin(1)])
+    return Nets(zoo.batched, zoo.rows[torch.cdist(nets.rows, zoo.rows).argmin(1)])
 
 
 def nearest_by_answers(zoo_answers: Tensor, answers: Tensor, zoo: Nets) -> Nets:
@@ -76,3 +84,75 @@ def line_drop(line: Tensor, ends: Tensor | None = None) -> Tensor:
     ends = line[:, [0, -1]] if ends is None else ends
     weaker = ends.min(1).values
     return (weaker - line.min(1).values).clamp_min(0)
+
+
+def disagreement(a: Tensor, b: Tensor) -> Tensor:
+    """Share of samples in percent that two nets class differently, for all pairs.
+
+    Args:
+        a, b: logits [N, B, K] and [M, B, K].
+
+    Returns [N, M].
+    """
+    a, b = a.argmax(-1), b.argmax(-1)
+    return torch.stack([(net != b).float().mean(1) * 100 for net in a])
+
+
+def novelty(nets: Nets, x: Tensor, zoo: Nets | None = None) -> dict[str, Tensor]:
+    """Distance of each net to the nearest net of a zoo, in its answers and in its weights.
+
+    Args:
+        nets: N nets.
+        x: [B, ...] inputs to compare answers on.
+        zoo: the nets they could be copies of; None: each other.
+
+    Returns ``function`` [N], the `disagreement` in percent, and ``weights`` [N], the Euclidean
+    distance. A copy of a zoo net has 0 in both.
+    """
+    others = nets if zoo is None else zoo
+    distances = {
+        "function": disagreement(nets.outputs(x), others.outputs(x)),
+        "weights": torch.cdist(nets.rows, others.rows),
+    }
+    if zoo is None:
+        for distance in distances.values():
+            distance.fill_diagonal_(torch.inf)
+    return {name: distance.min(1).values for name, distance in distances.items()}
+
+
+def averages(zoo: Nets, n: int, of: int = 2, seed: int = 0) -> Nets:
+    """Baseline: ``n`` nets, each the mean of the weights of ``of`` random zoo nets."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.stack([torch.randperm(len(zoo), generator=generator)[:of] for _ in range(n)])
+    return Nets(zoo.batched, zoo.rows[chosen.to(zoo.rows.device)].mean(1))
+
+
+def weight_statistics(nets: Nets) -> Tensor:
+    """Mean, spread and five quantiles of every parameter tensor (Unterthiner et al. 2020).
+
+    Returns [N, 7 · number of tensors].
+    """
+    quantiles = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+    columns = []
+    for view in nets.layout.views(nets.rows).values():
+        flat = view.flatten(1)
+        moments = torch.stack([flat.mean(1), flat.std(1, correction=0)])
+        columns.append(torch.cat([moments, flat.quantile(quantiles.to(flat), dim=1)]))
+    return torch.cat(columns).T
+
+
+def readout(x: Tensor, y: Tensor, held_x: Tensor, held_y: Tensor) -> tuple[Tensor, float]:
+    """Predict a property of nets by ridge regression: its values [M] for held-out nets, and R².
+
+    Args:
+        x, y: features [N, F] of nets, such as embeddings, and the property [N].
+        held_x, held_y: the same of M nets that the regression doesn't see.
+
+    The penalty is chosen by leave-one-out on the N nets.
+    """
+    model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-3, 5, 17)))
+    x, y, held_x, held_y = (t.detach().cpu().double() for t in (x, y, held_x, held_y))
+    model.fit(x.numpy(), y.numpy())
+    predicted = torch.from_numpy(model.predict(held_x.numpy()))
+    error = (predicted - held_y).square().sum() / (held_y - held_y.mean()).square().sum()
+    return predicted, 1 - float(error)

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from . import store
 from .architectures import build, describe, name_of
-from .functional import Batched, Nets
+from .batching import BLOCK, Batched
+from .fingerprint import structure
+from .folding import fold_batchnorm
 from .kernels import chunk_pack
-from .layout import Layout
-from .mixed import MixedNets
+from .layout import check_rows
+from .nets import MixedNets, Nets
 
 
 @dataclass(frozen=True)
@@ -123,21 +125,27 @@ class NetSpace(nn.Module):
     def __init__(self, modules, inputs: Tensor, config: SpaceConfig | None = None, seed: int = 0):
         super().__init__()
         self.config = config = config or SpaceConfig()
+        self.seed = seed
         if not (config.weights or config.probes):
             raise ValueError("an encoder needs weights=True, or probes > 0, to read anything")
-        self.batched = [Batched(module) for module in modules]
+        self.batched = [Batched(fold_batchnorm(module)) for module in modules]
+        if len({b.fingerprint for b in self.batched}) < len(self.batched):
+            raise ValueError("two of the architectures compute the same: give each one once")
         chunks = [b.layout.chunks(config.chunk) for b in self.batched]
         for a, count in enumerate(chunks):
             self.register_buffer(f"mean{a}", torch.zeros(count, config.chunk))
             self.register_buffer(f"std{a}", torch.ones(count, config.chunk))
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
-            chosen = torch.randperm(len(inputs))[: config.probes]
-            probes, answers = inputs[chosen].clone(), 0
+            answers = 0
             if config.probes:
-                self.probes = nn.Parameter(probes, requires_grad=config.learn_probes)
-                row = self.batched[0].layout.pack([self.batched[0].module]).to(probes)
-                answers = self.batched[0](row, probes).numel() + 1
+                probes = inputs[torch.randperm(len(inputs))[: config.probes].to(inputs.device)]
+                self.probes = nn.Parameter(probes.clone(), requires_grad=config.learn_probes)
+                rows = [b.layout.pack([b.module]).to(probes) for b in self.batched]
+                sizes = [b(row, probes).numel() for b, row in zip(self.batched, rows, strict=True)]
+                if len(set(sizes)) > 1:
+                    raise ValueError(f"architectures give {sizes} outputs on the probes: not alike")
+                answers = sizes[0] + 1
             self.encoder = Encoder(config, chunks, answers)
             bases = [b.layout.pack([b.module])[0] for b in self.batched]
             self.decoder = Decoder(config, bases)
@@ -166,6 +174,7 @@ class NetSpace(nn.Module):
         space = cls(modules or [zoo.module for zoo in zoos], inputs, config, seed)
         for a, zoo in enumerate(zoos):
             a = a if modules is None else space.index(zoo)
+            _check_finite(zoo.rows)
             scores = getattr(zoo, "scores", {}).get("val_accuracy", torch.zeros(len(zoo)))
             with torch.no_grad():
                 base = zoo.rows[scores.argmax()]
@@ -188,75 +197,77 @@ class NetSpace(nn.Module):
     def index(self, architecture=None) -> int:
         """The index of an architecture given by index, name, module or `Nets`.
 
-        None stands for the only one. Raises ValueError saying which architectures there are.
+        None stands for the only one. Modules and nets are recognised by what they compute, so that
+        nets of ReLU and Tanh with the same layout are told apart. Raises ValueError saying which
+        architectures there are.
         """
         names = self.architectures
         if architecture is None and len(names) == 1:
             return 0
-        if isinstance(architecture, int) and 0 <= architecture < len(names):
+        if type(architecture) is int and 0 <= architecture < len(names):
             return architecture
         if isinstance(architecture, str) and architecture in names:
             return names.index(architecture)
+        what = f"architecture {architecture!r}"
         if isinstance(architecture, Nets | nn.Module):
             nets = isinstance(architecture, Nets)
-            layout = architecture.layout if nets else Layout.of(architecture)
+            module = architecture.module if nets else fold_batchnorm(architecture)
+            wanted = architecture.batched.fingerprint if nets else structure(module)
             for a, batched in enumerate(self.batched):
-                if batched.layout == layout:
+                if batched.fingerprint == wanted:
                     return a
-            sizes = [b.layout.size for b in self.batched]
-            known = ", ".join(f"{n} ({s:,})" for n, s in zip(names, sizes, strict=True))
-            what = repr(architecture) if nets else f"a {name_of(architecture)}"
-            raise ValueError(
-                f"{what} of {layout.size:,} parameters is not in this space, which was built "
-                f"for {known}"
-            )
-        wanted = "no architecture" if architecture is None else f"architecture {architecture!r}"
-        raise ValueError(f"{wanted}: this space needs one of {', '.join(names)}")
+            size = sum(p.numel() for p in module.parameters())
+            what = f"a {name_of(module)} of {size:,} parameters, recognised by what it computes"
+        known = (f"{n} ({b.layout.size:,})" for n, b in zip(names, self.batched, strict=True))
+        raise ValueError(f"{what}, is not one of this space, which holds {', '.join(known)}")
 
-    def features(self, rows: Tensor, architecture: int = 0, block: int = 64) -> Features:
-        """What the encoder reads of packed nets: rows [N, P] -> Features."""
+    def features(self, rows: Tensor, architecture: int = 0) -> Features:
+        """What the encoder reads of packed nets: rows [N, P] -> Features.
+
+        Raises ValueError naming nets that hold values that are not finite.
+        """
+        _check_finite(rows)
         prep = answers = None
         if self.config.weights:
             mean, std = getattr(self, f"mean{architecture}"), getattr(self, f"std{architecture}")
             prep = chunk_pack(rows, *mean.shape, mean, std)
         if self.config.probes:
             batched = self.batched[architecture]
-            blocks = [batched(part, self.probes) for part in rows.split(block)]
+            blocks = [batched(part, self.probes) for part in rows.split(2 * BLOCK)]
             answers = normalised_answers(torch.cat(blocks))
         return Features(prep, answers)
 
     def encode(self, nets, architecture=None) -> Tensor:
         """Embeddings [N, E] of `Nets`, packed rows [N, P], modules, or state dicts.
 
-        In a space of several architectures `Nets` and modules find their own, a list of `Nets`
-        (a mixed zoo) is encoded one after the other; for anything else name the architecture.
+        `Nets` and modules are asked for their architecture, a list of `Nets` (a mixed zoo) is
+        encoded one after the other; for rows and state dicts name it in a space of several.
 
-        Raises ValueError if the nets are not of the architecture.
+        Raises ValueError if the nets are not of the architecture, or not finite.
         """
         if isinstance(nets, MixedNets):
             return nets.join([self.encode(group) for group in nets.groups])
-        if isinstance(nets, nn.Module | dict):
-            nets = [nets]
         if not isinstance(nets, Tensor | Nets):
-            nets = list(nets)
+            nets = [nets] if isinstance(nets, nn.Module | dict) else list(nets)
             if nets and isinstance(nets[0], Nets):
-                return torch.cat([self.encode(group) for group in nets])
-        if architecture is None and len(self.batched) > 1:
-            first = nets[0] if isinstance(nets, list) and nets else nets
-            architecture = first if isinstance(first, Nets | nn.Module) else None
+                return torch.cat([self.encode(group, architecture) for group in nets])
+            if nets and isinstance(nets[0], nn.Module):
+                nets = [fold_batchnorm(module) for module in nets]
+                found = {self.index(module) for module in nets}
+                if len(found) > 1:
+                    raise ValueError("modules of several architectures: encode each kind apart")
+                architecture = found.pop() if architecture is None else architecture
+        if architecture is None and isinstance(nets, Nets):
+            architecture = nets
         a = self.index(architecture)
-        layout = self.batched[a].layout
+        batched = self.batched[a]
         if isinstance(nets, Nets):
-            if nets.layout != layout:
-                raise ValueError(
-                    f"{nets!r} can't be encoded as {self.architectures[a]} of "
-                    f"{layout.size} parameters: this space was built for other nets"
-                )
+            if nets.batched.fingerprint != batched.fingerprint:
+                raise ValueError(f"{nets!r} compute something else than {self.architectures[a]}")
             nets = nets.rows
         elif isinstance(nets, list):
-            nets = layout.pack(nets)
-        elif nets.dim() != 2 or nets.shape[1] != layout.size:
-            raise ValueError(f"rows should be [N, {layout.size}], not {list(nets.shape)}")
+            nets = batched.layout.pack(nets)
+        check_rows(nets, batched.layout.size)
         with torch.no_grad():
             return self.encoder(self.features(nets, a), a)
 
@@ -307,22 +318,34 @@ class NetSpace(nn.Module):
 
     def save(self, folder) -> None:
         """Write the space to ``folder`` (JSON and safetensors), atomically."""
-        record = {
-            "config": asdict(self.config),
-            "architectures": [describe(b.module) for b in self.batched],
-        }
+        known = [{**describe(b.module), "fingerprint": b.fingerprint} for b in self.batched]
+        record = {"config": asdict(self.config), "architectures": known, "seed": self.seed}
         store.save(folder, "space", record, self.state_dict())
 
     @classmethod
     def load(cls, folder, modules=None) -> "NetSpace":
-        """Read a space back; ``modules`` are needed for architectures that aren't registered."""
+        """Read a space back; ``modules`` are needed for architectures that aren't registered.
+
+        Raises ValueError if ``modules`` compute something else than those of the space.
+        """
         record, state = store.load(folder, "space")
-        modules = modules or [build(description) for description in record["architectures"]]
+        known = record["architectures"]
+        modules = modules or [build(description) for description in known]
         config = SpaceConfig(**record["config"])
         inputs = state["probes"] if config.probes else torch.zeros(1)
-        space = cls(modules, inputs, config)
+        space = cls(modules, inputs, config, record["seed"])
+        if [b.fingerprint for b in space.batched] != [about["fingerprint"] for about in known]:
+            names = ", ".join(about["name"] for about in known)
+            raise ValueError(f"{folder} holds a space of {names}: other modules were given")
         space.load_state_dict(state)
         return space
+
+
+def _check_finite(rows: Tensor) -> None:
+    """Raise ValueError naming nets with NaN or infinite values, which would spoil all others."""
+    bad = (~rows.detach().isfinite().all(1)).nonzero()[:, 0].tolist()
+    if bad:
+        raise ValueError(f"nets {bad} are not finite: leave them out, as zoo[zoo.finite()] does")
 
 
 def normalised_answers(outputs: Tensor) -> Tensor:

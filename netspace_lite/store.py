@@ -10,6 +10,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -77,12 +78,34 @@ def delete(folder, name: str) -> None:
         file.unlink()
 
 
-def fingerprint(*tensors: Tensor) -> str:
-    """A short hash of the tensors' values, to recognise the same data again."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def check_plan(folder, found: dict, wanted: dict) -> None:
+    """Raise ValueError unless what lies in ``folder`` is what is to be made."""
+    differs = [key for key, value in wanted.items() if found.get(key) != value]
+    if differs:
+        raise ValueError(
+            f"{folder} holds work with another {' and '.join(differs)}: choose another folder, "
+            "or delete this one to start anew"
+        )
+
+
+def load_arrays(path, names) -> dict[str, np.ndarray]:
+    """The arrays of an ``.npz`` file by name; nothing in it is unpickled.
+
+    Raises FileNotFoundError, or ValueError saying what is missing, damaged or pickled.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no {path}: give an .npz with {', '.join(names)}")
+    try:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            found = {name: file[name] for name in names if name in file}
+    except Exception as error:  # zip, zlib and headers fail in many ways, each on its own terms
+        pickled = "pickle" in str(error).lower()
+        why = "holds pickled objects, which are never loaded" if pickled else "is damaged"
+        raise ValueError(f"{path} {why}: save plain arrays with np.savez ({error!r})") from error
+    absent = [name for name in names if name not in found]
+    if absent:
+        raise ValueError(f"{path} lacks {', '.join(absent)}; it should hold {', '.join(names)}")
+    return found
 
 
 def as_json(value) -> str:

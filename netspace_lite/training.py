@@ -1,109 +1,285 @@
 """What a space is trained for, and the loop that trains it.
 
-An objective is a callable ``objective(space, generator) -> loss``: it draws nets and inputs with
+An *objective* is a callable ``objective(space, generator) -> loss``: it draws nets and inputs with
 the generator, encodes, decodes, and compares what the decoded nets answer with what they should.
+`combine` adds objectives up. Where decoded nets should simply do well, how is a *loss of nets*,
+``loss(nets, generator) -> [N]``, such as `netspace_lite.explore.ImageLoss` with any teacher.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import combinations
 from math import cos, pi
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import store
+from .fingerprint import fingerprint, structure
 from .kernels import distillation_loss
+from .nets import Nets
 from .progress import progress_bar
 from .space import NetSpace
 
+Objective = Callable[[NetSpace, torch.Generator], Tensor]
+NetsLoss = Callable[[Nets, torch.Generator], Tensor]
 
-def spread(answers: Tensor) -> Tensor:
+
+def logit_scale(outputs: Tensor) -> Tensor:
     """Root mean square of each net's centred logits [N, B, K]: [N, 1, 1], its natural temperature.
 
     Nets at the start of training have logits a hundred times smaller than trained ones; measured in
-    their own spread, all nets weigh the same in the loss.
+    their own scale, all nets weigh the same in the loss. For K = 1 the values aren't centred.
     """
-    centred = answers - answers.mean(-1, keepdim=True)
-    return centred.square().mean((1, 2), keepdim=True).sqrt().clamp_min(1e-6)
+    if outputs.shape[-1] > 1:
+        outputs = outputs - outputs.mean(-1, keepdim=True)
+    return outputs.square().mean((1, 2), keepdim=True).sqrt().clamp_min(1e-6)
 
 
-def kl_divergence(outputs: Tensor, answers: Tensor, temperature) -> Tensor:
+def kl_divergence(outputs: Tensor, targets: Tensor, temperature) -> Tensor:
     """KL of softened predictions from softened targets, mean over samples: [N, B, K] -> [N].
 
-    ``answers`` are [N, B, K], or [1, B, K] for all nets; ``temperature`` is a number or [N, 1, 1].
+    ``targets`` are [N, B, K], or [1, B, K] for all nets; ``temperature`` is a number or [N, 1, 1].
     """
     if isinstance(temperature, Tensor):
         temperature = temperature.flatten()
-    answers = answers.expand_as(outputs)
-    return distillation_loss(outputs, answers, temperature=temperature) / temperature**2
+    targets = targets.expand_as(outputs)
+    return distillation_loss(outputs, targets, temperature=temperature) / temperature**2
 
 
-class InstanceDistillation:
-    """Decoded nets answer like the very nets that were encoded (paper section III-C).
+def combine(*objectives: Objective, weights: Sequence[float] | None = None) -> Objective:
+    """The weighted sum of objectives, all weights 1 unless given."""
+    weights = [1.0] * len(objectives) if weights is None else weights
+    if not objectives or len(weights) != len(objectives):
+        raise ValueError(f"{len(objectives)} objectives need as many weights, not {len(weights)}")
+
+    def total(space: NetSpace, generator: torch.Generator) -> Tensor:
+        return sum(w * f(space, generator) for w, f in zip(weights, objectives, strict=True))
+
+    return total
+
+
+class MixedZoo:
+    """The nets of one or several zoos under one numbering, with what the encoder reads of each.
 
     Args:
-        space: the space to be trained; its features of the zoo are computed once.
-        zoo: the nets to learn from.
-        inputs: [S, ...] shared, or [N, S, ...] with ``per_net``.
-        loss: (outputs, answers, scale) -> [N]; ``kl_divergence`` for logits with the scale as
-            temperature, or `netspace_lite.shape_nets.squared_error`.
-        nets, samples: drawn in each step; many nets on few samples learn fastest.
+        space: the space to be trained; features are computed once, here, unless it learns probes.
+        zoos: `Nets` of one or several of its architectures.
+
+    ``architecture``: [N] index of each net's architecture in the space, on the CPU.
+    """
+
+    def __init__(self, space: NetSpace, zoos):
+        self.zoos = [zoos] if isinstance(zoos, Nets) else list(zoos)
+        self.present, self.features = [space.index(zoo) for zoo in self.zoos], None
+        if not space.config.learn_probes:
+            with torch.no_grad():
+                pairs = zip(self.zoos, self.present, strict=True)
+                self.features = [space.features(zoo.rows, a) for zoo, a in pairs]
+        self.sizes = torch.tensor([len(zoo) for zoo in self.zoos])
+        self.group = torch.arange(len(self.sizes)).repeat_interleave(self.sizes)
+        self.first = self.sizes.cumsum(0) - self.sizes
+        self.architecture = torch.tensor(self.present)[self.group]
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    def draw(self, count: int, generator: torch.Generator, group=None) -> Tensor:
+        """Numbers [count] of random nets: of one zoo, of a zoo each [count], or of any zoo.
+
+        All zoos have equal chances, whatever their sizes.
+        """
+        groups = torch.randint(len(self.zoos), (count,), generator=generator)
+        if group is not None:
+            groups = torch.as_tensor(group).expand(count)
+        within = (torch.rand(count, generator=generator) * self.sizes[groups]).long()
+        return self.first[groups] + within
+
+    def encode(self, space: NetSpace, n: Tensor, target: int | None = None) -> Tensor:
+        """Embeddings [len(n), E] of nets n, moved to architecture ``target`` if there is one."""
+        parts, places = [], []
+        for g, a in enumerate(self.present):
+            at = (self.group[n] == g).nonzero()[:, 0]
+            if len(at) == 0:
+                continue
+            rows, i = self.zoos[g].rows, (n[at] - self.first[g]).to(self.zoos[g].rows.device)
+            features = self.features[g][i] if self.features else space.features(rows[i], a)
+            z = space.encoder(features, a)
+            parts.append(z if target is None else space.translate(z, a, target))
+            places.append(at)
+        z = torch.cat(parts)
+        return z[torch.cat(places).argsort().to(z.device)]
+
+
+class Distillation:
+    """Decoded nets answer like the very nets encoded, in their own or in another architecture.
+
+    With one zoo this is the paper's objective (section III-C). Answers have no architecture, so
+    with several zoos every net can teach every decoder head: its embedding is moved to the target
+    architecture and the net decoded there should answer the same.
+
+    Args:
+        space: the space to be trained.
+        zoos: the nets to learn from, a zoo or a list of one per architecture.
+        inputs: [S, ...] shared by all nets, or with ``per_net`` (one zoo only) [N, S, ...].
+        loss: (outputs, targets, scale) -> [N]; ``kl_divergence`` for logits with the scale as
+            temperature, or `netspace_lite.shapes.squared_error`.
+        nets, samples: drawn in each step, all decoded as one architecture; many nets on few samples
+            learn fastest.
+        crossing: share of nets drawn from all zoos; the rest are of the target architecture.
+        chances: of each zoo's architecture to be the target, equal unless given.
     """
 
     def __init__(
-        self, space, zoo, inputs, *, per_net=False, loss=kl_divergence, nets=48, samples=24,
-        architecture=0,
+        self, space: NetSpace, zoos, inputs: Tensor, *, per_net=False, loss=kl_divergence,
+        nets=48, samples=24, crossing=0.5, chances: Sequence[float] | None = None,
     ):  # fmt: skip
-        self.zoo, self.inputs, self.per_net, self.loss = zoo, inputs, per_net, loss
-        self.nets, self.samples, self.architecture = nets, samples, architecture
-        self.answers = zoo.outputs(inputs, per_net)
-        self.scale = spread(self.answers) if self.answers.shape[-1] > 1 else None
-        with torch.no_grad():
-            self.features = space.features(zoo.rows, architecture)
+        self.pool, self.loss = MixedZoo(space, zoos), loss
+        self.inputs, self.per_net = inputs, per_net
+        count = len(self.pool.zoos)
+        if per_net and count > 1:
+            raise ValueError(f"inputs per net need one zoo, not {count}: share the inputs")
+        self.nets, self.samples, self.crossing = nets, samples, crossing if count > 1 else 0
+        self.chances = torch.tensor(chances or [1.0] * count).float()
+        self.targets = torch.cat([zoo.outputs(inputs, per_net) for zoo in self.pool.zoos])
+        self.scale = logit_scale(self.targets)
 
     def __call__(self, space: NetSpace, generator: torch.Generator) -> Tensor:
-        n = torch.randint(len(self.zoo), (self.nets,), generator=generator)
-        s = torch.randint(self.answers.shape[1], (self.samples,), generator=generator)
-        if space.config.learn_probes:
-            features = space.features(self.zoo.rows[n], self.architecture)
-        else:
-            features = self.features[n]
-        z = space.encoder(features, self.architecture)
-        inputs = self.inputs[n[:, None], s] if self.per_net else self.inputs[s]
-        outputs = space.decode(z, self.architecture)(inputs, self.per_net)
-        scale = None if self.scale is None else self.scale[n]
-        return self.loss(outputs, self.answers[n[:, None], s], scale).mean()
+        group = int(torch.multinomial(self.chances, 1, generator=generator))
+        n = self.pool.draw(self.nets, generator, group)
+        crossed = round(self.nets * self.crossing)
+        n[:crossed] = self.pool.draw(crossed, generator)
+        s = torch.randint(self.targets.shape[1], (self.samples,), generator=generator)
+        target = self.pool.present[group]
+        nets = space.decode(self.pool.encode(space, n, target), target)
+        at, s = n.to(self.targets.device)[:, None], s.to(self.targets.device)
+        outputs = nets(self.inputs[at, s] if self.per_net else self.inputs[s], self.per_net)
+        losses = self.loss(outputs, self.targets[at, s], self.scale[at[:, 0]])
+        return _mean_of_finite(losses, n)
 
 
-def refine(
-    space: NetSpace, nets, inputs: Tensor, steps: int = 50, *, z: Tensor | None = None,
-    per_net: bool = False, loss=kl_divergence, samples: int = 64, lr: float = 0.05,
-    architecture: int = 0, seed: int = 0,
-) -> Tensor:  # fmt: skip
-    """Embeddings [N, E] polished until the decoded nets answer ``inputs`` more like ``nets``.
+def _mean_of_finite(losses: Tensor, n: Tensor) -> Tensor:
+    """The mean loss; ValueError naming the nets whose loss is not finite."""
+    loss = losses.mean()
+    if not loss.isfinite():
+        bad = n[(~losses.isfinite()).cpu()].unique().tolist()
+        raise ValueError(f"the losses of nets {bad} are not finite")
+    return loss
 
-    The encoder's embeddings (or ``z``) are the start; the space stays as it is and Adam moves z
-    alone, on the loss the space was trained with. What an encoder misses of a net it has never seen
-    is won back in a few steps, as auto-decoders do (DeepSDF, Park et al. 2019, section 4).
+
+def decoded_loss(
+    space: NetSpace, z: Tensor, architecture: Tensor, loss: NetsLoss, generator
+) -> Tensor:
+    """Mean loss of nets decoded from z [N, E], each as its own ``architecture`` [N]."""
+    losses = []
+    for a in architecture.unique().tolist():
+        nets = space.decode(z[(architecture == a).to(z.device)], a)
+        losses.append(loss(nets, generator))
+    return torch.cat(losses).mean()
+
+
+class TeacherDistillation:
+    """All decoded nets answer like one strong teacher, whatever was encoded (section III-D).
 
     Args:
-        nets: N `Nets` of the architecture.
-        inputs: [S, ...] inputs whose answers are compared, ``samples`` of them a step; with
-            ``per_net`` [N, S, ...], each net's own.
-        loss: (outputs, answers, scale) -> [N], as in `InstanceDistillation`.
+        space: the space to be trained.
+        zoos: the nets whose embeddings are decoded.
+        loss: of the decoded nets; the paper's is ``ImageLoss(images, teacher, distil=0.9,
+            temperature=4)``: 0.9·T²·KL + 0.1·cross-entropy.
+        nets: decoded of each architecture in a step.
     """
-    answers = nets.outputs(inputs, per_net)
-    scale = spread(answers) if answers.shape[-1] > 1 else None
-    z = (space.encode(nets, architecture) if z is None else z.detach().clone()).requires_grad_()
-    adam = torch.optim.Adam([z], lr)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        s = torch.randint(answers.shape[1], (samples,), generator=generator)
-        x = inputs[:, s] if per_net else inputs[s]
-        outputs = space.decode(z, architecture)(x, per_net)
-        (z.grad,) = torch.autograd.grad(loss(outputs, answers[:, s], scale).sum(), z)
-        adam.step()
-    return z.detach()
+
+    def __init__(self, space: NetSpace, zoos, loss: NetsLoss, nets: int = 2):
+        self.pool, self.loss, self.nets = MixedZoo(space, zoos), loss, nets
+
+    def __call__(self, space: NetSpace, generator: torch.Generator) -> Tensor:
+        groups = range(len(self.pool.zoos))
+        n = torch.cat([self.pool.draw(self.nets, generator, group) for group in groups])
+        z, architecture = self.pool.encode(space, n), self.pool.architecture[n]
+        return decoded_loss(space, z, architecture, self.loss, generator)
+
+
+class ArchitectureClassification:
+    """The space says which architecture an embedding stands for: cross-entropy (section III-D).
+
+    Args:
+        nets: classified in a step.
+        translated: classify embeddings moved to random architectures as those, too; for spaces
+            trained to translate.
+    """
+
+    def __init__(self, space: NetSpace, zoos, nets: int = 64, translated: bool = False):
+        self.pool, self.nets, self.translated = MixedZoo(space, zoos), nets, translated
+
+    def __call__(self, space: NetSpace, generator: torch.Generator) -> Tensor:
+        n = self.pool.draw(self.nets, generator)
+        z = self.pool.encode(space, n)
+        architecture = self.pool.architecture[n].to(z.device)
+        if self.translated:
+            chosen = torch.randint(len(self.pool.present), (self.nets,), generator=generator)
+            target = torch.tensor(self.pool.present)[chosen].to(z.device)
+            offset = space.encoder.offset
+            z = torch.cat([z, z - offset[architecture] + offset[target]])
+            architecture = torch.cat([architecture, target])
+        return F.cross_entropy(space.classify(z), architecture)
+
+
+class Interpolation:
+    """Between embeddings far apart lie the architectures in between, trained (section III-D).
+
+    Architectures are ordered by their index. Two embeddings whose indices differ by d > ``apart``
+    span a line; around k/d of the way it should decode to the k-th architecture on the way, and
+    that net should do well. An architecture without a zoo learns from nothing else.
+
+    Args:
+        loss: of the nets in between.
+        nets: decoded in between in each step.
+        named: points classified in each step, at all places 0/d to d/d, which costs little.
+        apart: the paper's rule is max(1, A − 2): only the longest lines.
+        jitter: points lie up to this share of a segment beside k/d; 0 as in the paper. Some
+            jitter keeps borders away from the places k/d.
+    """
+
+    def __init__(
+        self, space: NetSpace, zoos, loss: NetsLoss, nets: int = 4, named: int = 64,
+        apart: int | None = None, jitter: float = 0.3,
+    ):  # fmt: skip
+        self.pool, self.loss = MixedZoo(space, zoos), loss
+        self.nets, self.named, self.jitter = nets, named, jitter
+        self.apart = max(1, len(space.architectures) - 2) if apart is None else apart
+        order = sorted(range(len(self.pool.zoos)), key=lambda i: self.pool.present[i])
+        index = self.pool.present
+        self.ends = [e for e in combinations(order, 2) if index[e[1]] - index[e[0]] > self.apart]
+        if not self.ends:
+            raise ValueError(
+                f"no two zoos are more than {self.apart} architectures apart: there is nothing "
+                "in between to learn; pass apart="
+            )
+
+    def __call__(self, space: NetSpace, generator: torch.Generator) -> Tensor:
+        z, architecture = self.points(space, generator, self.nets)
+        loss = decoded_loss(space, z, architecture, self.loss, generator)
+        z, architecture = self.points(space, generator, self.named, ends=True)
+        return loss + F.cross_entropy(space.classify(z), architecture.to(z.device))
+
+    def points(
+        self, space: NetSpace, generator: torch.Generator, count: int, ends: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Random points on random lines [count, E], and the architectures wanted there [count].
+
+        Places k/d with k from 1 to d − 1, or from 0 to d with ``ends``.
+        """
+        picked = torch.randint(len(self.ends), (count,), generator=generator)
+        low, high = torch.tensor(self.ends)[picked].T
+        low, high = (self.pool.draw(count, generator, group) for group in (low, high))
+        first, last = self.pool.architecture[low], self.pool.architecture[high]
+        inner = last - first - 1
+        chance, beside = torch.rand(2, count, generator=generator)
+        k = (chance * (inner + 2)).long() if ends else 1 + (chance * inner).long()
+        way = ((k + (beside * 2 - 1) * self.jitter) / (last - first)).clamp(0, 1)
+        start, end = self.pool.encode(space, low), self.pool.encode(space, high)
+        return torch.lerp(start, end, way[:, None].to(start)), first + k
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -113,60 +289,83 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def fit(
-    space: NetSpace,
-    objective: Callable[[NetSpace, torch.Generator], Tensor],
-    validate: Callable[[NetSpace], dict[str, float]],
-    steps: int = 4000,
-    *,
-    lr: float = 2e-3,
-    epoch: int = 250,
-    seed: int = 0,
-    folder=None,
-    progress: bool = True,
-) -> list[dict[str, float]]:
+    space: NetSpace, objective: Objective, validate: Callable[[NetSpace], dict[str, float]],
+    steps: int = 4000, *, lr: float = 2e-3, epoch: int = 250, seed: int = 0, folder=None,
+    log: Callable[[dict[str, float]], None] = lambda row: None,
+) -> list[dict[str, float]]:  # fmt: skip
     """Train ``space`` in place and leave it in its best state.
 
-    After every ``epoch`` steps ``validate`` scores the space; the state with the highest *first*
-    score is kept. With ``folder`` every epoch is saved there and the same call resumes, bit for
-    bit; a finished fit is loaded.
+    After every ``epoch`` steps ``validate`` scores the space, ``log`` is given the row of numbers,
+    and the state with the highest *first* score is kept (NaN counts as the lowest). With ``folder``
+    every epoch is saved there and the same call resumes, bit for bit; a finished fit is loaded.
 
-    Returns the history: one dict of step, seconds, loss and the scores per epoch.
+    Returns the history: one dict of step, seconds, mean loss of the epoch and scores per epoch.
+
+    Raises ValueError naming the step whose loss is not finite, and if ``folder`` holds the fit of
+    another space, objective, validation or schedule, naming which.
     """
+    if min(steps, epoch) < 1:
+        raise ValueError(f"a fit takes at least one step and epoch, not {steps} steps of {epoch}")
     trained = [p for p in space.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr, fused=True)  # one pass over memory, not ten
     generator = torch.Generator().manual_seed(seed)
+    plan = {"steps": steps, "lr": lr, "epoch": epoch, "seed": seed}
     history: list[dict[str, float]] = []
     best: dict[str, Tensor] = {}
-    plan = {"steps": steps, "lr": lr, "epoch": epoch, "seed": seed}
-    if folder is not None and store.exists(folder, "fit"):
-        history, best = _resume(folder, plan, space, optimiser, generator)
+    if folder is not None:
+        # A space remembers where an interrupted fit began, so that the same call goes on from there.
+        space._origin = getattr(space, "_origin", None) or _fingerprint(space, space.state_dict())
+        plan |= {"space": space._origin, "objective": fingerprint(objective)}
+        plan["validation"] = fingerprint(validate)
+        if store.exists(folder, "fit"):
+            history, best = _resume(folder, plan, space, optimiser, generator)
     started = time.monotonic() - (history[-1]["seconds"] if history else 0.0)
-    first, running = (int(history[-1]["step"]) if history else 0), 0.0
-    with progress_bar(steps, "fitting the space", progress, first) as bar:
+    first, losses = (int(history[-1]["step"]) if history else 0), []
+    with progress_bar(steps, "fitting the space", first=first) as bar:
         for step in range(first, steps):
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(step, steps, lr)
-            loss = objective(space, generator)
-            optimiser.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(space.parameters(), 1.0)
-            optimiser.step()
-            running += loss.item()
+            optimiser.param_groups[0]["lr"] = learning_rate(step, steps, lr)
+            losses.append(_descend(space, objective, generator, optimiser, step))
             bar.update()
             if (step + 1) % epoch and step + 1 < steps:
                 continue
-            found = validate(space)
+            found, mean = validate(space), sum(losses) / len(losses)
+            if not found:
+                raise ValueError("validate returned no score: a dict of at least one is needed")
             score = next(iter(found))
-            bar.set_postfix(loss=f"{running / epoch:.4f}", **{score: f"{found[score]:.2f}"})
-            if not best or found[score] > max(row[score] for row in history):
+            bar.set_postfix(loss=f"{mean:.4f}", **{score: f"{found[score]:.2f}"})
+            if not best or _nan_last(found[score]) > max(_nan_last(r[score]) for r in history):
                 best = {k: v.detach().clone() for k, v in space.state_dict().items()}
-            seconds = time.monotonic() - started
-            history.append({"step": step + 1, "seconds": seconds, "loss": running / epoch, **found})
-            running = 0.0
+            seconds, losses = time.monotonic() - started, []
+            history.append({"step": step + 1, "seconds": seconds, "loss": mean, **found})
+            log(history[-1])
             if folder is not None:
                 _checkpoint(folder, plan, space, optimiser, generator, history, best)
     space.load_state_dict(best)
+    space._origin = None
     return history
+
+
+def _fingerprint(space: nn.Module, state: dict[str, Tensor]) -> str:
+    return fingerprint(structure(space), dict(state))
+
+
+def _nan_last(score: float) -> float:
+    return score if score == score else float("-inf")
+
+
+def _descend(space, objective, generator, optimiser, step: int) -> float:
+    """One step of training; returns the loss."""
+    try:
+        loss = objective(space, generator)
+        if not loss.isfinite():
+            raise ValueError(f"the loss is {loss.item()}")
+    except ValueError as error:
+        raise ValueError(f"step {step}: {error}") from error
+    optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(space.parameters(), 1.0)
+    optimiser.step()
+    return loss.item()
 
 
 def _checkpoint(folder, plan, space, optimiser, generator, history, best) -> None:
@@ -175,16 +374,15 @@ def _checkpoint(folder, plan, space, optimiser, generator, history, best) -> Non
     for i, state in optimiser.state_dict()["state"].items():
         tensors |= {f"adam.{i}.{k}": v for k, v in state.items()}
     tensors["generator"] = generator.get_state()
-    store.save(folder, "fit", {"plan": plan, "history": history}, tensors)
+    result = _fingerprint(space, best)
+    store.save(folder, "fit", {"plan": plan, "history": history, "result": result}, tensors)
 
 
 def _resume(folder, plan, space, optimiser, generator):
     record, tensors = store.load(folder, "fit")
-    if record["plan"] != plan:
-        raise ValueError(
-            f"{folder} holds a fit with {record['plan']}, not {plan}: choose another folder, or "
-            "delete it to start anew"
-        )
+    if plan["space"] == record["result"]:  # the very space that this fit left
+        plan = plan | {"space": record["plan"]["space"]}
+    store.check_plan(folder, record["plan"], plan)
 
     def part(prefix):
         return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -8,54 +8,38 @@ Axes: x to the side, y up, z to the front; a chair's bounding box is centred on 
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections import namedtuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 RADIUS = 0.95  # of the sphere that every chair fits in, so that its surroundings fit in 1
-POINTS_PER_BLOCK = 2**15  # points of all chairs evaluated at once; what fits the caches is fastest
+PAIRS_PER_BLOCK = 2**17  # of a part and a point, evaluated at once; what fits caches is fastest
 
 
-@dataclass(frozen=True)
-class Chair:
-    """What one chair looks like: its style and its measures, in units of the unit sphere.
+# Where each measure is drawn from, before the chair is scaled to fit its sphere.
+RANGES = {
+    "width": (0.85, 1.15), "depth": (0.8, 1.05), "seat_height": (0.55, 0.8),
+    "back_height": (0.6, 0.95), "arm_height": (0.3, 0.42), "thickness": (0.14, 0.19),
+    "lean": (0.0, 0.25), "roundness": (0.2, 1.0),
+}  # fmt: skip
+
+
+class Chair(namedtuple("Chair", ("style", *RANGES))):
+    """What one chair looks like: its style and the measures of `RANGES`, in units of the sphere.
 
     ``lean`` is the back's angle in radians, 0 upright; ``roundness`` goes from 0 (sharp edges) to
     1 (as round as a part is thick); ``arm_height`` is above the seat, 0 without arms.
     """
 
-    style: str
-    width: float
-    depth: float
-    seat_height: float
-    back_height: float
-    arm_height: float
-    thickness: float
-    lean: float
-    roundness: float
-
     def parts(self) -> Tensor:
         """The parts: [K, 9], columns centre (3), half sizes (3), lean, corner and edge radius."""
         parts = torch.tensor(STYLES[self.style](self))
-        low, high = _bounds(parts)
-        parts[:, 1:3] -= ((low + high) / 2)[1:]  # x needs no centring: chairs are symmetric
+        corners = _corners(parts)
+        # x needs no centring: chairs are symmetric.
+        parts[:, 1:3] -= ((corners.amin(0) + corners.amax(0)) / 2)[1:]
         return parts
-
-
-# Where each measure is drawn from, before the chair is scaled to fit its sphere.
-RANGES = {
-    "width": (0.85, 1.15),
-    "depth": (0.8, 1.05),
-    "seat_height": (0.55, 0.8),
-    "back_height": (0.6, 0.95),
-    "arm_height": (0.3, 0.42),
-    "thickness": (0.14, 0.19),
-    "lean": (0.0, 0.25),
-    "roundness": (0.2, 1.0),
-}
-LENGTHS = tuple(name for name in RANGES if name not in ("lean", "roundness"))
 
 
 def draw_chairs(count: int, seed: int = 0) -> list[Chair]:
@@ -70,14 +54,13 @@ def draw_chairs(count: int, seed: int = 0) -> list[Chair]:
 
 def _draw(rng: np.random.Generator) -> Chair:
     style = list(STYLES)[rng.integers(len(STYLES))]
-    chair = Chair(style, **{name: float(rng.uniform(*span)) for name, span in RANGES.items()})
-    if style not in ("armchair", "lounge"):
-        chair = replace(chair, arm_height=0.0)
-    if style == "lounge":
-        chair = replace(chair, seat_height=0.7 * chair.seat_height)
-    fit = RADIUS / _corners(chair.parts()).norm(dim=-1).max().item()
+    measures = {name: float(rng.uniform(*span)) for name, span in RANGES.items()}
+    measures["arm_height"] *= style in ("armchair", "lounge")
+    measures["seat_height"] *= 0.7 if style == "lounge" else 1.0
+    fit = RADIUS / _corners(Chair(style, **measures).parts()).norm(dim=-1).max().item()
     # Parts are sums and multiples of lengths, so scaling the lengths scales the chair.
-    return replace(chair, **{name: fit * getattr(chair, name) for name in LENGTHS})
+    lengths = {n: fit * v for n, v in measures.items() if n not in ("lean", "roundness")}
+    return Chair(style, **(measures | lengths))
 
 
 def chair_parts(chairs: list[Chair]) -> Tensor:
@@ -100,26 +83,18 @@ def chair_sdf(parts: Tensor, points: Tensor) -> Tensor:
     Returns: [N, S].
     """
     points = points.expand(len(parts), *points.shape[-2:])
-    size = max(1, POINTS_PER_BLOCK // len(parts))
-    return torch.cat([_union(parts, block) for block in points.split(size, dim=1)], dim=1)
+    blocks = points.split(max(1, PAIRS_PER_BLOCK // parts[..., 0].numel()), dim=1)
+    return torch.cat([_slabs(parts, block[:, None]).amin(1) for block in blocks], dim=1)
 
 
-def _union(parts: Tensor, points: Tensor) -> Tensor:
-    fold = torch.stack([points[..., 0].abs(), points[..., 1], points[..., 2]])  # [3, N, S]
-    nearest = torch.full(points.shape[:2], torch.inf)
-    for k in range(parts.shape[1]):
-        nearest = torch.minimum(nearest, _slab(parts[:, k, :, None], fold))
-    return nearest
-
-
-def _slab(part: Tensor, points: Tensor) -> Tensor:
-    """Exact distance to one part a chair: part [N, 9, 1], points [3, N, S] -> [N, S].
+def _slabs(parts: Tensor, points: Tensor) -> Tensor:
+    """Exact distances to parts and their mirror images: [N, K, 9], [N, 1, S, 3] -> [N, K, S].
 
     A rounded rectangle in x and z, extruded along y, its edges rounded: Quilez's 2D box and
     extrusion (iquilezles.org/articles/distfunctions), both exact.
     """
-    cx, cy, cz, hx, hy, hz, lean, corner, edge = part.unbind(1)
-    x, y, z = points[0] - cx, points[1] - cy, points[2] - cz
+    cx, cy, cz, hx, hy, hz, lean, corner, edge = parts[..., None].unbind(2)
+    x, y, z = points[..., 0].abs() - cx, points[..., 1] - cy, points[..., 2] - cz
     y, z = y * lean.cos() - z * lean.sin(), y * lean.sin() + z * lean.cos()
     inner = edge + corner  # the sharp core is smaller by both roundings
     flat = _corner_distance(x.abs() - (hx - inner), z.abs() - (hz - inner)) - corner
@@ -131,32 +106,21 @@ def _corner_distance(a: Tensor, b: Tensor) -> Tensor:
     return torch.hypot(a.clamp(min=0), b.clamp(min=0)) + torch.maximum(a, b).clamp(max=0)
 
 
-def place_in_parts(parts: Tensor, places: Tensor, which: Tensor) -> Tensor:
-    """Points in the boxes of a chair's parts, on the drawn side and not in the mirror image.
+def place_in_parts(parts: Tensor, places: Tensor) -> Tensor:
+    """Points in the boxes of parts, on the drawn side and not in the mirror image.
 
-    parts [K, 9], places [S, 3] in -1..1 of a box, which [S] in 0..K-1 -> [S, 3].
+    parts [..., 9], places [..., 3] in -1..1 of each part's box -> [..., 3]. The turn here is the
+    inverse of the one in `_slabs`.
     """
-    part = parts[which]
-    return _leaning(part[:, 3:6] * places, part[:, 6]) + part[:, :3]
-
-
-def _leaning(offsets: Tensor, lean: Tensor) -> Tensor:
-    """Offsets [..., 3] in a part's own axes -> in the chair's axes; inverts the turn in `_slab`."""
-    x, y, z = offsets.unbind(-1)
-    cos, sin = lean.cos(), lean.sin()
-    return torch.stack([x, y * cos + z * sin, z * cos - y * sin], dim=-1)
+    x, y, z = (parts[..., 3:6] * places).unbind(-1)
+    cos, sin = parts[..., 6].cos(), parts[..., 6].sin()
+    return torch.stack([x, y * cos + z * sin, z * cos - y * sin], dim=-1) + parts[..., :3]
 
 
 def _corners(parts: Tensor) -> Tensor:
-    """The 8 corners of each part's box: [K, 8, 3]."""
+    """All corners of the boxes of parts [K, 9]: [8 K, 3]."""
     signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
-    offsets = _leaning(parts[:, None, 3:6] * signs, parts[:, None, 6])
-    return offsets + parts[:, None, :3]
-
-
-def _bounds(parts: Tensor) -> tuple[Tensor, Tensor]:
-    corners = _corners(parts).flatten(0, 1)
-    return corners.amin(0), corners.amax(0)
+    return place_in_parts(parts[:, None], signs).flatten(0, 1)
 
 
 # The styles. Each function lists its parts; the floor is y = 0 and the seat's middle x = z = 0.
@@ -220,8 +184,8 @@ def _armchair(c: Chair) -> list[list[float]]:
 def _pedestal(c: Chair) -> list[list[float]]:
     t, w = c.thickness, c.depth  # round, so as wide as deep
     seat = _part((0, c.seat_height - t / 2, 0), (w, t, w), corner=w, edge=_edge(c))
-    column = _part((0, c.seat_height / 2, 0), (1.2 * t, c.seat_height - t, 1.2 * t), corner=t)
-    column[4] += t / 4  # reaches into the seat and stays above the floor
+    # The column reaches into the seat and stays above the floor.
+    column = _part((0, c.seat_height / 2, 0), (1.2 * t, c.seat_height - t / 2, 1.2 * t), corner=t)
     base = _part((0, t / 2, 0), (0.8 * w, t, 0.8 * w), corner=w, edge=_edge(c))
     back = _on_back(c, 0, 0.7 * w, -t, 0.7 * c.back_height)
     return [seat, column, base, back]
@@ -233,10 +197,4 @@ def _lounge(c: Chair) -> list[list[float]]:
     return [_seat(c, 0.0), _back(c, thick=1.5), arm]
 
 
-STYLES = {
-    "dining": _dining,
-    "ladder": _ladder,
-    "armchair": _armchair,
-    "pedestal": _pedestal,
-    "lounge": _lounge,
-}
+STYLES = {f.__name__.strip("_"): f for f in (_dining, _ladder, _armchair, _pedestal, _lounge)}

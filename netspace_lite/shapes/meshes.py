@@ -6,7 +6,6 @@ no surface there is no mesh, and None stands in its place.
 
 import base64
 import io
-from collections.abc import Callable
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,22 +13,22 @@ import torch
 import trimesh
 from matplotlib.collections import PolyCollection
 from scipy.spatial import cKDTree
+from scipy.spatial.transform import Rotation
 from skimage.measure import marching_cubes
 from torch import Tensor
 
-MAX_FACES = 60_000  # drawn as polygons; a mesh of more is simplified by clustering first
+MAX_FACES = 60_000  # drawn as polygons; a mesh of more is made coarser first
 
 
 @torch.no_grad()
-def mesh_from_grid(
-    evaluate: Callable[[Tensor], Tensor], resolution: int = 64, block: int = 2**10
-) -> list[trimesh.Trimesh | None]:
+def mesh_from_grid(evaluate, resolution: int = 64, block: int = 2**10, device="cpu") -> list:
     """Marching cubes on the zero level of N signed distance functions at once.
 
     Args:
         evaluate: points [B, 3] -> signed distances [N, B] of N shapes, negative inside.
         resolution: grid points along each edge of the cube -1..1, at least 4.
         block: B, the points evaluated at once: bounds memory, and about a thousand fits caches.
+        device: where ``evaluate`` wants its points.
 
     Returns: N meshes, None where a shape has no surface. Only what lies in the unit ball counts,
     where the nets were trained: a solid that leaves it is cut there, so every mesh is closed.
@@ -40,7 +39,11 @@ def mesh_from_grid(
         raise ValueError(f"resolution should be at least 4 grid points, not {resolution}")
     axis = torch.linspace(-1, 1, resolution)
     points = torch.cartesian_prod(axis, axis, axis)
-    values = torch.cat([_checked(evaluate(part), len(part)) for part in points.split(block)], dim=1)
+    values = torch.cat([evaluate(x).float().cpu() for x in points.to(device).split(block)], dim=-1)
+    if values.ndim != 2 or values.shape[1] != len(points):
+        raise ValueError(f"evaluate should give [N, B] distances: {list(values.shape)} on the grid")
+    if not values.isfinite().all():
+        raise ValueError("evaluate gave NaN or infinite distances; the net diverged in training")
     # A grid point exactly on the surface would make faces without area; move it a little outside.
     values = values.masked_fill_(values.abs() < 1e-6, 1e-6)
     # 0.999: the ball itself touches the grid's border, where a cut could not be closed.
@@ -48,20 +51,11 @@ def mesh_from_grid(
     return [_extract(v.reshape((resolution,) * 3).numpy()) for v in values]
 
 
-def _checked(values: Tensor, count: int) -> Tensor:
-    if values.ndim != 2 or values.shape[1] != count:
-        raise ValueError(f"evaluate should give [N, {count}] distances, not {tuple(values.shape)}")
-    if not values.isfinite().all():
-        raise ValueError("evaluate gave NaN or infinite distances; the net diverged in training")
-    return values.float().cpu()
-
-
 def _extract(values: np.ndarray) -> trimesh.Trimesh | None:
     if values.min() >= 0:
         return None
-    spacing = (2 / (len(values) - 1),) * 3
-    vertices, faces, *_ = marching_cubes(values, 0.0, spacing=spacing, gradient_direction="descent")
-    return trimesh.Trimesh(vertices - 1, faces)
+    vertices, faces, *_ = marching_cubes(values, 0.0, gradient_direction="descent")
+    return trimesh.Trimesh(vertices.astype(float) * (2 / (len(values) - 1)) - 1, faces)
 
 
 def within(predicted: Tensor, target: Tensor, tolerance: float = 0.01) -> Tensor:
@@ -84,13 +78,11 @@ def compare_meshes(a, b, samples: int = 10_000, seed: int = 0) -> dict[str, floa
 
     Raises ValueError for a mesh that is None or has no faces.
     """
-    if any(mesh is None or len(mesh.faces) == 0 for mesh in (a, b)):
+    if not (_has_surface(a) and _has_surface(b)):
         raise ValueError("compare_meshes needs two meshes with faces; count shapes without apart")
-    drawn = [sample_surface(mesh, 11 * samples, seed + i) for i, mesh in enumerate((a, b))]
-    (to_b, cosine_b), (to_a, cosine_a) = (
-        _directed(*pair, samples) for pair in (drawn, drawn[::-1])
-    )
-    return {"chamfer": (to_a + to_b) / 2, "normal_consistency": (cosine_a + cosine_b) / 2}
+    a, b = (sample_surface(mesh, 11 * samples, seed + i) for i, mesh in enumerate((a, b)))
+    chamfer, cosine = np.mean([_directed(a, b, samples), _directed(b, a, samples)], axis=0)
+    return {"chamfer": float(chamfer), "normal_consistency": float(cosine)}
 
 
 def _directed(source, target, samples: int) -> tuple[float, float]:
@@ -98,8 +90,7 @@ def _directed(source, target, samples: int) -> tuple[float, float]:
     points, normals = (array[:samples] for array in source)
     found_points, found_normals = (array[samples:] for array in target)
     distance, nearest = cKDTree(found_points).query(points)
-    cosines = np.abs((normals * found_normals[nearest]).sum(1))
-    return float(distance.mean()), float(cosines.mean())
+    return distance.mean(), np.abs((normals * found_normals[nearest]).sum(1)).mean()
 
 
 def sample_surface(mesh, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -108,15 +99,15 @@ def sample_surface(mesh, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndar
     return np.asarray(points), mesh.face_normals[faces]
 
 
+def _has_surface(mesh) -> bool:
+    return mesh is not None and len(mesh.faces) > 0
+
+
 def mesh_health(mesh) -> dict:
     """``exists``, ``watertight`` and the number of ``components`` of a mesh (None: no surface)."""
-    if mesh is None or len(mesh.faces) == 0:
+    if not _has_surface(mesh):
         return {"exists": False, "watertight": False, "components": 0}
-    return {
-        "exists": True,
-        "watertight": bool(mesh.is_watertight),
-        "components": int(mesh.body_count),
-    }
+    return {"exists": True, "watertight": mesh.is_watertight, "components": mesh.body_count}
 
 
 def draw_meshes(meshes, titles=None, columns=None, color="#5b8db8", size=2.0, turn=35.0, tilt=22.0):
@@ -137,61 +128,44 @@ def draw_meshes(meshes, titles=None, columns=None, color="#5b8db8", size=2.0, tu
     if not len(titles) == len(colors) == len(meshes):
         raise ValueError(f"{len(meshes)} meshes but {len(titles)} titles and {len(colors)} colors")
     shape = columns * size, rows * (size + 0.25 * any(titles))
-    figure, axes = plt.subplots(rows, columns, figsize=shape, squeeze=False, layout="constrained")
-    for axis in axes.flat:
-        axis.set(xlim=(-1, 1), ylim=(-1, 1), aspect="equal")
-        axis.axis("off")
-    camera = _camera(np.radians(turn), np.radians(tilt))
-    for axis, mesh, title, one_color in zip(axes.flat, meshes, titles, colors, strict=False):
+    figure = plt.figure(figsize=shape, layout="constrained")
+    # Rows are the directions right, up and towards the viewer.
+    camera = Rotation.from_euler("yx", [-turn, tilt], degrees=True).as_matrix()
+    for n, (mesh, title, one_color) in enumerate(zip(meshes, titles, colors, strict=True)):
+        axis = figure.add_subplot(rows, columns, n + 1, xlim=(-1, 1), ylim=(-1, 1), aspect="equal")
         axis.set_title(title, fontsize=9)
-        if mesh is None or len(mesh.faces) == 0:
-            axis.text(0, 0, "no surface", ha="center", color="grey")
-        else:
+        axis.axis("off")
+        if _has_surface(mesh):
             _draw(axis, mesh, one_color, camera)
+        else:
+            axis.text(0, 0, "no surface", ha="center", color="grey")
     return figure
-
-
-def _camera(turn: float, tilt: float) -> np.ndarray:
-    """Rows are the directions right, up and towards the viewer: [3, 3]."""
-    towards = [np.sin(turn) * np.cos(tilt), np.sin(tilt), np.cos(turn) * np.cos(tilt)]
-    right = [np.cos(turn), 0, -np.sin(turn)]
-    return np.stack([right, np.cross(towards, right), towards])
 
 
 def _draw(axis, mesh, color, camera):
     """Painter's algorithm: faces seen from the front, farthest first, in Lambert shades."""
-    if len(mesh.faces) > MAX_FACES:
-        mesh = _cluster(mesh)
-    floor = mesh.vertices[:, 1].min()
+    if len(mesh.faces) > MAX_FACES:  # vertices up to 0.025 apart become one: enough to draw
+        mesh = mesh.copy().apply_scale(0.4)
+        mesh.merge_vertices(merge_norm=True, digits_vertex=2)
+        mesh.update_faces(mesh.nondegenerate_faces())
+        mesh.apply_scale(2.5)
     light = np.array([-0.1, 0.9, 0.42])  # a unit vector: from above, in front, a little left
-    height = (mesh.vertices[:, 1:2] - floor) / light[1]
+    height = (mesh.vertices[:, 1:2] - mesh.bounds[0, 1]) / light[1]
     shadow = (mesh.vertices - height * light) @ camera.T  # slid along the light to the floor
-    lit = mesh.face_normals @ light > 0
-    _fill(axis, shadow[mesh.faces[lit]][..., :2], np.full((1, 3), 0.88))
+    _fill(axis, shadow[mesh.faces[mesh.face_normals @ light > 0]], np.full((1, 3), 0.88))
 
     corners = (mesh.vertices @ camera.T)[mesh.faces]  # [F, 3, 3]
     front = np.flatnonzero(mesh.face_normals @ camera[2] > 0)
     front = front[np.argsort(corners[front, :, 2].mean(1))]
-    normals = mesh.vertex_normals[mesh.faces[front]].mean(1)
-    shade = 0.4 + 0.75 * (normals @ light).clip(0)
+    shade = 0.4 + 0.75 * (mesh.vertex_normals[mesh.faces[front]].mean(1) @ light).clip(0)
     rgb = np.array(plt.matplotlib.colors.to_rgb(color))
-    _fill(axis, corners[front][..., :2], (shade[:, None] * rgb).clip(0, 1))
+    _fill(axis, corners[front], (shade[:, None] * rgb).clip(0, 1))
 
 
-def _fill(axis, polygons, colors):
+def _fill(axis, faces, colors):
     # Antialiased neighbours let what lies behind them shine through a hairline: leave it off.
-    axis.add_collection(
-        PolyCollection(polygons, facecolors=colors, antialiaseds=False, rasterized=True)
-    )
-
-
-def _cluster(mesh, cells: int = 96) -> trimesh.Trimesh:
-    """The mesh with all vertices of one cell of a grid merged: coarse, but enough to draw."""
-    keys = np.floor((mesh.vertices - mesh.bounds[0]) / mesh.extents.max() * cells).astype(int)
-    _, first, merged = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    coarse = trimesh.Trimesh(mesh.vertices[first], merged.reshape(-1)[mesh.faces])
-    coarse.update_faces(coarse.nondegenerate_faces())
-    return coarse
+    style = {"facecolors": colors, "antialiaseds": False, "rasterized": True}
+    axis.add_collection(PolyCollection(faces[..., :2], **style))
 
 
 class Slider:
@@ -204,22 +178,15 @@ class Slider:
     def __init__(self, figures):
         self.pictures = []
         for figure in figures:
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png")
+            figure.savefig(buffer := io.BytesIO(), format="png")
             plt.close(figure)
-            self.pictures.append(base64.b64encode(buffer.getvalue()).decode())
+            picture = base64.b64encode(buffer.getvalue()).decode()
+            self.pictures.append(f"data:image/png;base64,{picture}")
 
     def _repr_html_(self) -> str:
-        frames = "".join(
-            f'<img alt="step {n}" style="display:{"none" if n else "block"}" '
-            f'src="data:image/png;base64,{picture}">'
-            for n, picture in enumerate(self.pictures)
-        )
-        show = (
-            "this.parentElement.querySelectorAll('img').forEach("
-            "(frame, n) => frame.style.display = n == this.value ? 'block' : 'none')"
-        )
+        slider = f'type="range" min="0" max="{len(self.pictures) - 1}" value="0" aria-label="step"'
+        show = f"this.previousElementSibling.src = {self.pictures}[this.value]"
         return (
-            f'<div>{frames}<input type="range" min="0" max="{len(self.pictures) - 1}" value="0" '
-            f'style="width:320px" aria-label="step" oninput="{show}"></div>'
+            f'<div><img alt="the chosen step" style="display:block" src="{self.pictures[0]}">'
+            f'<input {slider} style="width:320px" oninput="{show}"></div>'
         )

@@ -1,0 +1,200 @@
+"""Trained nets as data: N nets of one architecture, or of several side by side."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import store
+from .architectures import describe, name_of
+from .batching import BLOCK, Batched
+from .fingerprint import fingerprint
+from .layout import Layout, check_rows
+
+
+class Nets:
+    """N trained nets of one architecture: packed rows that run as they are.
+
+    Args:
+        module: the architecture, as any module of it; its own parameters are not used.
+        rows: [N, P], parameters of each net in module order.
+
+    ``nets[2:5]`` or ``nets[mask]`` are nets again, ``nets[0]`` is one net (N = 1).
+    """
+
+    def __init__(self, module: nn.Module | Batched, rows: Tensor):
+        self.batched = module if isinstance(module, Batched) else Batched(module)
+        check_rows(rows, self.layout.size)
+        self.rows = rows
+
+    @property
+    def module(self) -> nn.Module:
+        """A module of the architecture; its parameters are nobody's."""
+        return self.batched.module
+
+    @property
+    def layout(self) -> Layout:
+        """Where each parameter lives in a row."""
+        return self.batched.layout
+
+    @property
+    def fingerprint(self) -> str:
+        """What the nets compute, weights included, see `netspace_lite.fingerprint`."""
+        return fingerprint(self.batched.fingerprint, self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _at(self, n: Tensor) -> "Nets":
+        return Nets(self.batched, self.rows[n.to(self.rows.device)])
+
+    def __getitem__(self, index) -> "Nets":
+        index = index.cpu() if isinstance(index, Tensor) else index
+        return self._at(torch.atleast_1d(torch.arange(len(self))[index]))
+
+    def __iter__(self) -> Iterator["Nets"]:
+        return (self[n] for n in range(len(self)))
+
+    def __repr__(self) -> str:
+        name = name_of(self.module)
+        return f"{type(self).__name__}({len(self)} × {name}, {self.layout.size:,} parameters each)"
+
+    def __call__(self, x: Tensor, per_net: bool = False) -> Tensor:
+        """Outputs [N, B, ...] of all nets on x, differentiable; see `Batched`."""
+        return self.batched(self.rows, x, per_net)
+
+    @torch.no_grad()
+    def outputs(self, x: Tensor, per_net: bool = False, samples: int = 4096) -> Tensor:
+        """Outputs [N, B, ...] without gradients, in blocks of nets and of samples."""
+        blocks = []
+        for start in range(0, len(self), BLOCK):
+            rows, last = self.rows[start : start + BLOCK], start + BLOCK
+            parts = (x[start:last] if per_net else x).split(samples, dim=1 if per_net else 0)
+            blocks.append(torch.cat([self.batched(rows, part, per_net) for part in parts], dim=1))
+        return torch.cat(blocks)
+
+    logits = outputs
+
+    def accuracy(self, images) -> Tensor:
+        """Accuracy in percent of each net on ``images`` (``.x`` [B, C, H, W], ``.y`` [B]): [N].
+
+        The result is on the CPU, wherever the nets are.
+        """
+        return (self.outputs(images.x).argmax(-1) == images.y).float().mean(1).cpu() * 100
+
+    def finite(self) -> Tensor:
+        """Which nets hold no NaN and no infinite value: [N], on the CPU."""
+        return self.rows.isfinite().all(1).cpu()
+
+    def to(self, device) -> "Nets":
+        """The same nets on another device."""
+        moved = copy.copy(self)
+        moved.rows = self.rows.to(device)
+        return moved
+
+    def split(self, val: int, test: int, seed: int = 0) -> tuple["Nets", "Nets", "Nets"]:
+        """Disjoint groups of the remaining, of ``val`` and of ``test`` nets, drawn by ``seed``."""
+        if min(val, test, len(self) - val - test) < 1:
+            raise ValueError(f"can't hold out {val} + {test} of {len(self)} nets: each part needs one")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return self[order[val + test :]], self[order[:val]], self[order[val : val + test]]
+
+    def save(self, folder) -> None:
+        """Write the nets to ``folder``, atomically; `netspace_lite.Zoo.load` reads them back."""
+        record, tensors = self._contents()
+        store.save(folder, "zoo", record, tensors)
+
+    def _contents(self) -> tuple[dict, dict[str, Tensor]]:
+        """The readable record and the tensors that `save` writes."""
+        about = {**describe(self.module), "fingerprint": self.batched.fingerprint}
+        return {"architecture": about}, {"rows": self.rows}
+
+    def to_module(self, n: int = 0) -> nn.Module:
+        """Net n as a plain ``nn.Module`` of its own, in evaluation mode, where the nets are."""
+        module, state = copy.deepcopy(self.module).to(self.rows).eval(), self.state_dict(n)
+        with torch.no_grad():  # parameters only: buffers are the architecture's, ties stay tied
+            for name, parameter in module.named_parameters():
+                parameter.copy_(state[name])
+        return module
+
+    def state_dict(self, n: int = 0) -> dict[str, Tensor]:
+        """Net n's parameters, copied out of the packed row."""
+        (state,) = self.layout.unpack(self[n].rows)
+        return {name: value.detach().clone() for name, value in state.items()}
+
+    def export(self, path, n: int = 0) -> None:
+        """Write net n as a safetensors file that ``module.load_state_dict`` takes back."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        state = self.to_module(n).state_dict()  # tied parameters under each of their names
+        save_file({name: value.clone(memory_format=torch.contiguous_format)
+                   for name, value in state.items()}, path)  # fmt: skip
+
+
+class MixedNets:
+    """Nets of several architectures in one order.
+
+    Args:
+        groups: `Nets`, one per architecture.
+        members: the places of each group's nets in the order, a permutation of 0..N-1 in all;
+            None: one group after the other.
+
+    Answers, accuracies and names come in that order; ``mixed[n]`` is one net (`Nets` of one).
+    """
+
+    def __init__(self, groups: Sequence[Nets], members: Sequence[Tensor] | None = None):
+        self.groups = list(groups)
+        sizes = [len(group) for group in self.groups]
+        if not sizes:
+            raise ValueError("no nets: give at least one group")
+        members = torch.arange(sum(sizes)).split(sizes) if members is None else members
+        self.members = [places.cpu() for places in members]
+        places = torch.cat(self.members)
+        whole = torch.equal(places.sort().values, torch.arange(sum(sizes)))
+        if not whole or [len(m) for m in self.members] != sizes:
+            raise ValueError(
+                f"groups of {sizes} nets need as many places each, all of 0..{sum(sizes) - 1} once"
+            )
+        self._order = places.argsort()
+        flat = [(group, i) for group, size in enumerate(sizes) for i in range(size)]
+        self._homes = [flat[i] for i in self._order.tolist()]  # group and place in it of each net
+
+    def __len__(self) -> int:
+        return len(self._homes)
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{len(g)} × {name_of(g.module)}" for g in self.groups)
+        return f"MixedNets({parts})"
+
+    def __getitem__(self, n: int) -> Nets:
+        group, i = self._homes[n]
+        return self.groups[group][i]
+
+    def __iter__(self) -> Iterator[Nets]:
+        return (self[n] for n in range(len(self)))
+
+    @property
+    def architectures(self) -> list[str]:
+        """The architecture's name of each net, [N]."""
+        return [name_of(self.groups[group].module) for group, _ in self._homes]
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Values of each group's nets, [N_g, ...] each, in the common order: [N, ...]."""
+        joined = torch.cat(list(parts))
+        return joined[self._order.to(joined.device)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Outputs [N, B, ...] of all nets on shared x [B, ...], differentiable."""
+        return self.join([group(x) for group in self.groups])
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """Outputs [N, B, ...] without gradients."""
+        return self.join([group.outputs(x) for group in self.groups])
+
+    logits = outputs
+
+    def accuracy(self, images) -> Tensor:
+        """Accuracy in percent of each net on ``images``: [N]."""
+        return self.join([group.accuracy(images) for group in self.groups])
