@@ -8,8 +8,8 @@ READY := .venv/.ready
 help:
 	@echo "make tutorial   run the notebooks in order into build/notebooks/ and print their results"
 	@echo "make seeds      the same for seeds 0, 1, 2, and a table over them"
-	@echo "make test       all tests, the notebooks included"
-	@echo "make test-fast  all tests but the notebooks and the compilations for GPUs"
+	@echo "make test       all tests, the whole notebooks included"
+	@echo "make test-fast  all tests but the compilations for GPUs, the notebooks at the smallest sizes"
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make bench      time the kernels beside a loop, vmap and torch.compile"
 	@echo "make lint       check style;  make format  mends it"
@@ -29,8 +29,10 @@ seeds: $(READY)  # the README's tables: every notebook for three seeds
 test: $(READY)
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env tests notebooks
 
-test-fast: $(READY)
-	$(BIN)/python -m pytest tests --ignore tests/kernels/test_aot.py
+test-fast: $(READY)  # notebooks in the smoke preset, from nothing
+	rm -rf build/smoke-digits-seed0
+	NETSPACE_PRESET=smoke NETSPACE_SEED=0 NETSPACE_DATA= $(BIN)/python -m pytest --nbval-lax \
+		--nbval-current-env --ignore tests/kernels/test_aot.py tests notebooks
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,13 +1,14 @@
-"""Triton kernels and their PyTorch references, one operation a file.
+"""Triton kernels and their PyTorch references.
 
 The operations are registered with `torch.library.custom_op`, so that autograd and `torch.compile`
 see one node each. `triton_op`, which would let the compiler look inside, runs eagerly in Triton's
 interpreter but not under `torch.compile` there, so what runs everywhere was kept.
 
-    backend.py            which implementation runs        common.py     activations, checks
-    batched_linear.py     batched_conv2d.py     chunk_pack.py     siren_mlp.py
-    distillation_loss.py  cpu.py                the fast convolution on a CPU
-    aot.py  trace.py  roofline.py  bench.py     compile, watch, model and time the kernels
+    backend.py            which implementation runs        common.py     checks, tiles, precision
+    batched_linear.py     batched_conv2d.py                layer.py      the kernels of both
+    chunk_pack.py         siren_mlp.py         distillation_loss.py
+    cpu.py                the fast convolution on a CPU
+    aot.py  trace.py  roofline.py  bench.py    compile, watch, model and time the kernels
 """
 
 from .backend import backend

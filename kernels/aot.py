@@ -1,50 +1,62 @@
 """What the compiler makes of the kernels, on a machine without a GPU.
 
 `recorded_launches()` runs an op's launcher without running its kernels and keeps every launch:
-kernel, grid, arguments and meta-parameters. Given tensors on the "meta" device no memory is needed
-either, so launches can be recorded at the paper's sizes. `compile_launch` then compiles one of
-them for a named GPU with the compiler and assembler that ship with Triton, specialised exactly as
-a launch on that GPU would be, and reports registers, spills, shared memory and tensor cores.
+kernel, grid, arguments and options. Given tensors on the "meta" device no memory is needed either,
+so launches can be recorded at any size. `compile_launch` then compiles one of them for a named GPU
+with the compiler and assembler that ship with Triton, specialised exactly as a launch on that GPU
+would be, and reports registers, spills, shared memory and tensor cores.
 
-    python -m netspace_lite.kernels.aot 80 90 100         # a JSON line per kernel and target
-    python -m netspace_lite.kernels.aot 90 --quick        # tf32, the first configuration only
+    python -m netspace_lite.kernels.aot 80 86 89        # a JSON line for each, all archs if none
+    python -m netspace_lite.kernels.aot 90 --quick      # or --full: see `recorded`
 """
 
 import importlib
+import io
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from itertools import product
 
 import torch
 
 from .backend import INTERPRETED, triton
 
 # By name: the package's attributes of these names are the public functions, not the modules.
-linear, conv2d, pack, siren, loss = (
+layer, pack, siren, loss = (
     importlib.import_module(f"{__package__}.{name}")
-    for name in (
-        "batched_linear", "batched_conv2d", "chunk_pack", "siren_mlp", "distillation_loss"
-    )
-)  # fmt: skip
+    for name in ("layer", "chunk_pack", "siren_mlp", "distillation_loss")
+)
 
-# Shared memory a block may use, in bytes (CUDA C++ Programming Guide, compute capabilities table).
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Kilobytes of shared memory that a block may use (CUDA C++ Programming Guide, compute capabilities)
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 TENSOR_CORE = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*")
+PLAIN_DOT = re.compile(r"\btt\.dot .*-> tensor<[^>]*#blocked\d*>")  # a product on ordinary cores
+NUMBERS = {  # in the assembler's log
+    "registers": r"Used (\d+) registers",
+    "stack": r"(\d+) bytes stack frame",
+    "spill_stores": r"(\d+) bytes spill stores",
+    "spill_loads": r"(\d+) bytes spill loads",
+}
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+MODES = {
+    "tf32": (torch.float32, "tf32"),
+    "ieee": (torch.float32, "ieee"),
+    "bf16": (torch.bfloat16, "ieee"),
+}
 
 
 @dataclass
 class Launch:
-    """One recorded kernel launch; `kernel` is the jitted function, `args` name -> value."""
+    """One recorded launch: the jitted function, its grid, arguments by name, and options."""
 
     kernel: object
     grid: tuple
     args: dict
-    configs: list = field(default_factory=list)
+    options: dict
 
     @property
     def name(self) -> str:
@@ -54,212 +66,206 @@ class Launch:
 @contextmanager
 def recorded_launches():
     """Inside the block kernels aren't run; the list it gives fills with their `Launch`es."""
-    from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
     if INTERPRETED:
         raise RuntimeError("Launches are compiled, so unset TRITON_INTERPRET before Python starts.")
-    launches = []
-    runs = Autotuner.run, JITFunction.run
+    launches, run = [], JITFunction.run
 
     def record(self, *args, grid, warmup=False, **kwargs):
-        kernel, configs = (self.fn, self.configs) if isinstance(self, Autotuner) else (self, [])
-        options = {"num_warps": kwargs.pop("num_warps", 4), "num_stages": 3}
-        options["num_stages"] = kwargs.pop("num_stages", 3)
-        options["enable_fp_fusion"] = kwargs.pop("enable_fp_fusion", True)
-        named = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
-        choices = [
-            (c.kwargs, {"num_warps": c.num_warps, "num_stages": c.num_stages}) for c in configs
-        ]
-        choices = choices or [({}, options)]
-        shape = grid({**named, **choices[0][0]}) if callable(grid) else grid
-        launches.append(Launch(kernel, tuple(shape), named, choices))
+        names = "num_warps", "num_stages", "maxnreg", "enable_fp_fusion"
+        options = {name: kwargs.pop(name) for name in names if name in kwargs}
+        named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        launches.append(Launch(self, grid, named, options))
 
-    Autotuner.run = JITFunction.run = record
+    JITFunction.run = record
     try:
         yield launches
     finally:
-        Autotuner.run, JITFunction.run = runs
+        JITFunction.run = run
 
 
-def compile_launch(launch: Launch, arch: int, choice: int = 0) -> dict:
-    """Compile one launch for compute capability `arch` and say what came out.
+def compile_launch(launch: Launch, archs) -> dict:
+    """Compile one launch for compute capabilities (80 is an A100) and say what came out of each.
 
-    Args:
-        launch: from `recorded_launches`.
-        arch: 80 (A100), 90 (H100) or 100 (B200).
-        choice: which of the launch's configurations.
+    86 and 89 run the code made for 80, if they come after it, assembled for them: they have the
+    same instructions for these kernels, and less shared memory.
 
     Returns:
-        registers a thread, spill_bytes, shared bytes a block, tensor_core instruction counts by
-        name, stack bytes, and the configuration.
+        arch -> registers and spilled bytes a thread, stack bytes, shared bytes a block, tensor_core
+        instruction counts by name, plain_dots that run without them, rounded operands, and the
+        launch's constants.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    meta, options = launch.configs[choice]
-    signature, constants, attributes = _specialise(launch.kernel, {**launch.args, **meta})
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    ptx = binary.asm["ptx"]
-    found = [m.group(0) for m in TENSOR_CORE.finditer(ptx)]
-    return {
-        "kernel": launch.name,
-        "arch": arch,
-        "config": {**meta, **options},
-        "shared": binary.metadata.shared,
-        **_assembler_report(ptx, arch),
-        "tensor_core": {name: found.count(name) for name in sorted(set(found))},
-    }
+    source = ASTSource(launch.kernel, *_specialise(launch.kernel, launch.args))
+    reports, ptx = {}, ""
+    triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
+    for arch in archs:
+        if arch in (86, 89) and 80 in reports:
+            log = _assemble(ptx.replace(".target sm_80", f".target sm_{arch}"), arch)
+        else:
+            with redirect_stdout(io.StringIO()) as printed:
+                target = GPUTarget("cuda", arch, 32)
+                binary = triton.compile(source, target=target, options=launch.options)
+            ptx, log = binary.asm["ptx"], printed.getvalue()
+        found = [m.group(0) for m in TENSOR_CORE.finditer(ptx)]
+        reports[arch] = {
+            "kernel": launch.name,
+            "config": {k: v for k, v in launch.args.items() if k.isupper() and len(k) > 1},
+            "shared": binary.metadata.shared,
+            **{name: int(re.search(pattern, log).group(1)) for name, pattern in NUMBERS.items()},
+            "tensor_core": {name: found.count(name) for name in sorted(set(found))},
+            "plain_dots": len(PLAIN_DOT.findall(binary.asm["ttgir"])),
+            "rounded": ptx.count("cvt.rna.tf32"),
+        }
+    return reports
+
+
+def _assemble(ptx, arch):
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    command = [get_ptxas(arch).path, "-v", "--regAllocOptLevel=2", f"--gpu-name=sm_{arch}"]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command += [file.name, "-o", "/dev/null"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def _specialise(kernel, values):
     """Types, constants and alignment of arguments, as Triton's launcher would see them."""
     signature, constants, attributes = {}, {}, {}
     for index, (name, param) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
-        value = values[name]
+        value, sixteen = values[name], False
         if param.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + _TYPES[value.dtype]
-            if value.storage_offset() * value.element_size() % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            signature[name] = "*" + TYPES[value.dtype]
+            sixteen = value.storage_offset() * value.element_size() % 16 == 0
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            sixteen = value % 16 == 0
         else:
             signature[name] = "fp32"
+        if sixteen:
+            attributes[(index,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 
 
-_TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int64: "i64",
-    torch.int32: "i32",
+def meta(*shape, dtype=torch.float32):
+    """A tensor without memory."""
+    return torch.empty(*shape, device="meta", dtype=dtype)
+
+
+def launch_layer(samples, weight, image, options, bias, shared, mode, nets=8):
+    """Forward and backward of a layer of shape `weight` [O, C, ...] on images [C, *image]."""
+    dtype, precision = MODES[mode]
+    rows, size = meta(nets, 4 + weight.numel() + len(weight), dtype=dtype), weight.numel()
+    w = rows[:, 4 : 4 + size].view(nets, *weight.shape)
+    x = meta(samples, *() if shared else (nets,), *weight.shape[1:2], *image, dtype=dtype)
+    x = x if shared or image else x.transpose(0, 1)
+    b = rows[:, 4 + size :] if bias else None
+    y, saved = layer.launch_forward(x, w, b, *options, 0.01, 30.0, precision)
+    saved = saved if options[2] == layer.SINE else y
+    back = (*options[:2], bias, True, True, options[2], 0.01, 30.0, precision)
+    layer.launch_backward(y, saved, x, w, *back)
+
+
+def _linear(samples, inner, out, act):
+    options = ((1, 1), (0, 0), act)
+    return lambda *how: launch_layer(samples, meta(out, inner), (), options, *how)
+
+
+def _conv(samples, inner, out, size, kernel, stride, padding):
+    options, weight = ((stride,) * 2, (padding,) * 2, 1), meta(out, inner, kernel, kernel)
+    return lambda *how: launch_layer(samples, weight, (size, size), options, *how)
+
+
+def _siren(hidden):
+    def launch(bias, shared, mode):
+        dtype, precision = MODES[mode]
+        if shared == (hidden in (128, 32)) and hidden <= siren.widest(dtype, precision):
+            rows = meta(4, siren.siren_params(hidden), dtype=dtype)
+            points = meta(*() if shared else (4,), 20_000, 3, dtype=dtype)
+            out = siren.launch_forward(points, rows, hidden, 30.0, precision)
+            siren.launch_backward(out, points, rows, hidden, 30.0, not shared, precision)
+
+    return launch
+
+
+def _loss(classes):
+    def launch(bias, shared, mode):
+        if mode == "ieee":  # nothing to multiply, so tf32 said it
+            return
+        logits = meta(8, 128, classes, dtype=MODES[mode][0])
+        labels = meta(128, dtype=torch.int64) if bias else None
+        loss.launch(logits, logits[0] if shared else logits, labels, meta(8), 0.9)
+
+    return launch
+
+
+def _pack(bias, shared, mode):
+    if mode == "ieee":
+        return
+    dtype, scale = MODES[mode][0], meta(7, 10_000)
+    prep, used = meta(8, 7, 10_000, dtype=dtype), meta(8, dtype=torch.int64)
+    pack.launch(prep, used, scale if bias else None, scale, not shared, dtype)
+
+
+# Between them every tile of `common.tile` for each kernel of linear layers and of convolutions, and
+# every width of `siren_mlp`; the paper's sizes first. A case launches for (bias, shared, mode).
+CASES = {
+    "linear 256 to 256, sine": _linear(128, 256, 256, 2),
+    "linear 24 to 24": _linear(128, 24, 24, 1),
+    "linear 3 to 64, sine": _linear(128, 3, 64, 2),
+    "linear 84 to 10": _linear(128, 84, 10, 0),
+    "linear 120 to 84, 8 samples": _linear(8, 120, 84, 1),
+    "convolution 3 to 6, 5x5": _conv(128, 3, 6, 32, 5, 2, 0),
+    "convolution 24 to 32, 3x3": _conv(128, 24, 32, 16, 3, 1, 1),
+    "convolution 64 to 64, 3x3": _conv(128, 64, 64, 16, 3, 2, 1),
+    "convolution of 16 pixels": _conv(1, 64, 64, 4, 3, 1, 1),
+    "convolution 1 to 32, 3x3": _conv(128, 1, 32, 8, 3, 1, 1),
+    **{f"siren of width {hidden}": _siren(hidden) for hidden in (256, 128, 64, 32, 16)},
+    **{f"distillation loss of {classes}": _loss(classes) for classes in (10, 200, 1000)},
+    "chunk packing": _pack,
 }
 
 
-def _assembler_report(ptx, arch):
-    """Registers, stack and spills, from the verbose output of the bundled ptxas."""
-    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+def recorded(full=False, quick=False):
+    """Configurations, each once: (case, mode, bias, shared, launch).
 
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={sm_arch_from_capability(arch)}"]
-        done = subprocess.run(
-            [*command, file.name, "-o", "/dev/null"], capture_output=True, text=True, check=True
-        )
-    numbers = {
-        "registers": r"Used (\d+) registers",
-        "stack": r"(\d+) bytes stack frame",
-        "spill_stores": r"(\d+) bytes spill stores",
-        "spill_loads": r"(\d+) bytes spill loads",
-    }
-    return {k: int(re.search(pattern, done.stderr).group(1)) for k, pattern in numbers.items()}
-
-
-# The tutorial's layers at the paper's sizes: 8 nets × 128 CIFAR images, 4 SIRENs × 20,000 points.
-
-
-def _linear_case(inner, out, act):
-    def launches(dtype, precision):
-        rows = torch.empty(8, 4 + inner * out + out, device="meta", dtype=dtype)
-        w = rows[:, 4 : 4 + inner * out].view(8, out, inner)
-        x = torch.empty(128, 8, inner, device="meta", dtype=dtype).transpose(0, 1)
-        y, saved = linear.launch_forward(x, w, rows[:, -out:], act, 0.01, 30.0, precision)
-        linear.launch_backward(
-            y,
-            saved if act == linear.SINE else y,
-            x,
-            w,
-            True,
-            True,
-            True,
-            act,
-            0.01,
-            30.0,
-            precision,
-        )
-
-    return launches
-
-
-def _conv_case(inner, out, size, kernel, stride, padding):
-    def launches(dtype, precision):
-        window = inner * kernel * kernel
-        rows = torch.empty(8, out * window + out, device="meta", dtype=dtype)
-        w = rows[:, : out * window].view(8, out, inner, kernel, kernel)
-        x = torch.empty(128, 8, inner, size, size, device="meta", dtype=dtype)
-        step = (stride, stride), (padding, padding)
-        y = conv2d.launch_forward(x, w, rows[:, -out:], *step, 1, 0.01, precision)
-        conv2d.launch_backward(y, y, x, w, *step, True, True, True, 1, 0.01, precision)
-
-    return launches
-
-
-def _siren_case(dtype, precision):
-    hidden = siren.widest(dtype, precision)
-    rows = torch.empty(4, siren.siren_params(hidden), device="meta", dtype=dtype)
-    points = torch.empty(4, 20_000, 3, device="meta", dtype=dtype)
-    out = siren.launch_forward(points, rows, hidden, 30.0, precision)
-    siren.launch_backward(out, points, rows, hidden, 30.0, True, precision)
-
-
-def _loss_case(dtype, precision):
-    logits = torch.empty(8, 128, 200, device="meta", dtype=dtype)
-    labels = torch.empty(128, device="meta", dtype=torch.int64)
-    loss.launch(logits, logits, labels, torch.empty(8, device="meta"), 0.9)
-
-
-def _pack_case(dtype, precision):
-    rows = torch.empty(8, 62_006, device="meta", dtype=dtype)
-    prep, scale = torch.empty(8, 7, 10_000, device="meta"), torch.empty(7, 10_000, device="meta")
-    pack.launch([rows], pack.STACKED, prep, scale, scale, True, True)
-    pack.launch([rows], pack.STACKED, prep, None, None, False, False)
-
-
-CASES: dict[str, Callable] = {
-    "linear 256 to 256, sine": _linear_case(256, 256, 2),
-    "convolution 3 to 6, 5x5": _conv_case(3, 6, 32, 5, 2, 0),
-    "convolution 16 to 32, 3x3": _conv_case(16, 32, 32, 3, 2, 1),
-    "siren at its widest": _siren_case,
-    "distillation loss": _loss_case,
-    "chunk packing": _pack_case,
-}
-MODES = {
-    "tf32": (torch.float32, "tf32"),
-    "ieee": (torch.float32, "ieee"),
-    "bf16": (torch.bfloat16, "ieee"),
-}
-
-
-def reports(archs, modes=("tf32", "ieee", "bf16"), first=False):
-    """Compile every case for every target: all configurations in tf32, else the first one.
-
-    Args:
-        archs: compute capabilities, of 80, 90 and 100.
-        modes: of "tf32", "ieee" and "bf16".
-        first: compile the first configuration only, in tf32 too.
-
-    Yields the dictionaries of `compile_launch` with the case and mode added.
+    Every tile of every kernel with a bias and inputs per net, and without and shared: both in tf32;
+    in the other modes linear layers the one way and convolutions the other, unless `full`. `quick`
+    takes each kernel once, in tf32, with a bias and inputs per net.
     """
-    for case, launch_all in CASES.items():
-        for mode in modes:
-            with recorded_launches() as launches:
-                launch_all(*MODES[mode])
-            for launch in launches:
-                for choice in range(len(launch.configs) if mode == "tf32" and not first else 1):
-                    for arch in archs:
-                        report = compile_launch(launch, arch, choice)
-                        yield {"case": case, "mode": mode, "choice": choice, **report}
+    seen, ways = set(), ((True, False), (False, True))
+    for case, (mode, (bias, shared)) in product(CASES, product(MODES, ways)):
+        kind = case.split()[0]
+        pairs = full or mode == "tf32" or kind not in ("linear", "convolution")
+        if not (pairs or bias == (kind == "linear")) or (quick and (mode, bias) != ("tf32", True)):
+            continue
+        with recorded_launches() as launches:
+            CASES[case](bias, shared, mode)
+        for launch in launches:
+            tiles = [launch.args.get(k) for k in ("BM", "BN", "HP", "KP")]
+            key = (kind, launch.name) + (() if quick else (mode, bias, shared, *tiles))
+            if key not in seen:
+                seen.add(key)
+                yield case, mode, bias, shared, launch
+
+
+def reports(archs, **which):
+    """`compile_launch` of everything `recorded`, with case, mode, bias and shared added."""
+    for case, mode, bias, shared, launch in recorded(**which):
+        how = {"case": case, "mode": mode, "bias": bias, "shared_input": shared}
+        for arch, report in compile_launch(launch, archs).items():
+            yield {**how, "arch": arch, **report}
 
 
 if __name__ == "__main__":
     chosen = [int(arch) for arch in sys.argv[1:] if arch.isdigit()] or list(SHARED_LIMIT)
-    quick = {"modes": ["tf32"], "first": True} if "--quick" in sys.argv else {}
-    for report in reports(chosen, **quick):
+    which = {name: True for name in ("full", "quick") if f"--{name}" in sys.argv}
+    for report in reports(chosen, **which):
         print(json.dumps(report), flush=True)

@@ -2,6 +2,9 @@
 
 `auto` (the default) takes Triton for CUDA tensors and PyTorch for all others. The environment
 variable `NETSPACE_BACKEND` overrides the default, and `with backend("torch"):` overrides both.
+
+The kernels add in fp32, so fp64 tensors are PyTorch's: `auto` gives them to the references, on a
+GPU too, and asking for "triton" with them is an error, not a silent loss of digits.
 """
 
 import os
@@ -22,14 +25,6 @@ except ImportError:  # Triton is published for Linux; elsewhere the PyTorch refe
         @staticmethod
         def jit(fn):
             return fn
-
-        @staticmethod
-        def autotune(configs, **options):
-            return lambda fn: fn
-
-        @staticmethod
-        def Config(meta, **options):
-            return meta
 
     triton = tl = _NoTriton()
 
@@ -74,11 +69,16 @@ def use_triton(tensor: torch.Tensor) -> bool:
 
     Raises:
         RuntimeError: if "triton" was asked for and cannot run: not installed, or a CPU tensor
-            outside Triton's interpreter.
+            outside Triton's interpreter, or a tensor of fp64.
     """
-    name = current_backend()
-    if name == "torch" or (name == "auto" and not (tensor.is_cuda and HAS_TRITON)):
+    name, double = current_backend(), tensor.dtype == torch.float64
+    if name == "torch" or (name == "auto" and (double or not (tensor.is_cuda and HAS_TRITON))):
         return False
+    if double:
+        raise RuntimeError(
+            "The triton backend was chosen for fp64, but the kernels add in fp32. Use "
+            'backend("auto") or backend("torch").'
+        )
     if not HAS_TRITON:
         raise RuntimeError("The triton backend was chosen but the triton package isn't installed.")
     if name == "triton" and not (tensor.is_cuda or INTERPRETED):
@@ -87,7 +87,7 @@ def use_triton(tensor: torch.Tensor) -> bool:
             "device, or set TRITON_INTERPRET=1 before Python starts to run the kernels in "
             "Triton's interpreter."
         )
-    return not (tensor.dtype == torch.float64 and not INTERPRETED)
+    return True
 
 
 def _valid(name: str, source: str) -> str:

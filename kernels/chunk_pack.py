@@ -3,32 +3,29 @@
 θ_n is the concatenation of net n's parameter tensors in module order; positions past its end are
 zero in the PRep and ignored on the way back.
 
-One kernel does both directions, chosen at compile time. It works on *segments*, one for each
-parameter tensor of each net, and one for the padding of each net. Pointers:
-    table [S, 4]    int64 a segment: address of its first value (0 for padding), where it starts in
-                    the PRep, its length, and how many blocks the segments before it take
-    prep  [N, T, L] contiguous
-    mean, std [T, L] fp32, contiguous
+Packing is a copy, one `torch.cat`, and unpacking gives views: neither has a kernel. Standardisation
+has one, which does either direction, chosen at compile time, in one pass instead of four. Pointers:
+    x, out    [N, T·L]  contiguous
+    mean, std [T·L]     fp32, contiguous
+    used      [N]       int64, how many values of a net are parameters
 
-Grid: (total blocks,). One program copies one block of 1,024 values: it finds its segment by
-bisection in the table's prefix sums, then gathers (tensors -> PRep) or scatters (PRep -> tensors).
-Each direction is the other's backward. Without standardisation every bit is kept; with it the
-arithmetic is fp32, rounded after each step as PyTorch's is.
+Grid: (N·⌈T·L/1024⌉,). One program does 1,024 values of one net. Packing divides and unpacking
+multiplies, in fp32, rounded after each step as PyTorch's is. Each direction's gradient is the same
+kernel again without the mean.
 
-Traffic in bytes: what is read plus what is written, N·P·(s_in + s_out), and the padding written.
+Traffic at its least, in bytes for values of s bytes: 2·s·N·T·L, read and written once.
 """
 
-import functools
 import itertools
 import math
 
 import torch
+from torch import Tensor
 
 from .backend import tl, triton, use_triton
-from .common import shape
+from .common import check, register, shape
 
 BLOCK = 1024
-STACKED = [0]  # stands for the tensor counts of the nets where tensors are stacked [N, size]
 
 
 def chunk_pack(tensors, T, L, mean=None, std=None, dtype=None) -> torch.Tensor:
@@ -39,7 +36,7 @@ def chunk_pack(tensors, T, L, mean=None, std=None, dtype=None) -> torch.Tensor:
             of tensors (architectures and dtypes may differ); a list of stacked tensors
             `[N, *shape]` (one architecture, typically views of rows); or packed rows `[N, P]`.
         T, L: number and length of the chunks; T·L must hold the largest net.
-        mean, std: `[T, L]` fp32 standardisation per position, or None.
+        mean, std: `[T, L]` fp32 standardisation per position, of any strides, or None.
         dtype: of the result; None takes the first tensor's.
 
     Returns:
@@ -47,14 +44,9 @@ def chunk_pack(tensors, T, L, mean=None, std=None, dtype=None) -> torch.Tensor:
 
     Raises:
         ValueError: if a net doesn't fit, there are no nets, devices are mixed, dtypes aren't
-            floating, or `mean`/`std` have another shape.
+            floating, or `mean`/`std` have another shape or lie on another device.
     """
-    flat, counts = _flatten(tensors)
-    _check(flat, counts, T, L, mean, std)
-    dtype = dtype or flat[0].dtype
-    if not use_triton(flat[0]):
-        return _concatenate(flat, counts, T, L, mean, std, dtype)
-    return _gather(flat, counts, T, L, mean, std, True, dtype)
+    return _pack(tensors, T, L, mean, std, dtype, _standardise)
 
 
 def chunk_unpack(prep, shapes, mean=None, std=None):
@@ -68,64 +60,81 @@ def chunk_unpack(prep, shapes, mean=None, std=None):
 
     Returns:
         A list over nets of lists of tensors; or, for a flat list of shapes, a list of stacked
-        tensors `[N, *shape]`, which without `mean` and `std` are views of `prep`.
+        tensors `[N, *shape]`. Without `mean` and `std` all are views of `prep`.
 
     Raises:
-        ValueError: if the shapes need more than T·L values or don't match the number of nets.
+        ValueError: if the shapes need more than T·L values or don't match the number of nets, or
+            `mean`/`std` have another shape or lie on another device.
     """
-    _check_unpack(prep, shapes, mean, std)
-    stacked = not isinstance(shapes[0], list)
-    if not use_triton(prep) or (stacked and mean is None and std is None):
-        return chunk_unpack_reference(prep, shapes, mean, std)
-    nets = [shapes] if stacked else shapes
-    sizes = [math.prod(s) for net in nets for s in net]
-    counts = STACKED if stacked else [len(net) for net in nets]
-    flat = iter(_scatter(prep, sizes, counts, mean, std, False))
-    if stacked:
-        return [next(flat).view(prep.shape[0], *s) for s in shapes]
-    return [[next(flat).view(s) for s in net] for net in nets]
+    check("chunk_unpack", {"prep": (prep, "NTL")}, rows=("prep",))
+    _check_shapes(prep, shapes)
+    return _unpack(prep, shapes, mean, std, _standardise)
 
 
 def chunk_pack_reference(tensors, T, L, mean=None, std=None, dtype=None):
     """`chunk_pack` in PyTorch: one concatenation of all tensors and their padding."""
-    flat, counts = _flatten(tensors)
-    return _concatenate(flat, counts, T, L, mean, std, dtype or flat[0].dtype)
-
-
-def _concatenate(flat, counts, T, L, mean, std, dtype):
-    scaled = mean is not None or std is not None
-    between = torch.promote_types(dtype, torch.float32) if scaled else dtype
-    parts = [t if t.dtype == between else t.to(between) for t in flat]
-    used = _used(flat, counts)
-    if counts == STACKED:
-        nets = flat[0].shape[0]
-        parts.append(parts[0].new_zeros(1).expand(nets, T * L - used[0]))
-        rows, used = torch.cat(parts, dim=1), used * nets
-    else:
-        zeros, ends = parts[0].new_zeros(T * L - min(used)), list(itertools.accumulate(counts))
-        pieces = []
-        for count, end, size in zip(counts, ends, used, strict=True):
-            pieces += [*parts[end - count : end], zeros[: T * L - size]]
-        rows = torch.cat(pieces)
-    prep = rows.view(len(used), T, L)
-    if not scaled:
-        return prep
-    prep = prep if mean is None else prep - mean
-    prep = prep if std is None else prep / std
-    position = torch.arange(T * L, device=prep.device).view(T, L)
-    inside = position < torch.tensor(used, device=prep.device).view(-1, 1, 1)
-    return torch.where(inside, prep, 0).to(dtype)
+    return _pack(tensors, T, L, mean, std, dtype, _standardise_reference)
 
 
 def chunk_unpack_reference(prep, shapes, mean=None, std=None):
     """`chunk_unpack` in PyTorch: one split per net, or one for all."""
-    dtype = prep.dtype
-    prep = prep if std is None else prep * std
-    prep = prep if mean is None else prep + mean
-    rows = prep.to(dtype).flatten(1)
+    return _unpack(prep, shapes, mean, std, _standardise_reference)
+
+
+def _pack(tensors, T, L, mean, std, dtype, standardise):
+    flat, counts = _flatten(tensors)
+    used = _used(flat, counts)
+    _check_pack(flat, max(used), T, L)
+    dtype, scaled = dtype or flat[0].dtype, mean is not None or std is not None
+    between = torch.promote_types(dtype, torch.float32) if scaled else dtype
+    flat = [t if t.dtype == between else t.to(between) for t in flat]
+    prep = _concatenate(flat, counts, used, T * L).unflatten(1, (T, L))
+    if not scaled:
+        return prep
+    if counts:
+        used = torch.tensor(used, device=prep.device)
+    else:
+        used = torch.full((len(prep),), used[0], device=prep.device)  # a fill: no copy to wait for
+    return standardise(prep, used, mean, std, True, dtype)
+
+
+def _unpack(prep, shapes, mean, std, standardise):
+    if mean is not None or std is not None:
+        used = torch.full((len(prep),), prep[0].numel(), device=prep.device)
+        prep = standardise(prep, used, mean, std, False, prep.dtype)
+    rows = prep.flatten(1)
     if not isinstance(shapes[0], list):
         return _split(rows, shapes, 1, (rows.shape[0],))
     return [_split(row, net, 0, ()) for row, net in zip(rows, shapes, strict=True)]
+
+
+def _standardise(prep, used, mean, std, pack, dtype):
+    op, (_, T, L) = "chunk_pack" if pack else "chunk_unpack", prep.shape
+    scales = {"mean": (mean, "TL"), "std": (std, "TL")}
+    check(op, scales, (prep.device, torch.float32), T=T, L=L)
+    scale = _scale if use_triton(prep) else _standardise_reference
+    return scale(prep, used, mean, std, pack, dtype)
+
+
+def _standardise_reference(prep, used, mean, std, pack, dtype):
+    if not pack:
+        prep = prep if std is None else prep * std
+        return (prep if mean is None else prep + mean).to(dtype)
+    prep = prep if mean is None else prep - mean
+    prep = prep if std is None else prep / std
+    position = torch.arange(prep[0].numel(), device=prep.device).view(prep.shape[1:])
+    return torch.where(position < used.view(-1, 1, 1), prep, 0).to(dtype)
+
+
+def _concatenate(parts, counts, used, size):
+    """Rows [N, size], filled up with zeros."""
+    if not counts:
+        padding = parts[0].new_zeros(1).expand(len(parts[0]), size - used[0])
+        return torch.cat([*parts, padding], dim=1)
+    zeros, pieces = parts[0].new_zeros(size - min(used)), []
+    for count, end, values in zip(counts, itertools.accumulate(counts), used, strict=True):
+        pieces += [*parts[end - count : end], zeros[: size - values]]
+    return torch.cat(pieces).view(len(used), size)
 
 
 def _split(row, shapes, dim, lead):
@@ -136,169 +145,64 @@ def _split(row, shapes, dim, lead):
 
 
 @triton.jit
-def _copy_kernel(
-    table, like, prep, mean, std, segments, size,
-    GATHER: tl.constexpr, DIVIDE: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr,
-    BLOCK: tl.constexpr,
+def _scale_kernel(
+    x, out, mean, std, used, size,
+    PACK: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (total blocks,): one block of one segment; `size` is T·L, `like` carries the dtype."""
-    block = tl.program_id(0).to(tl.int64)
-    low, high = 0, segments
-    while high - low > 1:
-        middle = (low + high) // 2
-        before = tl.load(table + middle * 4 + 3) <= block
-        low, high = tl.where(before, middle, low), tl.where(before, high, middle)
-    entry = table + low * 4
-    address, start, length = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
-    offset = (block - tl.load(entry + 3)) * BLOCK + tl.arange(0, BLOCK)
-    inside = offset < length
-    tensor = address.to(like.dtype) + offset
-    if GATHER:
-        value = tl.load(tensor, mask=inside & (address != 0), other=0)
-    else:
-        value = tl.load(prep + start + offset, mask=inside, other=0)
-    if HAS_MEAN or HAS_STD:
-        value = value.to(tl.float32)
-        position = (start + offset) % size
-        if HAS_MEAN and GATHER:
-            value = value - tl.load(mean + position, mask=inside, other=0)
-        if HAS_STD:
-            scale = tl.load(std + position, mask=inside, other=1)
-            value = tl.div_rn(value, scale) if DIVIDE else value * scale
-        if HAS_MEAN and not GATHER:
-            value = value + tl.load(mean + position, mask=inside, other=0)
-        value = tl.where(address != 0, value, 0.0)  # padding stays zero
-    if GATHER:
-        tl.store(prep + start + offset, value.to(prep.dtype.element_ty), mask=inside)
-    else:
-        tl.store(tensor, value.to(like.dtype.element_ty), mask=inside)
+    """Grid (N·⌈size/BLOCK⌉,): one block of one net; `size` is T·L."""
+    blocks = tl.cdiv(size, BLOCK)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    value = tl.load(x + n * size + at, mask=inside, other=0).to(tl.float32)
+    if HAS_MEAN and PACK:
+        value = value - tl.load(mean + at, mask=inside, other=0)
+    if HAS_STD:
+        scale = tl.load(std + at, mask=inside, other=1)
+        value = tl.div_rn(value, scale) if PACK else value * scale
+    if HAS_MEAN and not PACK:
+        value = value + tl.load(mean + at, mask=inside, other=0)
+    value = tl.where(at < tl.load(used + n), value, 0.0)  # padding stays zero
+    tl.store(out + n * size + at, value.to(out.dtype.element_ty), mask=inside)
 
 
-def launch(flat, counts, prep, mean, std, gather, divide):
-    """Copy between the tensors `flat` and `prep` [N, T, L], one launch for each dtype in `flat`.
-
-    `flat` holds 1-D tensors net after net, `counts` of them a net; or, if `counts` is STACKED,
-    tensors [N, size] of all nets.
-    """
-    nets, size = prep.shape[0], prep.shape[1] * prep.shape[2]
-    segments = _segments(flat, counts, nets, size)
-    padding = _padding(flat, counts, nets, size)
-    for dtype in dict.fromkeys(t.dtype for t in flat):
-        parts = [s for s, t in zip(segments, flat, strict=True) if t.dtype == dtype]
-        if gather and dtype == flat[0].dtype:
-            parts.append(padding)
-        part = torch.cat(parts)
-        blocks = (part[:, 2] + BLOCK - 1) // BLOCK
-        table = torch.cat([part, (blocks.cumsum(0) - blocks)[:, None]], 1).to(prep.device)
-        like = next(t for t in flat if t.dtype == dtype)
-        _copy_kernel[(int(blocks.sum()),)](
-            table, like, prep, prep if mean is None else mean, prep if std is None else std,
-            table.shape[0], size, GATHER=gather, DIVIDE=divide, HAS_MEAN=mean is not None,
-            HAS_STD=std is not None, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+def _empty(prep, used, mean, std, pack, dtype):
+    return prep.new_empty(prep.shape, dtype=dtype)
 
 
-def _segments(flat, counts, nets, size):
-    """For each tensor its segments [K, 3]: address, start in the PRep, length."""
-    if counts != STACKED:
-        starts, at = [], 0
-        for net, count in enumerate(counts):
-            offset = net * size
-            for tensor in flat[at : at + count]:
-                starts.append(offset)
-                offset += tensor.numel()
-            at += count
-        rows = zip(flat, starts, strict=True)
-        return [torch.tensor([[t.data_ptr(), start, t.numel()]]) for t, start in rows]
-    net, offset, out = torch.arange(nets), 0, []
-    for t in flat:
-        address = t.data_ptr() + net * (t.stride(0) * t.element_size())
-        out.append(torch.stack([address, net * size + offset, torch.full_like(net, t.shape[1])], 1))
-        offset += t.shape[1]
+def launch(
+    prep: Tensor, used: Tensor, mean: Tensor | None, std: Tensor | None, pack: bool,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Standardise the chunks [N, T, L] (or undo it) in one pass."""
+    out, size = _empty(prep, used, mean, std, pack, dtype), prep[0].numel()
+    prep, mean, std = (t if t is None else t.contiguous() for t in (prep, mean, std))
+    _scale_kernel[(len(prep) * triton.cdiv(size, BLOCK),)](
+        prep, out, prep if mean is None else mean, prep if std is None else std, used, size,
+        PACK=pack, HAS_MEAN=mean is not None, HAS_STD=std is not None, BLOCK=BLOCK, num_warps=4,
+        enable_fp_fusion=False,
+    )  # fmt: skip
     return out
+
+
+def _context(ctx, inputs, output):
+    prep, ctx.used, _, ctx.std, ctx.pack, _ = inputs
+    ctx.dtype = prep.dtype
+
+
+def _backward(ctx, g):
+    return _scale(g, ctx.used, None, ctx.std, ctx.pack, ctx.dtype), *[None] * 5
+
+
+_scale = register("chunk_scale", launch, _empty, _context, _backward)
 
 
 def _used(flat, counts):
     """Values of each net: a list, or one number for stacked tensors."""
-    if counts == STACKED:
+    if not counts:
         return [sum(t.shape[1] for t in flat)]
     sizes = iter(t.numel() for t in flat)
     return [sum(next(sizes) for _ in range(count)) for count in counts]
-
-
-def _padding(flat, counts, nets, size):
-    used = torch.tensor(_used(flat, counts)).expand(nets)
-    zero = torch.zeros(nets, dtype=torch.int64)
-    return torch.stack([zero, torch.arange(nets) * size + used, size - used], 1)
-
-
-def _empty_prep(flat, counts, T, L, dtype):
-    nets = flat[0].shape[0] if counts == STACKED else len(counts)
-    return flat[0].new_empty(nets, T, L, dtype=dtype)
-
-
-def _empty_tensors(prep, sizes, counts):
-    lead = (prep.shape[0],) if counts == STACKED else ()
-    return [prep.new_empty(*lead, size) for size in sizes]
-
-
-@torch.library.custom_op("netspace_lite::chunk_gather", mutates_args=())
-def _gather(
-    flat: list[torch.Tensor], counts: list[int], T: int, L: int,
-    mean: torch.Tensor | None, std: torch.Tensor | None, divide: bool, dtype: torch.dtype,
-) -> torch.Tensor:  # fmt: skip
-    prep = _empty_prep(flat, counts, T, L, dtype)
-    flat = [t if t.stride(-1) == 1 else t.contiguous() for t in flat]  # expanded gradients, mostly
-    launch(flat, counts, prep, mean, std, True, divide)
-    return prep
-
-
-@_gather.register_fake
-def _(flat, counts, T, L, mean, std, divide, dtype):
-    return _empty_prep(flat, counts, T, L, dtype)
-
-
-@torch.library.custom_op("netspace_lite::chunk_scatter", mutates_args=())
-def _scatter(
-    prep: torch.Tensor, sizes: list[int], counts: list[int],
-    mean: torch.Tensor | None, std: torch.Tensor | None, divide: bool,
-) -> list[torch.Tensor]:  # fmt: skip
-    flat = _empty_tensors(prep, sizes, counts)
-    launch(flat, counts, prep.contiguous(), mean, std, False, divide)
-    return flat
-
-
-@_scatter.register_fake
-def _(prep, sizes, counts, mean, std, divide):
-    return _empty_tensors(prep, sizes, counts)
-
-
-def _gather_context(ctx, inputs, output):
-    flat, ctx.counts, _, _, _, ctx.std, ctx.divide, _ = inputs
-    ctx.dtypes = [t.dtype for t in flat]
-    ctx.sizes = [t.shape[-1] for t in flat]
-
-
-def _gather_backward(ctx, g):
-    g = g.to(functools.reduce(torch.promote_types, ctx.dtypes))
-    flat = _scatter(g, ctx.sizes, ctx.counts, None, ctx.std, ctx.divide)
-    grads = [t.to(dtype) for t, dtype in zip(flat, ctx.dtypes, strict=True)]
-    return grads, None, None, None, None, None, None, None
-
-
-def _scatter_context(ctx, inputs, output):
-    prep, _, ctx.counts, _, ctx.std, ctx.divide = inputs
-    ctx.prep_shape, ctx.dtype = prep.shape, prep.dtype
-
-
-def _scatter_backward(ctx, grads):
-    _, T, L = ctx.prep_shape
-    g = _gather(list(grads), ctx.counts, T, L, None, ctx.std, ctx.divide, ctx.dtype)
-    return g, None, None, None, None, None
-
-
-_gather.register_autograd(_gather_backward, setup_context=_gather_context)
-_scatter.register_autograd(_scatter_backward, setup_context=_scatter_context)
 
 
 def _flatten(tensors):
@@ -307,34 +211,28 @@ def _flatten(tensors):
     if not tensors or (not isinstance(tensors[0], torch.Tensor) and not all(tensors)):
         raise ValueError(f"chunk_pack: there is nothing to pack in {len(tensors)} nets.")
     if isinstance(tensors[0], torch.Tensor):
-        return [t.reshape(t.shape[0], math.prod(t.shape[1:])) for t in tensors], STACKED
+        flat = [t.reshape(t.shape[0], math.prod(t.shape[1:])) for t in tensors]
+        if len({len(t) for t in flat}) > 1 or len(flat[0]) == 0:
+            raise ValueError(
+                "chunk_pack: stacked tensors must hold the same number of nets, at least one, got "
+                f"{[len(t) for t in flat]}."
+            )
+        return flat, []
     return [t.reshape(-1) for net in tensors for t in net], [len(net) for net in tensors]
 
 
-def _check(flat, counts, T, L, mean, std):
-    if counts == STACKED and (len({t.shape[0] for t in flat}) > 1 or flat[0].shape[0] == 0):
-        raise ValueError(
-            "chunk_pack: stacked tensors must hold the same number of nets, at least one, got "
-            f"{[t.shape[0] for t in flat]}."
-        )
+def _check_pack(flat, used, T, L):
     if len({t.device for t in flat}) > 1 or not all(t.is_floating_point() for t in flat):
         kinds = sorted({f"{t.dtype} on {t.device}" for t in flat})
         raise ValueError(f"chunk_pack: tensors must be floating and on one device, got {kinds}.")
-    used = max(_used(flat, counts))
     if used > T * L:
         raise ValueError(
             f"chunk_pack: a net of {used} parameters does not fit {T} chunks of {L} values "
             f"({T * L}); use at least {math.ceil(used / L)} chunks."
         )
-    _check_scale("chunk_pack", T, L, mean, std)
 
 
-def _check_unpack(prep, shapes, mean, std):
-    if prep.ndim != 3 or prep.numel() == 0 or not prep[0].is_contiguous():
-        raise ValueError(
-            f"chunk_unpack: prep must be [N, T, L], not empty and contiguous within a net, got "
-            f"{shape(prep)} with strides {prep.stride()}."
-        )
+def _check_shapes(prep, shapes):
     nets, T, L = prep.shape
     if not shapes or (isinstance(shapes[0], list) and len(shapes) != nets):
         raise ValueError(
@@ -348,12 +246,3 @@ def _check_unpack(prep, shapes, mean, std):
             f"chunk_unpack: the shapes of a net hold {used} values but prep {shape(prep)} has only "
             f"{T * L} for each."
         )
-    _check_scale("chunk_unpack", T, L, mean, std)
-
-
-def _check_scale(op, T, L, mean, std):
-    for name, tensor in (("mean", mean), ("std", std)):
-        if tensor is not None and (tuple(tensor.shape) != (T, L) or tensor.dtype != torch.float32):
-            raise ValueError(
-                f"{op}: {name} {shape(tensor)} {tensor.dtype} must be {[T, L]} in torch.float32."
-            )

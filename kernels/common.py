@@ -1,4 +1,6 @@
-"""What several ops share: activations, launch configurations and the checks of arguments."""
+"""What several ops share: checks, precision, tiles, activations, and how an op is registered."""
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,203 @@ def activate(y, activation=None, slope=0.01, omega=1.0):
     if activation == "leaky_relu":
         return F.leaky_relu(y, slope)
     return torch.sin(omega * y)
+
+
+# ------------------------------------------------------------------ what an op does with arguments
+
+
+def check(op, tensors, kind=None, rows=(), **sizes):
+    """Check tensors against the shapes that an op declares.
+
+    Args:
+        op: its name, for messages.
+        tensors: name -> (tensor or None, pattern, ...), a letter for each axis: "NOI". The pattern
+            with as many axes counts; a letter means the same size everywhere, at least 1.
+        kind: (device, dtype) of all tensors; None takes the first's, which must be floating.
+        rows: names of tensors `[N, ...]` that must be contiguous within a net.
+        sizes: letters known beforehand.
+
+    Returns:
+        sizes with all letters found.
+
+    Raises:
+        ValueError: saying what was given, what it must be, and which sizes were known.
+    """
+    for name, (tensor, *patterns) in tensors.items():
+        if tensor is None:
+            continue
+        given = tensor.shape
+        for pattern in patterns:
+            if len(pattern) == len(given):
+                for axis, size in zip(pattern, given, strict=True):
+                    if size < 1 or sizes.setdefault(axis, size) != size:
+                        break
+                else:  # every axis fits
+                    break
+        else:
+            allowed = " or ".join(f"[{', '.join(p)}]" for p in patterns)
+            where = ", ".join(f"{axis} = {size}" for axis, size in sizes.items())
+            raise ValueError(
+                f"{op}: {name} {shape(tensor)} must be {allowed} with no axis empty, where {where}."
+            )
+        found = tensor.device, tensor.dtype
+        if kind is None and not tensor.is_floating_point():
+            raise ValueError(f"{op}: {name} {shape(tensor)} must be floating, got {found[1]}.")
+        kind = kind or found
+        if kind != found:
+            raise ValueError(
+                f"{op}: {name} {shape(tensor)} must be {kind[1]} on {kind[0]}, as the tensors that "
+                f"it meets are, got {found[1]} on {found[0]}."
+            )
+        if name in rows and not tensor[0].is_contiguous():
+            raise ValueError(
+                f"{op}: the values of one net in {name} {shape(tensor)} (strides {tensor.stride()})"
+                " must be contiguous; only the stride between nets is free. Call .contiguous()."
+            )
+    return sizes
+
+
+def shape(tensor) -> str:
+    """The shape of a tensor as error messages print it."""
+    return str(list(tensor.shape))
+
+
+def check_activation(op, activation, slope, activations=ACTIVATIONS):
+    """Raise ValueError for an unknown activation or a slope that loses the input's sign."""
+    if activation not in activations:
+        raise ValueError(f"{op}: activation must be one of {activations}, not {activation!r}.")
+    if slope < 0:
+        raise ValueError(f"{op}: the slope of leaky_relu must not be negative, got {slope}.")
+
+
+def autocast(*tensors, dtype=None):
+    """The tensors as `torch.autocast` wants them: in its dtype, or in `dtype`, inside its region.
+
+    Matrix products take autocast's dtype and losses fp32, as PyTorch's own do; fp64 stays.
+    """
+    kind = tensors[0].device.type
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = dtype or torch.get_autocast_dtype(kind)
+    keep = (None, torch.float64)
+    return [t if getattr(t, "dtype", None) in keep else t.to(dtype) for t in tensors]
+
+
+@torch.compiler.assume_constant_result  # torch.compile can't follow the settings of cuDNN
+def fp32_precision(precision=None) -> str:
+    """How the kernels multiply fp32 values: the one rule of linear layers, convolutions and SIRENs.
+
+    A named precision is taken as it is. None follows the setting that PyTorch has for neural
+    networks, cuDNN's: "tf32" (operands rounded to 11 bits, sums in fp32, on tensor cores) unless
+    `torch.backends.cudnn.allow_tf32` was set to False, then "ieee". `torch.compile` reads the
+    setting once, when it compiles. Other dtypes have one way only.
+
+    Raises:
+        ValueError: for a name other than these two.
+    """
+    if precision not in (None, "ieee", "tf32"):
+        raise ValueError(f"precision must be None, 'ieee' or 'tf32', not {precision!r}.")
+    setting = torch.backends.cudnn.conv.fp32_precision if precision is None else precision
+    return "tf32" if setting == "tf32" else "ieee"
+
+
+def register(name, launch, empty, context=None, backward=None):
+    """Make an op of a launcher, which autograd and `torch.compile` then see as one node.
+
+    Args:
+        name: of the op in `torch.ops.netspace_lite`.
+        launch: annotated function of tensors and options. It runs on the device of its first
+            tensor: Triton launches on the current one.
+        empty: of the same arguments, gives the results' shapes, dtypes and strides.
+        context, backward: as for `register_autograd`; without them the op is itself a backward,
+            and differentiating it says that kernels are differentiable once.
+    """
+
+    @functools.wraps(launch)
+    def on_device(*args):
+        with torch.cuda.device_of(next(a for a in args if isinstance(a, torch.Tensor))):
+            return launch(*args)
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(
+            f"{name}: the Triton kernels are differentiable once. For second derivatives compute "
+            'the first ones under backend("torch").'
+        )
+
+    op = torch.library.custom_op(f"netspace_lite::{name}", on_device, mutates_args=())
+    op.register_fake(empty)
+    op.register_autograd(backward or refuse, setup_context=context)
+    return op
+
+
+# ------------------------------------------------------------------------------ what kernels share
+
+
+def tile(rows, cols, exact=False) -> dict:
+    """Tile of a matrix product with a result [rows, cols]: BM, BN, BK and how the program runs.
+
+    A tile that sticks out of the result multiplies zeros, a small one reads its operands more
+    often. So the tile follows the result: 16, the tensor cores' least, on an axis of at most 16,
+    with a long other axis; 64×64 where both axes fill more than 32 of it; 32×32 else, and for
+    exact fp32 products: without tensor cores operands lie in registers too, and 64×64 would spill.
+    Eight warps share a 64×64 tile, four a smaller one; three stages keep two loads under way.
+    For square tiles on tensor cores the compiler may use all 255 registers: left to itself it
+    spills a few values to fit one block more on a multiprocessor, as it may in exact products.
+    """
+    if cols <= 16:
+        bm, bn = 64, 16
+    elif rows <= 16:
+        bm, bn = 16, 64
+    else:
+        bm = bn = 32 if exact or min(rows, cols) <= 32 else 64
+    warps = 8 if bm * bn == 64 * 64 else 4
+    how = {"num_warps": warps, "num_stages": 3, "maxnreg": 255 if bm == bn and not exact else None}
+    return {"BM": bm, "BN": bn, "BK": 32, **how}
+
+
+def programs(sets, rows, cols, tile) -> tuple:
+    """The grid for `sets` results [rows, cols]: all on the first axis, which takes 2³¹ − 1 blocks.
+
+    The others stop at 65,535.
+    """
+    return (sets * triton.cdiv(rows, tile["BM"]) * triton.cdiv(cols, tile["BN"]),)
+
+
+@triton.jit
+def place(rows, cols, BM: tl.constexpr, BN: tl.constexpr):
+    """Which set is this program's, and the rows and columns of its tile, in a grid of `programs`.
+
+    Tiles of one set, and in it of the same rows, run side by side and meet in the cache.
+    """
+    across = tl.cdiv(cols, BN)
+    tiles = tl.cdiv(rows, BM) * across
+    at = tl.program_id(0) % tiles
+    row = (at // across) * BM + tl.arange(0, BM)
+    return tl.program_id(0) // tiles, row, (at % across) * BN + tl.arange(0, BN)
+
+
+# Triton's interpreter multiplies the bit patterns of bf16 as integers; it is given fp32 instead,
+# and it multiplies fp32 exactly under any precision.
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b with fp32 accumulation; fp32 operands are multiplied as PRECISION says."""
+    if _INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    elif PRECISION == "tf32" and a.dtype == tl.float32:
+        a, b = _nearest_tf32(a), _nearest_tf32(b)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _nearest_tf32(x):
+    """fp32 rounded to the nearest tf32. Tensor cores cut the low 13 bits off instead, which makes
+    every operand a little smaller, and sums of products 0.07%."""
+    return tl.inline_asm_elementwise(
+        "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -70,113 +269,6 @@ def act_backward(g, saved, slope, omega, ACT: tl.constexpr):
     return g
 
 
-# Triton's interpreter multiplies the bit patterns of bf16 as integers; it is given fp32 instead.
-_UPCAST = tl.constexpr(INTERPRETED)
-
-
-@triton.jit
-def product(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b with fp32 accumulation; fp32 operands are multiplied as PRECISION says."""
-    if _UPCAST:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-def configs(*choices):
-    """Launch configurations to tune over; the interpreter, where time says nothing, gets one.
-
-    Each choice is (meta-parameters, warps, pipeline stages).
-    """
-    if INTERPRETED:
-        choices = choices[:1]
-    return [triton.Config(meta, num_warps=w, num_stages=s) for meta, w, s in choices]
-
-
-def check_precision(precision) -> str:
-    """The name that ops know a precision by: "ieee", "tf32", or "default" for None.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if precision not in (None, "ieee", "tf32"):
-        raise ValueError(f"precision must be None, 'ieee' or 'tf32', not {precision!r}.")
-    return precision or "default"
-
-
-def matmul_precision(precision) -> str:
-    """What "default" stands for where kernels run: PyTorch's setting for matrix products."""
-    if precision != "default":
-        return precision
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
 def places(size, kernel, stride, padding):
     """How many places a window has along one axis of an image."""
     return (size + 2 * padding - kernel) // stride + 1
-
-
-def convolution_precision(precision) -> str:
-    """What "default" stands for in convolutions: cuDNN's setting."""
-    if precision != "default":
-        return precision
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
-
-
-def shape(tensor) -> str:
-    """The shape of a tensor as error messages print it."""
-    return str(list(tensor.shape))
-
-
-def check_layer(op, x, weight, bias, shared_rank, activation, slope, activations=ACTIVATIONS):
-    """Check what a batched layer is given; `shared_rank` is the rank of an input shared by nets.
-
-    Raises:
-        ValueError: naming the shapes at fault and what to pass instead.
-    """
-    nets_axis = 0 if shared_rank == 2 else 1
-    weight_rank = shared_rank + 1
-    if weight.ndim != weight_rank or x.ndim not in (shared_rank, shared_rank + 1):
-        raise ValueError(
-            f"{op}: expected a weight of rank {weight_rank} and an input of rank {shared_rank} "
-            f"(shared) or {shared_rank + 1} (per net), got x {shape(x)} and weight {shape(weight)}."
-        )
-    if x.numel() == 0 or weight.numel() == 0:
-        raise ValueError(
-            f"{op}: x {shape(x)} and weight {shape(weight)} must hold at least one net, one "
-            "sample and one value on every axis."
-        )
-    if x.ndim > shared_rank and x.shape[nets_axis] != weight.shape[0]:
-        raise ValueError(
-            f"{op}: x {shape(x)} holds {x.shape[nets_axis]} nets but weight {shape(weight)} holds "
-            f"{weight.shape[0]}; pass one input per net, or one of rank {shared_rank} for all."
-        )
-    inner_axis = -1 if shared_rank == 2 else -3
-    if x.shape[inner_axis] != weight.shape[2]:
-        raise ValueError(
-            f"{op}: x {shape(x)} has {x.shape[inner_axis]} values on axis {inner_axis} but weight "
-            f"{shape(weight)} takes {weight.shape[2]}."
-        )
-    if bias is not None and tuple(bias.shape) != (weight.shape[0], weight.shape[1]):
-        raise ValueError(
-            f"{op}: bias {shape(bias)} must be {list(weight.shape[:2])} to match weight "
-            f"{shape(weight)}."
-        )
-    check_same_kind(op, x=x, weight=weight, bias=bias)
-    if not weight[0].is_contiguous() or (bias is not None and not bias[0].is_contiguous()):
-        raise ValueError(
-            f"{op}: the weights {shape(weight)} (strides {weight.stride()}) of one net must lie "
-            "contiguously in its row; only the stride between nets is free. Call .contiguous()."
-        )
-    if activation not in activations:
-        raise ValueError(f"{op}: activation must be one of {activations}, not {activation!r}.")
-    if slope < 0:
-        raise ValueError(f"{op}: the slope of leaky_relu must not be negative, got {slope}.")
-
-
-def check_same_kind(op, **tensors):
-    """Check that all tensors given share one device and one floating dtype."""
-    present = {name: t for name, t in tensors.items() if t is not None}
-    kinds = {(t.device, t.dtype) for t in present.values()}
-    if len(kinds) > 1 or not next(iter(kinds))[1].is_floating_point:
-        listing = ", ".join(f"{k} {shape(t)} {t.dtype} on {t.device}" for k, t in present.items())
-        raise ValueError(f"{op}: tensors must share one device and one floating dtype: {listing}.")

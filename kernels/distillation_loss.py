@@ -8,7 +8,7 @@ Pointers and strides (in values):
     parts  [N, S]     fp32 losses summed over the samples of each program
     dz     [N, B, K]  contiguous: the gradient of the mean loss
 
-Grid (N, ⌈B/BM⌉). One program reads BM rows of z and t once and writes their losses' sum and their
+Grid (N·⌈B/BM⌉,). One program reads BM rows of z and t once and writes their losses' sum and their
 gradient; forward and gradient in one pass, and softmaxes never reach memory:
 
     ∂/∂z = (α·T·(softmax(z/T) − softmax(t/T)) + (1 − α)·(softmax(z) − onehot(label))) / B
@@ -19,9 +19,10 @@ passes over [N, B, K] in PyTorch. About 15 operations a value: bound by memory.
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .backend import tl, triton, use_triton
-from .common import check_same_kind, shape
+from .common import autocast, check, register
 
 
 def distillation_loss(logits, targets, labels=None, temperature=4.0, alpha=0.9) -> torch.Tensor:
@@ -37,7 +38,9 @@ def distillation_loss(logits, targets, labels=None, temperature=4.0, alpha=0.9) 
             loss is the distillation term with weight 1 and alpha is not used.
 
     Returns:
-        The loss of each net, averaged over its B samples, `[N]`.
+        The loss of each net, averaged over its B samples, `[N]`, in the logits' dtype, or in fp32
+        inside the region of `torch.autocast`. The Triton kernel's loss is differentiable once:
+        gradients come with the loss, and differentiating them raises.
 
     Raises:
         ValueError: on wrong ranks, mismatched shapes, no nets or samples, or mixed devices or
@@ -46,11 +49,18 @@ def distillation_loss(logits, targets, labels=None, temperature=4.0, alpha=0.9) 
     Source: T² keeps gradients comparable between temperatures (Hinton et al. 2015); NetSpace
     trains with T = 4, and with alpha = 0.9 where labels take part.
     """
-    _check(logits, targets, labels, temperature)
+    logits, targets = autocast(logits, targets, dtype=torch.float32)
+    op, place = "distillation_loss", logits.device
+    sizes = check(op, {"logits": (logits, "NBK"), "targets": (targets, "BK", "NBK")})
+    check(op, {"labels": (labels, "B", "NB")}, (place, torch.int64), **sizes)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(place)
+        check(op, {"temperature": (temperature, "", "N")}, **sizes)
     if not use_triton(logits):
         return distillation_loss_reference(logits, targets, labels, temperature, alpha)
-    per_net = torch.as_tensor(temperature, dtype=torch.float32, device=logits.device)
-    per_net = per_net.detach().expand(logits.shape[0])
+    if not isinstance(temperature, Tensor):
+        temperature = torch.full((), temperature, device=place)  # a fill: no copy to wait for
+    per_net = temperature.detach().to(torch.float32).expand(logits.shape[0])
     weight = 1.0 if labels is None else float(alpha)
     return _distillation(logits, targets.detach(), labels, per_net, weight)[0]
 
@@ -84,9 +94,10 @@ def _loss_kernel(
     z, t, labels, temperatures, parts, dz, B, K, alpha, zn, zb, tn, tb, ln, lb,
     HAS_LABELS: tl.constexpr, BM: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N, ⌈B/BM⌉): loss and gradient of BM samples of one net; KP is K up to a power of 2."""
-    n = tl.program_id(0).to(tl.int64)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    """Loss and gradient of BM samples of one net; KP is K up to a power of 2."""
+    tiles = tl.cdiv(B, BM)
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    m = (tl.program_id(0) % tiles) * BM + tl.arange(0, BM)
     k = tl.arange(0, KP)
     rows = m.to(tl.int64)[:, None]
     inside = (m[:, None] < B) & (k[None, :] < K)
@@ -105,12 +116,18 @@ def _loss_kernel(
         s, log_s = _softmax(logit + outside)
         loss -= tl.sum(tl.where(right, log_s, 0.0), 1) * (1 - alpha)
         grad += (s - tl.where(right, 1.0, 0.0)) * (1 - alpha)
-    tl.store(parts + n * tl.num_programs(1) + tl.program_id(1), tl.sum(loss, 0))
+    tl.store(parts + tl.program_id(0), tl.sum(loss, 0))
     at = dz + (n * B + rows) * K + k[None, :]
     tl.store(at, (grad / B).to(dz.dtype.element_ty), mask=inside)
 
 
-def launch(logits, targets, labels, temperature, alpha):
+def _empty(logits, targets, labels, temperature, alpha):
+    return logits.new_empty(logits.shape[0]), logits.new_empty(logits.shape)
+
+
+def launch(
+    logits: Tensor, targets: Tensor, labels: Tensor | None, temperature: Tensor, alpha: float
+) -> tuple[Tensor, Tensor]:
     """The losses [N] and the gradient [N, B, K] of their sum."""
     nets, samples, classes = logits.shape
     logits = logits if logits.stride(2) == 1 else logits.contiguous()
@@ -122,8 +139,8 @@ def launch(logits, targets, labels, temperature, alpha):
     rows = max(1, min(64, 2048 // padded))
     programs = triton.cdiv(samples, rows)
     parts = logits.new_empty(nets, programs, dtype=torch.float32)
-    grad = logits.new_empty(logits.shape)
-    _loss_kernel[(nets, programs)](
+    _, grad = _empty(logits, targets, labels, temperature, alpha)
+    _loss_kernel[(nets * programs,)](
         logits, targets, logits if labels is None else labels, temperature.contiguous(), parts,
         grad, samples, classes, alpha, *logits.stride()[:2], *targets.stride()[:2], *label_strides,
         HAS_LABELS=labels is not None, BM=rows, KP=padded, num_warps=4,
@@ -131,57 +148,23 @@ def launch(logits, targets, labels, temperature, alpha):
     return (parts.sum(1) / samples).to(logits.dtype), grad
 
 
-@torch.library.custom_op("netspace_lite::distillation_loss", mutates_args=())
-def _distillation(
-    logits: torch.Tensor, targets: torch.Tensor, labels: torch.Tensor | None,
-    temperature: torch.Tensor, alpha: float,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    return launch(logits, targets, labels, temperature, alpha)
+def _scaled(g: Tensor, grad: Tensor, logits: Tensor) -> Tensor:
+    return grad * g[:, None, None]
 
 
-@_distillation.register_fake
-def _(logits, targets, labels, temperature, alpha):
-    return logits.new_empty(logits.shape[0]), logits.new_empty(logits.shape)
+# An op of its own, told the logits: else a second derivative would lack what runs through `grad`.
+_loss_backward = register(
+    "distillation_loss_backward", _scaled, lambda g, grad, logits: torch.empty_like(grad)
+)
 
 
-def _setup_context(ctx, inputs, output):
-    _, grad = output
-    ctx.mark_non_differentiable(grad)
-    ctx.save_for_backward(grad)
+def _context(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], inputs[0])
 
 
 def _backward(ctx, g, _):
-    (grad,) = ctx.saved_tensors
-    return grad * g[:, None, None], None, None, None, None
+    return _loss_backward(g, *ctx.saved_tensors), None, None, None, None
 
 
-_distillation.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _check(logits, targets, labels, temperature):
-    if logits.ndim != 3 or logits.numel() == 0:
-        raise ValueError(
-            f"distillation_loss: logits must be [N, B, K] with no empty axis, got {shape(logits)}."
-        )
-    nets, samples, classes = logits.shape
-    if tuple(targets.shape) not in ((nets, samples, classes), (samples, classes)):
-        raise ValueError(
-            f"distillation_loss: targets {shape(targets)} must be {[nets, samples, classes]}, one "
-            f"per net, or {[samples, classes]}, one for all, to match logits {shape(logits)}."
-        )
-    check_same_kind("distillation_loss", logits=logits, targets=targets)
-    if labels is not None and tuple(labels.shape) not in ((samples,), (nets, samples)):
-        raise ValueError(
-            f"distillation_loss: labels {shape(labels)} must be {[samples]} or {[nets, samples]} "
-            f"to match logits {shape(logits)}."
-        )
-    if labels is not None and (labels.dtype != torch.int64 or labels.device != logits.device):
-        raise ValueError(
-            f"distillation_loss: labels {shape(labels)} must be torch.int64 on {logits.device}, "
-            f"got {labels.dtype} on {labels.device}."
-        )
-    if isinstance(temperature, torch.Tensor) and tuple(temperature.shape) not in ((), (nets,)):
-        raise ValueError(
-            f"distillation_loss: temperature {shape(temperature)} must be a number or {[nets]}, "
-            f"one per net of logits {shape(logits)}."
-        )
+_distillation = register("distillation_loss", launch, _empty, _context, _backward)

@@ -14,6 +14,8 @@ and bounds the time by needed bytes / bandwidth and by issued products / peak, w
 from dataclasses import dataclass
 from math import ceil
 
+from .common import tile
+
 # Bytes per second of memory and TF32 products per second on tensor cores (dense), from NVIDIA's
 # datasheets of the A100 80 GB SXM and the H100 SXM.
 GPUS = {"A100": (2.039e12, 156e12), "H100": (3.35e12, 494.7e12)}
@@ -45,65 +47,54 @@ class Count:
         return ideal / self.modelled_seconds(gpu)
 
 
-def _tiled(rows, cols, inner, tile):
-    """Tiles of rows and cols, and the products they issue for one net."""
-    m, n, k = (ceil(a / b) for a, b in zip((rows, cols, inner), tile, strict=True))
-    return m, n, 2 * m * tile[0] * n * tile[1] * k * tile[2]
+def _product(rows, cols, inner):
+    """Tiles of rows and cols, products of the formula and those of whole tiles, for one net."""
+    t = tile(rows, cols)
+    m, n, k = ceil(rows / t["BM"]), ceil(cols / t["BN"]), ceil(inner / t["BK"])
+    return m, n, 2 * rows * cols * inner, 2 * m * t["BM"] * n * t["BN"] * k * t["BK"]
 
 
-def linear_forward(nets, samples, inner, out, tile=(32, 32, 32), shared=False, size=4) -> Count:
-    """The forward kernel of `batched_linear` with bias and without a sine."""
-    m, n, issued = _tiled(samples, out, inner, tile)
-    x, w, y = samples * inner, out * inner, samples * out
-    return Count(
-        needed_bytes=size * (x * (1 if shared else nets) + nets * (w + out + y)),
-        loaded_bytes=size * nets * (x * n + (w + out) * m + y),
-        needed_products=2 * nets * samples * inner * out,
-        issued_products=nets * issued,
-    )
-
-
-def linear_weight_grad(nets, samples, inner, out, tile=(32, 32, 32), size=4) -> Count:
-    """The weight gradient of `batched_linear` with bias and leaky ReLU, inputs per net."""
-    m, n, issued = _tiled(out, inner, samples, tile)
-    x, w, y = samples * inner, out * inner, samples * out
-    return Count(
-        needed_bytes=size * nets * (2 * y + x + w + out),
-        loaded_bytes=size * nets * (2 * y * n + x * m + w + out),
-        needed_products=2 * nets * samples * inner * out,
-        issued_products=nets * issued,
-    )
-
-
-def conv_forward(
-    nets, samples, inner, out, image, kernel, stride, tile=(64, 16, 32), shared=False, size=4
-) -> Count:
-    """The forward kernel of `batched_conv2d` on square images, bias, no padding."""
+def conv_forward(nets, samples, inner, out, image, kernel, stride, shared=False, size=4) -> Count:
+    """The forward kernel of a layer on square images, with bias, no padding, without a sine."""
     side = (image - kernel) // stride + 1
     pixels, window = samples * side * side, inner * kernel * kernel
-    m, n, issued = _tiled(pixels, out, window, tile)
+    m, n, needed, issued = _product(pixels, out, window)
     x, w, y = samples * inner * image * image, out * window, pixels * out
     return Count(
         needed_bytes=size * (x * (1 if shared else nets) + nets * (w + out + y)),
         loaded_bytes=size * nets * (pixels * window * n + (w + out) * m + y),
-        needed_products=2 * nets * pixels * window * out,
+        needed_products=nets * needed,
         issued_products=nets * issued,
     )
 
 
-def siren_forward(nets, points, hidden, tile=(64, 16), shared=False, size=4) -> Count:
-    """The forward kernel of `siren_mlp`; `tile` is (points, neurons at a time).
+def linear_forward(nets, samples, inner, out, shared=False, size=4) -> Count:
+    """The same for a linear layer: images of one pixel."""
+    return conv_forward(nets, samples, inner, out, 1, 1, 1, shared, size)
 
-    Products are those of the second layer, which alone run on tensor cores.
-    """
+
+def linear_weight_grad(nets, samples, inner, out, size=4) -> Count:
+    """The weight gradient of `batched_linear` with bias and leaky ReLU, inputs per net."""
+    m, n, needed, issued = _product(out, inner, samples)
+    x, w, y = samples * inner, out * inner, samples * out
+    return Count(
+        needed_bytes=size * nets * (2 * y + x + w + out),
+        loaded_bytes=size * nets * (2 * y * n + x * m + w + out),
+        needed_products=nets * needed,
+        issued_products=nets * issued,
+    )
+
+
+def siren_forward(nets, points, hidden, shared=False, size=4) -> Count:
+    """The forward kernel of `siren_mlp`; products are the second layer's, on tensor cores."""
     h, padded = hidden, max(16, 1 << (hidden - 1).bit_length())
-    tiles, steps = ceil(points / tile[0]), ceil(hidden / tile[1])
+    tiles, steps = ceil(points / 64), ceil(hidden / 16)
     row = h * h + 6 * h + 1
     return Count(
         needed_bytes=size * (3 * points * (1 if shared else nets) + nets * (row + points)),
         loaded_bytes=size * nets * (4 * points + tiles * row),
         needed_products=2 * nets * points * h * h,
-        issued_products=2 * nets * tiles * tile[0] * steps * tile[1] * padded,
+        issued_products=2 * nets * tiles * 64 * steps * 16 * padded,
     )
 
 
@@ -118,10 +109,11 @@ def loss(nets, samples, classes, rows, size=4) -> Count:
     )
 
 
-def pack(nets, parameters, chunks, length, size=4) -> Count:
-    """`chunk_pack` of rows without standardisation: values read, PRep written."""
-    moved = size * nets * (parameters + chunks * length)
-    return Count(moved, moved, 0, 0)
+def standardise(nets, chunks, length, size=4) -> Count:
+    """The one pass over [N, T, L] that packing with mean and std adds to the copy."""
+    values, scale = chunks * length, 8 * chunks * length
+    moved, programs = 2 * size * nets * values, nets * ceil(values / 1024)
+    return Count(moved + scale + 8 * nets, moved + nets * scale + 8 * programs, 0, 0)
 
 
 def paper_cases() -> dict[str, Count]:
@@ -131,8 +123,8 @@ def paper_cases() -> dict[str, Count]:
         "LeNetLike conv 2": conv_forward(8, 128, 6, 16, 14, 5, 2),
         "LeNetLike linear 1": linear_forward(8, 128, 400, 120),
         "linear 1, weight gradient": linear_weight_grad(8, 128, 400, 120),
-        "ResNet8 conv 64 to 64": conv_forward(8, 128, 64, 64, 10, 3, 1, tile=(64, 64, 32)),
+        "ResNet8 conv 64 to 64": conv_forward(8, 128, 64, 64, 10, 3, 1),
         "SIREN 256, one kernel": siren_forward(4, 20_000, 256),
         "distillation loss": loss(8, 128, 10, 64),
-        "chunk packing (LeNetLike)": pack(8, 62_006, 7, 10_000),
+        "standardising (LeNetLike)": standardise(8, 7, 10_000),
     }

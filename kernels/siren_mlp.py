@@ -7,7 +7,7 @@ Pointers and strides (in values):
     dpoints [N, B, 3] contiguous
     parts  [S, N, P]  fp32 gradients of the rows, summed over the points of each split
 
-Forward, grid (N, ⌈B/BM⌉): one program takes BM points through all three layers. The h first-layer
+Forward, grid (N·⌈B/BM⌉,): one program takes BM points through all three layers. The h first-layer
 activations are made BK at a time, multiplied into the second layer's sums and forgotten; hidden
 activations are never written to memory.
 
@@ -22,19 +22,11 @@ both kernels, its input's gradient, its weights' gradient).
 """
 
 import torch
+from torch import Tensor
 
 from .backend import tl, triton, use_triton
 from .batched_linear import batched_linear
-from .common import (
-    check_precision,
-    check_same_kind,
-    configs,
-    cosine,
-    matmul_precision,
-    product,
-    shape,
-    sine,
-)
+from .common import autocast, check, cosine, fp32_precision, product, register, sine
 
 CACHE_VALUES = 1 << 18  # hidden activations, in values, that nets of one block have on a CPU
 # A program holds all h sums of its points in registers, and without tensor cores the products' too.
@@ -51,32 +43,34 @@ def siren_mlp(points, rows, hidden, omega=30.0, precision=None) -> torch.Tensor:
         hidden: h, the width of both hidden layers. The Triton kernel holds up to 256, or 64 in
             fp32 without tf32; wider nets run layer by layer through `batched_linear`.
         omega: frequency ω of the sines.
-        precision: of fp32 products in the Triton kernel, "ieee" or "tf32"; None follows
-            `torch.get_float32_matmul_precision()`.
+        precision: of fp32 products in the Triton kernel, "ieee" or "tf32"; None: see
+            `common.fp32_precision`.
 
     Returns:
-        Signed distances `[N, B, 1]`.
+        Signed distances `[N, B, 1]`, in the rows' dtype, or in `torch.autocast`'s in its region.
 
     Raises:
         ValueError: on wrong ranks or row lengths, mismatched nets, no nets or points, mixed
             devices or dtypes, or rows that are not contiguous.
     """
-    _check(points, rows, hidden)
+    points, rows = autocast(points, rows)
+    tensors = {"rows": (rows, "NP"), "points": (points, "BD", "NBD")}
+    check("siren_mlp", tensors, rows=("rows",), D=3, P=siren_params(hidden))
     if not use_triton(rows):
         return _in_blocks(points, rows, hidden, omega)
+    precision = fp32_precision(precision)
     if hidden > widest(rows.dtype, precision):
         w1, b1, w2, b2, w3, b3 = _layers(rows, hidden)
         y = batched_linear(points, w1, b1, "sine", omega=omega, precision=precision)
         y = batched_linear(y, w2, b2, "sine", omega=omega, precision=precision)
         return batched_linear(y, w3, b3, precision=precision)
-    precision = check_precision(precision)
     return _siren(points, rows, hidden, float(omega), precision).unsqueeze(-1)
 
 
 def widest(dtype, precision=None) -> int:
     """The largest h that the kernels hold without spilling registers (see `aot`)."""
-    ieee = matmul_precision(check_precision(precision)) == "ieee"
-    return MAX_HIDDEN_IEEE if dtype == torch.float32 and ieee else MAX_HIDDEN
+    exact = dtype == torch.float32 and fp32_precision(precision) == "ieee"
+    return MAX_HIDDEN_IEEE if exact else MAX_HIDDEN
 
 
 def siren_mlp_reference(points, rows, hidden, omega=30.0):
@@ -149,19 +143,15 @@ def _point(points, m, pb, pi, B):
     return x0, x1, x2
 
 
-@triton.autotune(
-    configs(({"BM": 64, "BK": 16}, 8, 2), ({"BM": 32, "BK": 32}, 8, 2)),
-    key=["h", "B", "PRECISION"],
-    cache_results=True,
-)
 @triton.jit
 def _forward_kernel(
     points, rows, out, B, h, pn, pb, pi, rn, omega,
     PRECISION: tl.constexpr, HP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N, ⌈B/BM⌉): the outputs of one net at BM points. HP is h up to a power of two."""
-    n = tl.program_id(0).to(tl.int64)
-    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    """Grid (N·⌈B/BM⌉,): the outputs of one net at BM points. HP is h up to a power of two."""
+    tiles = tl.cdiv(B, BM)
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    m = (tl.program_id(0) % tiles) * BM + tl.arange(0, BM)
     col = tl.arange(0, HP)
     row = rows + n * rn
     x0, x1, x2 = _point(points + n * pn, m, pb, pi, B)
@@ -172,12 +162,6 @@ def _forward_kernel(
     tl.store(out + n * B + m, y.to(out.dtype.element_ty), mask=m < B)
 
 
-_BACKWARD_TILES = configs(({"BM": 32, "BK": 32}, 8, 1), ({"BM": 32, "BK": 16}, 8, 1))
-
-
-@triton.autotune(
-    _BACKWARD_TILES, key=["h", "B", "PRECISION"], reset_to_zero=["parts"], cache_results=True
-)
 @triton.jit
 def _backward_kernel(
     g, points, rows, parts, dpoints, B, h, nets, splits, pn, pb, pi, rn, omega,
@@ -231,11 +215,6 @@ def _backward_kernel(
     tl.store(part + size - 1, tl.sum(db3, 0))
 
 
-@triton.autotune(
-    configs(({"BM": 32, "BO": 32}, 8, 1), ({"BM": 16, "BO": 64}, 8, 1)),
-    key=["h", "B", "PRECISION"],
-    cache_results=True,
-)
 @triton.jit
 def _w2_grad_kernel(
     g, points, rows, parts, B, h, nets, splits, pn, pb, pi, rn, omega,
@@ -281,68 +260,65 @@ def _point_strides(points):
     return points.stride() if points.ndim == 3 else (0, *points.stride())
 
 
-def _padded(hidden):
-    return max(16, triton.next_power_of_2(hidden))
+def _options(hidden, precision, **tiles):
+    """HP, the width up to a power of two, and how programs run.
+
+    Tiles don't depend on shapes: BM points by all neurons, as large as the registers of eight
+    warps allow for the widest net. The compiler may use all 255 registers: left to itself it
+    spills some to make do with 128.
+    """
+    padded = max(16, triton.next_power_of_2(hidden))
+    return {"HP": padded, "PRECISION": precision, "num_warps": 8, "maxnreg": 255, **tiles}
 
 
-def launch_forward(points, rows, hidden, omega, precision):
-    """Allocate the outputs [N, B] and launch the forward kernel."""
-    nets, samples = rows.shape[0], points.shape[-2]
-    out = rows.new_empty(nets, samples)
-    _forward_kernel[lambda meta: (nets, triton.cdiv(samples, meta["BM"]))](
+def _empty(points, rows, hidden, omega, precision):
+    return rows.new_empty(rows.shape[0], points.shape[-2])
+
+
+def launch_forward(
+    points: Tensor, rows: Tensor, hidden: int, omega: float, precision: str
+) -> Tensor:
+    """Launch the forward kernel; gives the outputs [N, B]."""
+    out = _empty(points, rows, hidden, omega, precision)
+    nets, samples = out.shape
+    options = _options(hidden, precision, BM=64, BK=16, num_stages=2)
+    _forward_kernel[(nets * triton.cdiv(samples, options["BM"]),)](
         points, rows, out, samples, hidden, *_point_strides(points), rows.stride(0), omega,
-        PRECISION=precision, HP=_padded(hidden),
+        **options,
     )  # fmt: skip
     return out
 
 
-def launch_backward(g, points, rows, hidden, omega, need_points, precision):
+def _empty_backward(g, points, rows, hidden, omega, need_points, precision):
+    return rows.new_empty(points.shape if need_points else 0), rows.new_empty(rows.shape)
+
+
+def launch_backward(
+    g: Tensor, points: Tensor, rows: Tensor,
+    hidden: int, omega: float, need_points: bool, precision: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of the points (empty if not needed) and of the rows."""
     nets, samples = rows.shape[0], points.shape[-2]
     splits = max(1, min(triton.cdiv(samples, 64), 256 // nets))  # about 256 programs in all
     parts = rows.new_zeros(splits, nets, siren_params(hidden), dtype=torch.float32)
     dpoints = rows.new_empty((nets, samples, 3) if need_points else 0)
     sizes = (samples, hidden, nets, splits, *_point_strides(points), rows.stride(0), omega)
-    g, padded = g.contiguous(), _padded(hidden)
+    g, options = g.contiguous(), _options(hidden, precision, BM=32, num_stages=1)
     _backward_kernel[(nets, splits)](
-        g, points, rows, parts, dpoints, *sizes,
-        NEED_POINTS=need_points, PRECISION=precision, HP=padded,
-    )  # fmt: skip
-    _w2_grad_kernel[lambda meta: (nets, triton.cdiv(hidden, meta["BO"]), splits)](
-        g, points, rows, parts, *sizes, PRECISION=precision, HP=padded
+        g, points, rows, parts, dpoints, *sizes, NEED_POINTS=need_points, BK=32, **options
+    )
+    _w2_grad_kernel[(nets, triton.cdiv(hidden, 32), splits)](
+        g, points, rows, parts, *sizes, BO=32, **options
     )
     if need_points and points.ndim == 2:
         dpoints = dpoints.sum(0)
     return dpoints, parts.sum(0).to(rows.dtype)
 
 
-@torch.library.custom_op("netspace_lite::siren_mlp", mutates_args=())
-def _siren(
-    points: torch.Tensor, rows: torch.Tensor, hidden: int, omega: float, precision: str
-) -> torch.Tensor:
-    return launch_forward(points, rows, hidden, omega, matmul_precision(precision))
+_siren_backward = register("siren_mlp_backward", launch_backward, _empty_backward)
 
 
-@_siren.register_fake
-def _(points, rows, hidden, omega, precision):
-    return rows.new_empty(rows.shape[0], points.shape[-2])
-
-
-@torch.library.custom_op("netspace_lite::siren_mlp_backward", mutates_args=())
-def _siren_backward(
-    g: torch.Tensor, points: torch.Tensor, rows: torch.Tensor,
-    hidden: int, omega: float, need_points: bool, precision: str,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    precision = matmul_precision(precision)
-    return launch_backward(g, points, rows, hidden, omega, need_points, precision)
-
-
-@_siren_backward.register_fake
-def _(g, points, rows, hidden, omega, need_points, precision):
-    return rows.new_empty(points.shape if need_points else 0), rows.new_empty(rows.shape)
-
-
-def _setup_context(ctx, inputs, output):
+def _context(ctx, inputs, output):
     points, rows, ctx.hidden, ctx.omega, ctx.precision = inputs
     ctx.save_for_backward(points, rows)
 
@@ -350,39 +326,8 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, g):
     points, rows = ctx.saved_tensors
     need = ctx.needs_input_grad[0]
-    dpoints, drows = _siren_backward(
-        g, points, rows, ctx.hidden, ctx.omega, need, ctx.precision
-    )  # fmt: skip
+    dpoints, drows = _siren_backward(g, points, rows, ctx.hidden, ctx.omega, need, ctx.precision)
     return dpoints if need else None, drows, None, None, None
 
 
-_siren.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _check(points, rows, hidden):
-    if points.ndim not in (2, 3) or points.shape[-1] != 3 or rows.ndim != 2:
-        raise ValueError(
-            f"siren_mlp: expected points [B, 3] or [N, B, 3] and rows [N, P], got points "
-            f"{shape(points)} and rows {shape(rows)}."
-        )
-    if points.numel() == 0 or rows.numel() == 0:
-        raise ValueError(
-            f"siren_mlp: points {shape(points)} and rows {shape(rows)} must hold at least one "
-            "point and one net."
-        )
-    if rows.shape[1] != siren_params(hidden):
-        raise ValueError(
-            f"siren_mlp: rows {shape(rows)} must hold h² + 6h + 1 = {siren_params(hidden)} values "
-            f"a net for hidden width {hidden}; unpack padded rows first."
-        )
-    if points.ndim == 3 and points.shape[0] != rows.shape[0]:
-        raise ValueError(
-            f"siren_mlp: points {shape(points)} are for {points.shape[0]} nets but rows "
-            f"{shape(rows)} hold {rows.shape[0]}; pass [B, 3] to share the points."
-        )
-    check_same_kind("siren_mlp", points=points, rows=rows)
-    if not rows[0].is_contiguous():
-        raise ValueError(
-            f"siren_mlp: the values of one net in rows {shape(rows)} (strides {rows.stride()}) "
-            "must be contiguous; only the stride between nets is free. Call .contiguous()."
-        )
+_siren = register("siren_mlp", launch_forward, _empty, _context, _backward)

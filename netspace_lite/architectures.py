@@ -51,11 +51,8 @@ def build(description: dict) -> nn.Module:
     """
     name, config = description["name"], description["config"]
     if name not in ARCHITECTURES or config is None:
-        known = ", ".join(ARCHITECTURES)
-        raise ValueError(
-            f"architecture {name!r} can't be built by name: it is none of {known}. "
-            "Pass your own module with module=..., or decorate its class with @architecture."
-        )
+        cure = "pass your own module with module=..., or decorate its class with @architecture"
+        raise ValueError(f"{name!r} is none of {', '.join(ARCHITECTURES)}: {cure}")
     return ARCHITECTURES[name](**config)
 
 
@@ -65,13 +62,21 @@ def name_of(module: nn.Module) -> str:
     return f"{type(module).__name__}{depth}"
 
 
-def _output_shape(layers: nn.Module, image) -> torch.Size:
-    """Shape of what ``layers`` make of one image (C, H, W), without the sample axis."""
-    with torch.no_grad():
-        try:
-            return layers(torch.zeros(1, *image)).shape[1:]
-        except RuntimeError as error:
-            raise ValueError(f"images of {tuple(image)} are too small: {error}") from error
+def _classifier(image, classes: int, convolutions, hidden=()) -> nn.Sequential:
+    """Convolutions (width, kernel, stride, padding), then linear layers, with leaky ReLU."""
+    layers, depth = [], image[0]
+    for width, *window in convolutions:
+        layers += [nn.Conv2d(depth, width, *window), nn.LeakyReLU()]
+        depth = width
+    layers.append(nn.Flatten())
+    try:
+        features = nn.Sequential(*layers)(torch.zeros(1, *image)).shape[1]
+    except RuntimeError as error:
+        raise ValueError(f"images of {tuple(image)} are too small: {error}") from error
+    for width in hidden:
+        layers += [nn.Linear(features, width), nn.LeakyReLU()]
+        features = width
+    return nn.Sequential(*layers, nn.Linear(features, classes))
 
 
 @architecture
@@ -90,17 +95,8 @@ class LeNetLike(nn.Module):
 
     def __init__(self, image, classes, channels=(6, 16), hidden=(120, 84), kernel=5):
         super().__init__()
-        depth, padding = image[0], 0 if kernel == 5 else kernel // 2
-        layers = []
-        for width in channels:
-            layers += [nn.Conv2d(depth, width, kernel, 2, padding), nn.LeakyReLU()]
-            depth = width
-        layers.append(nn.Flatten())
-        (features,) = _output_shape(nn.Sequential(*layers), image)
-        for width in hidden:
-            layers += [nn.Linear(features, width), nn.LeakyReLU()]
-            features = width
-        self.layers = nn.Sequential(*layers, nn.Linear(features, classes))
+        windows = [(width, kernel, 2, 0 if kernel == 5 else kernel // 2) for width in channels]
+        self.layers = _classifier(image, classes, windows, hidden)
 
     def forward(self, x):
         """x: [B, C, H, W] -> logits [B, K]."""
@@ -120,13 +116,8 @@ class VanillaCNN(nn.Module):
 
     def __init__(self, image, classes, channels=(8, 8, 32, 64, 64), strides=(2, 1, 2, 1, 2)):
         super().__init__()
-        depth, layers = image[0], []
-        for width, stride in zip(channels, strides, strict=True):
-            layers += [nn.Conv2d(depth, width, 3, stride, 1), nn.LeakyReLU()]
-            depth = width
-        layers.append(nn.Flatten())
-        (features,) = _output_shape(nn.Sequential(*layers), image)
-        self.layers = nn.Sequential(*layers, nn.Linear(features, classes))
+        windows = [(width, 3, stride, 1) for width, stride in zip(channels, strides, strict=True)]
+        self.layers = _classifier(image, classes, windows)
 
     def forward(self, x):
         """x: [B, C, H, W] -> logits [B, K]."""
@@ -177,14 +168,13 @@ class ResNet(nn.Module):
         super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"a ResNet's depth is 6n+2 (8, 14, 20, ...), not {depth}")
-        stem, *stages = channels
-        self.stem = nn.Conv2d(image[0], stem, 3, 1, 1)
-        self.norm = _norm(stem, batch_norm)
+        width, *stages = channels
+        self.stem = nn.Conv2d(image[0], width, 3, 1, 1)
+        self.norm = _norm(width, batch_norm)
         self.activation = nn.LeakyReLU()
-        blocks, width = [], stem
+        blocks = []
         for channel, first in zip(stages, strides, strict=True):
-            for i in range((depth - 2) // 6):
-                stride = first if i == 0 else 1
+            for stride in (first, *(1,) * ((depth - 2) // 6 - 1)):
                 blocks.append(Block(width, channel, stride, batch_norm))
                 width = channel
         self.blocks = nn.Sequential(*blocks)
@@ -222,17 +212,11 @@ class Siren(nn.Module):
 
     def __init__(self, hidden=256, omega=30.0):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(3, hidden),
-            Sine(omega),
-            nn.Linear(hidden, hidden),
-            Sine(omega),
-            nn.Linear(hidden, 1),
-        )
+        first, second, last = nn.Linear(3, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, 1)
+        self.layers = nn.Sequential(first, Sine(omega), second, Sine(omega), last)
         with torch.no_grad():  # Sitzmann et al. 2020, section 3.2
-            self.layers[0].weight.uniform_(-1 / 3, 1 / 3)
-            for layer in self.layers[2::2]:
-                bound = math.sqrt(6 / hidden) / omega
+            deep = math.sqrt(6 / hidden) / omega
+            for layer, bound in ((first, 1 / 3), (second, deep), (last, deep)):
                 layer.weight.uniform_(-bound, bound)
 
     def forward(self, points):
@@ -241,13 +225,8 @@ class Siren(nn.Module):
 
 
 # name -> class and arguments after (image, classes)
-_CIFAR = {
-    "LeNetLike": (LeNetLike, {}),
-    "VanillaCNN": (VanillaCNN, {}),
-    "ResNet8": (ResNet, {"depth": 8}),
-    "ResNet32": (ResNet, {"depth": 32}),
-    "ResNet56": (ResNet, {"depth": 56}),
-}
+_CIFAR = {"LeNetLike": (LeNetLike, {}), "VanillaCNN": (VanillaCNN, {})}
+_CIFAR |= {f"ResNet{depth}": (ResNet, {"depth": depth}) for depth in (8, 32, 56)}
 _TINY = _CIFAR | {  # channels and strides that give the published TinyImageNet counts
     "LeNetLike": (LeNetLike, {"channels": (4, 8, 16)}),
     "VanillaCNN": (VanillaCNN, {"channels": (8, 16, 32, 64, 64), "strides": (2,) * 5}),
@@ -255,11 +234,12 @@ _TINY = _CIFAR | {  # channels and strides that give the published TinyImageNet 
 PAPER_NETS = {"cifar10": ((3, 32, 32), 10, _CIFAR), "tinyimagenet": ((3, 64, 64), 200, _TINY)}
 
 # Small enough to train hundreds on a laptop; channels in multiples of 8 are fast on a CPU.
+_SMALL = {"channels": (8, 16, 16, 16), "strides": (2, 1, 2)}
 LITE_NETS = {
     "LeNetLike": (LeNetLike, {"channels": (6, 16), "hidden": (64,), "kernel": 3}),
     "VanillaCNN": (VanillaCNN, {"channels": (8, 16, 16, 32), "strides": (2, 1, 2, 1)}),
-    "ResNet8": (ResNet, {"depth": 8, "channels": (8, 16, 16, 16), "strides": (2, 1, 2)}),
-    "ResNet14": (ResNet, {"depth": 14, "channels": (8, 16, 16, 16), "strides": (2, 1, 2)}),
+    "ResNet8": (ResNet, {"depth": 8, **_SMALL}),
+    "ResNet14": (ResNet, {"depth": 14, **_SMALL}),
 }
 
 
@@ -270,10 +250,9 @@ def paper_net(name: str, dataset: str = "cifar10") -> nn.Module:
         name: "LeNetLike", "VanillaCNN", "ResNet8", "ResNet32" or "ResNet56".
         dataset: "cifar10" (3×32×32, 10 classes) or "tinyimagenet" (3×64×64, 200 classes).
     """
-    if dataset not in PAPER_NETS:
-        raise ValueError(f"no paper nets for {dataset!r}: choose from {', '.join(PAPER_NETS)}")
-    image, classes, nets = PAPER_NETS[dataset]
-    return _choose(nets, name, image, classes)
+    image, classes, nets = _find(PAPER_NETS, dataset)
+    cls, config = _find(nets, name)
+    return cls(image, classes, **config)
 
 
 def lite_net(name: str, image, classes: int) -> nn.Module:
@@ -282,11 +261,11 @@ def lite_net(name: str, image, classes: int) -> nn.Module:
     Args:
         name: "LeNetLike", "VanillaCNN", "ResNet8" or "ResNet14".
     """
-    return _choose(LITE_NETS, name, image, classes)
-
-
-def _choose(nets, name, image, classes) -> nn.Module:
-    if name not in nets:
-        raise ValueError(f"no net {name!r}: choose from {', '.join(nets)}")
-    cls, config = nets[name]
+    cls, config = _find(LITE_NETS, name)
     return cls(image, classes, **config)
+
+
+def _find(table: dict, name: str):
+    if name not in table:
+        raise ValueError(f"there is no {name!r}: choose from {', '.join(table)}")
+    return table[name]

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import functools
 import itertools
+import operator
 import warnings
 
 import torch
@@ -23,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from .architectures import Sine, Siren, name_of
 from .fingerprint import structure
-from .folding import CONVOLUTIONS, Affine, statistics
+from .folding import CONVOLUTIONS, Affine, affine, statistics
 from .kernels import backend, batched_conv2d, batched_linear, siren_mlp
 from .kernels.cpu import nets_per_block
 from .layout import Layout, check_rows
@@ -42,8 +43,8 @@ class Batched:
         rows: [N, P], any row stride; gradients flow to it.
         x: [B, ...] shared by all nets, or [N, B, ...] with ``per_net=True``.
         per_net: whether x's first axis is the nets.
-        running: None for answers. With [N, Q], the batch norms' running statistics (Q = 0 without
-            any), the call is a step of training: dropout drops, each net's batch norms see its own
+        running: None for answers. With [N, Q], the norms' running statistics (Q = 0 without any),
+            the call is a step of training: dropout drops, each net's batch norms see its own
             batch, and ``running`` is updated in place.
 
     Returns [N, B, ...]. Equal to a loop over the modules, values and gradients.
@@ -56,14 +57,10 @@ class Batched:
         self.module = copy.deepcopy(module).eval()
         self.layout = Layout.of(module)
         self.running = _statistics_layout(self.module)
-        self._modules = {mode: copy.deepcopy(self.module).train(mode) for mode in (False, True)}
-        self._graphs = {mode: _trace(module) for mode, module in self._modules.items()}
-        self._parts = {mode: dict(m.named_modules()) for mode, m in self._modules.items()}
-        self._names = _first_names(self.module)
+        self._modes: dict[tuple, _Mode] = {}
         self._ways: dict[tuple[bool, bool], str] = {}
-        self._kind = None  # dtype and device that the modules' constants have
-        own = type(module) is Siren and structure(Siren(**module.config))
-        self._is_siren = own == self.fingerprint if own else False
+        stock = type(module) is Siren and structure(Siren(**module.config))
+        self._is_siren = bool(stock) and stock == self.fingerprint
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -71,132 +68,115 @@ class Batched:
         return structure(self.module)
 
     def way(self, training: bool = False, per_net: bool = False) -> str | None:
-        """"interpreted", "vmap" or "loop"; None before the first call of that kind."""
+        """Either "interpreted", "vmap" or "loop"; None before the first call of that kind."""
         return self._ways.get((training, per_net))
 
     def initial_running(self, nets: int) -> Tensor:
         """Running statistics [N, Q] as the module has them, one copy a net."""
         buffers = dict(self.module.named_buffers())
-        values = [buffers[name].flatten() for name in self.running.names]
-        return torch.cat(values).repeat(nets, 1) if values else torch.empty(nets, 0)
+        values = [buffers[name] for name in self.running.names] or [torch.empty(0)]
+        return torch.cat(values).repeat(nets, 1)
 
     def __call__(self, rows: Tensor, x: Tensor, per_net: bool = False, running=None) -> Tensor:
         check_rows(rows, self.layout.size)
         _check_inputs(rows, x, per_net)
         if self._is_siren:
             return siren_mlp(x, rows, self.module.config["hidden"], self.module.config["omega"])
-        training = running is not None
-        if self.running.size and not training:
-            raise ValueError(
-                f"{name_of(self.module)} has batch norms, whose running statistics are not in its "
-                "rows: call fold_batchnorm(module) first, or pass running=[N, Q] to train"
-            )
-        self._place(rows)
-        way = self.way(training, per_net) or self._choose(rows, x, per_net, training)
-        step = nets_per_block(x[0] if per_net else x)
-        if way == "interpreted" and rows.device.type == "cpu" and step < len(rows):
-            if step > 1:
-                inputs = x.split(step) if per_net else itertools.repeat(x)
-                states = running.split(step) if training else itertools.repeat(None)
-                blocks = zip(rows.split(step), inputs, states, strict=False)
-                return torch.cat([self._interpreted(r, i, per_net, s) for r, i, s in blocks])
-            way = "loop"  # each net fills the caches alone
-        with _plain_operations() if way != "interpreted" else contextlib.nullcontext():
-            return getattr(self, f"_{way}")(rows, x, per_net, running)
+        if self.running.size and running is None:
+            why = f"the rows of a {name_of(self.module)} have no batch norms' statistics"
+            raise ValueError(f"{why}: fold_batchnorm(module) first, or train with running=[N, Q]")
+        mode = self._mode(rows, running is not None)
+        way = self.way(mode.training, per_net) or self._choose(mode, rows, x, per_net)
+        step, run = nets_per_block(x[0] if per_net else x), getattr(mode, way)
+        if way != "interpreted" or rows.device.type != "cpu" or step >= len(rows):
+            return run(self._views(rows, running), x, per_net)
+        if step < 2:  # each net fills the caches alone
+            return mode.loop(self._views(rows, running), x, per_net)
+        inputs = x.split(step) if per_net else itertools.repeat(x)
+        states = itertools.repeat(None) if running is None else running.split(step)
+        blocks = zip(rows.split(step), states, inputs, strict=False)
+        return torch.cat([run(self._views(r, state), i, per_net) for r, state, i in blocks])
 
-    def _place(self, rows: Tensor) -> None:
-        """Constants of the modules (buffers, traced tensors) where the rows are."""
-        if self._kind == (rows.device, rows.dtype):
-            return
-        self._kind = rows.device, rows.dtype
-        for part in itertools.chain(*(module.modules() for module in self._modules.values())):
-            for name, value in vars(part).items():
-                if isinstance(value, Tensor):
-                    kind = rows.dtype if value.is_floating_point() else value.dtype
-                    setattr(part, name, value.to(rows.device, kind))
-        for module in self._modules.values():
-            module.to(rows.device, rows.dtype)
+    def _mode(self, rows: Tensor, training: bool) -> "_Mode":
+        key = training, rows.device, rows.dtype
+        if key not in self._modes:
+            self._modes[key] = _Mode(self.module, training, rows)
+        return self._modes[key]
 
-    def _interpreted(self, rows, x, per_net, running) -> Tensor:
-        graph, parts = self._graphs[running is not None], self._parts[running is not None]
-        if isinstance(graph, str):
-            raise TypeError(graph)
-        views = self.layout.views(rows) | self._statistics(running)
-        interpreter = _Interpreter(parts, graph, views, self._names, len(rows))
-        return interpreter.run(x, per_net, apart=running is not None)  # each net drops its own
-
-    def _vmap(self, rows, x, per_net, running) -> Tensor:
-        module = self._modules[running is not None]
-
-        def one_net(tensors, inputs):
-            return functional_call(module, tensors, (inputs,))
-
-        dims, tensors = (0, 0 if per_net else None), self.layout.views(rows)
-        return vmap(one_net, dims, randomness="different")(tensors | self._statistics(running), x)
-
-    def _loop(self, rows, x, per_net, running) -> Tensor:
-        """One net after the other, as its plain module."""
-        module, tensors = self._modules[running is not None], self.layout.unpack(rows)
-        states = {name: view.unbind() for name, view in self._statistics(running).items()}
-        outputs = []
-        for n, parameters in enumerate(tensors):
-            state = {name: values[n] for name, values in states.items()}
-            outputs.append(functional_call(module, parameters | state, (x[n] if per_net else x,)))
-            if not isinstance(outputs[n], Tensor):
-                raise ValueError(
-                    f"{name_of(module)} returns a {type(outputs[n]).__name__}, not one tensor of "
-                    "outputs: wrap it in a module that picks the tensor"
-                )
-        return torch.stack(outputs)
-
-    def _statistics(self, running: Tensor | None) -> dict[str, Tensor]:
-        return self.running.views(running) if self.running.size and running is not None else {}
+    def _views(self, rows: Tensor, running: Tensor | None) -> dict[str, Tensor]:
+        """All nets' tensors by name, [N, ...] each."""
+        views = self.layout.views(rows)
+        return views if running is None else views | self.running.views(running)
 
     @torch.no_grad()
-    def _choose(self, rows: Tensor, x: Tensor, per_net: bool, training: bool) -> str:
+    def _choose(self, mode: "_Mode", rows: Tensor, x: Tensor, per_net: bool) -> str:
         """The fastest way that gives what plain modules give, on two nets and three samples.
 
         Trying it shows what a trace can't, such as an operation that mixes samples. Dropout is off
-        meanwhile; where training is random all the same, only shapes can be compared.
+        meanwhile. What is random all the same can't be compared: that is vmap's.
         """
         good = rows.detach()[rows.detach().isfinite().all(1)][:2]
         if len(good) == 0:
-            return "loop"  # nothing can be seen on such nets; the next call looks again
-        x, reasons = (x[: len(good), :3] if per_net else x[:3]).detach(), {}
+            return "loop"  # nets that aren't finite show nothing: the next call looks again
+        x, reasons = (x[: len(good), :3] if per_net else x[:3]).detach(), []
 
         def run(way):
-            running = self.initial_running(len(good)).to(good) if training else None
-            out = way(good, x, per_net, running)
-            return torch.cat([out.flatten(1), running], 1) if training else out
+            running = self.initial_running(len(good)).to(good) if mode.training else None
+            out = getattr(mode, way)(self._views(good, running), x, per_net)
+            return torch.cat([out.flatten(1), running], 1) if mode.training else out
 
         devices = [x.device] if x.is_cuda else []
-        with torch.random.fork_rng(devices), backend("torch"), _plain_operations(), _NoDropout():
-            expected = run(self._loop)
-            random = training and not _close(run(self._loop), expected)
+        with torch.random.fork_rng(devices), backend("torch"), _NoDropout():
+            expected = run("loop")
+            if not expected.isfinite().all():
+                return "loop"
+            random = mode.training and not _close(run("loop"), expected)
             for way in ("interpreted", "vmap"):
+                reason = "its operations mix samples, draw at random or depend on the batch size"
                 try:
-                    found = run(getattr(self, f"_{way}"))
-                    reason = "its operations mix samples or depend on the batch size"
+                    found = run(way)
+                    alike = found.shape == expected.shape
+                    if alike and ((random and way == "vmap") or _close(found, expected)):
+                        break
                 except Exception as error:  # the user's code runs on what it never expected
-                    found, reason = None, str(error).partition("\n")[0] or repr(error)
-                alike = found is not None and found.shape == expected.shape
-                if alike and (random or _close(found, expected)):
-                    break
-                reasons[way] = reason
+                    reason = str(error).partition("\n")[0] or repr(error)
+                reasons.append(reason)
             else:
                 way = "loop"
-        for failed, reason in reasons.items():
-            _announce(self.module, failed, reason)
-        self._ways[training, per_net] = way
+        slower = "through torch.func.vmap", "one net after the other"
+        for how, reason in zip(slower, reasons, strict=False):
+            text = f"{name_of(self.module)} runs {how}, which is slower: {reason}"
+            warnings.warn(text, stacklevel=4)
+        self._ways[mode.training, per_net] = way
         return way
 
 
-def _first_names(module: nn.Module) -> dict[str, str]:
-    """For each tensor of a module the first of its names: layers that are tied share one."""
-    named = [*module.named_parameters(remove_duplicate=False)]
-    named += module.named_buffers(remove_duplicate=False)
-    first: dict[int, str] = {}
-    return {name: first.setdefault(id(tensor), name) for name, tensor in named}
+def _check_inputs(rows: Tensor, x: Tensor, per_net: bool) -> None:
+    if x.dtype != rows.dtype or x.device != rows.device:
+        given, nets = f"{x.dtype} on {x.device}", f"{rows.dtype} on {rows.device}"
+        raise ValueError(f"inputs are {given}, nets are {nets}: convert one of them with .to()")
+    if per_net and len(x) != len(rows):
+        raise ValueError(f"per-net inputs {list(x.shape)} should start with {len(rows)} nets")
+    if x.numel() == 0:
+        raise ValueError(f"inputs {list(x.shape)} hold no samples: give at least one")
+
+
+def _statistics_layout(module: nn.Module) -> Layout:
+    """Where the running statistics of all norms live in a row of their own."""
+    shapes = {}
+    for name, norm in statistics(module).items():
+        if norm.momentum is None:
+            raise ValueError(f"norm {name!r} averages all its batches: give it a momentum")
+        for statistic in ("running_mean", "running_var"):
+            shapes[f"{name}.{statistic}".lstrip(".")] = tuple(norm.running_mean.shape)
+    return Layout(tuple(shapes), tuple(shapes.values()))
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    """Equal up to what the dtype can tell, in units of the largest value."""
+    tolerance = 2 * torch.finfo(expected.dtype).eps ** 0.5
+    scale = float(expected.abs().max()) if expected.numel() else 1.0
+    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance * scale)
 
 
 class _NoDropout(TorchFunctionMode):
@@ -225,27 +205,60 @@ def _plain_operations():
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _announce(module: nn.Module, way: str, reason: str) -> None:
-    slower = {"interpreted": "through torch.func.vmap", "vmap": "one net after the other"}[way]
-    warnings.warn(f"{name_of(module)} runs {slower}, which is slower: {reason}", stacklevel=5)
+class _Mode:
+    """A module in training or evaluation on one device in one dtype: its graph and ways to run it.
 
+    Each way takes ``views``, all nets' tensors [N, ...] by name, and x; it returns [N, B, ...].
+    """
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    """Equal up to what the dtype can tell, in units of the largest value."""
-    tolerance = 2 * torch.finfo(expected.dtype).eps ** 0.5
-    scale = float(expected.abs().max()) if expected.numel() else 1.0
-    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance * scale)
+    def __init__(self, module: nn.Module, training: bool, like: Tensor):
+        self.module, self.training = copy.deepcopy(module).train(training), training
+        root = nn.Sequential(self.module)  # a bare layer has a name in it, and options are left out
+        try:
+            self.graph = _trace(root)
+        except Exception as error:  # tracing runs the user's code on proxies
+            self.graph = f"it can't be traced ({str(error).partition(chr(10))[0]})"
+        self.parts, first = dict(root.named_modules()), {}
+        for part in self.parts.values():
+            for name, value in vars(part).items():
+                if isinstance(value, Tensor):  # constants, also those of the trace
+                    dtype = like.dtype if value.is_floating_point() else value.dtype
+                    setattr(part, name, value.to(like.device, dtype))
+        tensors = itertools.chain(root.named_parameters(remove_duplicate=False),
+                                  root.named_buffers(remove_duplicate=False))  # fmt: skip
+        # A tensor that is tied has several names in the module, and the first of them in the views.
+        self.names = {n: first.setdefault(id(t), n.removeprefix("0.")) for n, t in tensors}
+        root.to(like)
 
+    def interpreted(self, views: dict[str, Tensor], x: Tensor, per_net: bool) -> Tensor:
+        """Through the graph, all nets at once."""
+        if isinstance(self.graph, str):
+            raise TypeError(self.graph)
+        nets = len(next(iter(views.values())))
+        if self.training and not per_net:  # each net drops its own
+            x, per_net = x.expand(nets, *x.shape), True
+        return _Interpreter(self, views, nets).run(x, per_net)
 
-def _statistics_layout(module: nn.Module) -> Layout:
-    """Where the running statistics of all batch norms live in a row of their own."""
-    norms = statistics(module)
-    for name, norm in norms.items():
-        if norm.momentum is None:
-            raise ValueError(f"batch norm {name!r} averages all batches: give it a momentum")
-    names = [f"{n}.{s}".lstrip(".") for n in norms for s in ("running_mean", "running_var")]
-    buffers = dict(module.named_buffers())
-    return Layout(tuple(names), tuple(tuple(buffers[name].shape) for name in names))
+    @_plain_operations()
+    def vmap(self, views: dict[str, Tensor], x: Tensor, per_net: bool) -> Tensor:
+        """Through PyTorch's own batching."""
+
+        def one_net(tensors, inputs):
+            return functional_call(self.module, tensors, (inputs,))
+
+        return vmap(one_net, (0, 0 if per_net else None), randomness="different")(views, x)
+
+    @_plain_operations()
+    def loop(self, views: dict[str, Tensor], x: Tensor, per_net: bool) -> Tensor:
+        """One net after the other, as its plain module."""
+        outputs = []
+        for n, tensors in enumerate(zip(*(v.unbind() for v in views.values()), strict=True)):
+            state, inputs = dict(zip(views, tensors, strict=True)), x[n] if per_net else x
+            outputs.append(functional_call(self.module, state, (inputs,)))
+        if not isinstance(outputs[0], Tensor):
+            what = f"{name_of(self.module)} returns a {type(outputs[0]).__name__}"
+            raise ValueError(f"{what}, not one tensor: wrap it in a module that picks the tensor")
+        return torch.stack(outputs)
 
 
 class _Tracer(fx.Tracer):
@@ -255,210 +268,160 @@ class _Tracer(fx.Tracer):
         return type(module) in _BATCHED or next(module.parameters(), None) is None
 
 
-def _trace(module: nn.Module) -> fx.Graph | str:
-    """The module's graph, or why there is none that can carry many nets."""
-    if type(module) in _BATCHED:  # the whole module is one layer
-        graph = fx.Graph()
-        graph.output(graph.call_module("", (graph.placeholder("x"),)))
-        return graph
-    try:
-        graph = _Tracer().trace(module)
-    except Exception as error:  # tracing runs the user's code on proxies: anything can be raised
-        return f"it can't be traced ({str(error).partition(chr(10))[0]})"
-    called = {n.target for n in graph.nodes if n.op == "call_module"}
-    layers = {m: n for n, m in module.named_modules() if n in called and type(m) in _BATCHED}
-    known = {id(p) for layer in layers for p in layer.parameters()}
-    for name, parameter in module.named_parameters():
-        if id(parameter) not in known:
-            kinds = "linear, convolution and norm layers"
-            return f"its parameter {name!r} belongs to none of the {kinds} that carry many nets"
-    reads = [n.target for n in graph.nodes if n.op == "get_attr"]
-    for name in dict(module.named_parameters(remove_duplicate=False)).keys() & set(reads):
-        return f"it reads its parameter {name!r} outside the layer that owns it"
-    for layer, name in layers.items():
-        tracked = isinstance(layer, _INSTANCE_NORMS) and layer.running_mean is not None
-        if tracked or getattr(layer, "padding_mode", "zeros") != "zeros":
-            return f"its layer {name!r} ({layer}) has settings that no batched layer knows"
+def _trace(root: nn.Sequential) -> fx.Graph:
+    """The graph of what is in ``root``, without identities and with activations in their layers.
+
+    Raises TypeError for what can't carry many nets.
+    """
+    graph = _Tracer().trace(root)
+    for node in reversed(list(graph.nodes)):
+        named = node.op in ("get_attr", "call_module")
+        part = operator.attrgetter(node.target)(root) if named else None
+        if isinstance(part, nn.Parameter):
+            raise TypeError(f"it reads {node.target[2:]!r} outside the layers that carry many nets")
+        if getattr(part, "padding_mode", "zeros") != "zeros":
+            raise TypeError(f"{part} pads in a way that no batched layer knows")
+        if type(part) is nn.Identity:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif len(node.users) == 1 and (user := next(iter(node.users))).op == "call_module":
+            node.meta["fused"] = _fusable(part, root.get_submodule(user.target))
+            if node.meta["fused"]:
+                user.replace_all_uses_with(node)
+                graph.erase_node(user)
     return graph
 
 
-def _check_inputs(rows: Tensor, x: Tensor, per_net: bool) -> None:
-    if x.dtype != rows.dtype or x.device != rows.device:
-        raise ValueError(
-            f"inputs are {x.dtype} on {x.device}, nets are {rows.dtype} on {rows.device}: "
-            "convert one of them with .to()"
-        )
-    if per_net and len(x) != len(rows):
-        raise ValueError(f"per-net inputs {list(x.shape)} should start with {len(rows)} nets")
-    if x.numel() == 0:
-        raise ValueError(f"inputs {list(x.shape)} hold no samples: give at least one")
+def _fusable(layer: nn.Module | None, activation: nn.Module) -> dict:
+    """The kernels' options for ``activation`` right after ``layer``; none if it stays a step."""
+    linear = isinstance(layer, nn.Linear)
+    if type(activation) is nn.LeakyReLU and (linear or _is_plain(layer)):
+        return {"activation": "leaky_relu", "slope": activation.negative_slope}
+    if type(activation) is Sine and linear:
+        return {"activation": "sine", "omega": activation.omega}
+    return {}
+
+
+def _is_plain(layer: nn.Module | None) -> bool:
+    """Whether the kernels know this convolution."""
+    plain = type(layer) is nn.Conv2d and type(layer.padding) is tuple
+    return plain and layer.groups == 1 and set(layer.dilation) == {1}
+
+
+class _Many:
+    """A value of all nets and samples: [B, N, ...], or [B·N, ...] once a step has asked for that.
+
+    What a layer returns stays apart, in whatever order it lies in memory, for the next layer.
+    """
+
+    def __init__(self, value, nets: int, folded: bool = False):
+        self.value, self.nets, self.is_folded = value, nets, folded
+
+    @property
+    def apart(self) -> Tensor:
+        """[B, N, ...]."""
+        return self.value.unflatten(0, (-1, self.nets)) if self.is_folded else self.value
+
+    @property
+    def folded(self):
+        """[B·N, ...], or what is no tensor as it is. Kept, for steps that work in place."""
+        if not self.is_folded:
+            self.value, self.is_folded = self.value.flatten(0, 1), True
+        return self.value
 
 
 class _Interpreter:
-    """One pass through the graph; ``folded`` remembers which values carry the nets.
+    """One pass through a graph; values are tensors that all nets share, or `_Many`."""
 
-    What a layer returns waits in ``apart`` as [B, N, ...], in whatever order it lies in memory, and
-    goes straight into the next layer; it is folded to [B·N, ...] only if another step asks.
-    """
-
-    def __init__(self, modules, graph: fx.Graph, views: dict[str, Tensor], names, nets: int):
-        self.modules, self.graph, self.nets = modules, graph, nets
-        self.views, self.names = views, names
+    def __init__(self, mode: _Mode, views: dict[str, Tensor], nets: int):
+        self.mode, self.views, self.nets = mode, views, nets
         self.values: dict[fx.Node, object] = {}
-        self.apart: dict[fx.Node, Tensor] = {}
-        self.folded: set[fx.Node] = set()
 
-    def run(self, x: Tensor, per_net: bool, apart: bool) -> Tensor:
-        """Outputs [N, B, ...]; with ``apart`` shared inputs are taken apart at once, not late."""
-        skip = set()
-        for node in self.graph.nodes:
-            if node in skip:
-                continue
-            module = self.modules[node.target] if node.op == "call_module" else None
+    def run(self, x: Tensor, per_net: bool) -> Tensor:
+        """Outputs [N, B, ...]."""
+        for node in self.mode.graph.nodes:
+            module = self.mode.parts[node.target] if node.op == "call_module" else None
             if node.op == "placeholder":
-                if per_net:
-                    self._keep(node, x.transpose(0, 1))
-                elif apart:
-                    self._keep(node, x.unsqueeze(1).expand(-1, self.nets, *x.shape[1:]))
-                else:
-                    self.values[node] = x
+                value = _Many(x.transpose(0, 1), self.nets) if per_net else x
+            elif node.op == "get_attr":
+                value = operator.attrgetter(node.target)(self.mode.parts[""])
             elif node.op == "output":
-                return self._apart(node.args[0]).transpose(0, 1)
-            elif type(module) in _NORMS:
-                self._keep(node, self._norm(node, module, self._apart(node.args[0])))
+                return self._many(node.args[0]).apart.transpose(0, 1)
             elif type(module) in _BATCHED:
-                fused = _following_activation(node, self.modules)
-                out = self._layer(node, module, fused and self.modules[fused.target])
-                for done in filter(None, (node, fused)):
-                    self._keep(done, out)
-                    skip.add(done)
-            elif type(module) is nn.Flatten and self._flattens(node, module):
-                self._keep(node, self.apart[node.args[0]].flatten(2))
+                value = _Many(self._layer(node, module), self.nets)
             else:
-                self._plain(node, module)
-        raise ValueError("the module returns nothing")
+                value = self._plain(node, module)
+            self.values[node] = value
 
-    def _keep(self, node: fx.Node, apart: Tensor) -> None:
-        self.apart[node] = apart
-        self.folded.add(node)
-
-    def _flattens(self, node: fx.Node, module: nn.Module) -> bool:
-        """Whether ``node`` flattens a layer's images: always a view while they are apart."""
-        return (module.start_dim, module.end_dim) == (1, -1) and node.args[0] in self.apart
-
-    def _apart(self, node: fx.Node) -> Tensor:
-        """The value of ``node`` as [B, N, ...]."""
-        if node in self.apart:
-            return self.apart[node]
-        return self._fold(node).unflatten(0, (-1, self.nets))
-
-    def _fold(self, node: fx.Node) -> Tensor:
-        """The value of ``node`` with one entry a sample and net: [B·N, ...]."""
-        if node in self.apart and node not in self.values:
-            self.values[node] = self.apart[node].flatten(0, 1)
+    def _many(self, node: fx.Node) -> _Many:
+        """The value of ``node``, repeated if all nets share it."""
         value = self.values[node]
-        if node in self.folded or not isinstance(value, Tensor):
-            return value
-        return value.unsqueeze(1).expand(-1, self.nets, *value.shape[1:]).flatten(0, 1)
+        if isinstance(value, Tensor):
+            return _Many(value.unsqueeze(1).expand(-1, self.nets, *value.shape[1:]), self.nets)
+        return value if isinstance(value, _Many) else _Many(value, self.nets, folded=True)
 
     def _of(self, node: fx.Node, *names: str) -> list[Tensor | None]:
         """All nets' tensors of a layer, [N, ...] each, or None where the layer has none."""
-        return [self.views.get(self.names.get(f"{node.target}.{name}".lstrip("."))) for name in names]
+        return [self.views.get(self.mode.names.get(f"{node.target}.{name}")) for name in names]
 
-    def _layer(self, node: fx.Node, layer: nn.Module, activation: nn.Module | None) -> Tensor:
-        weight, bias = self._of(node, "weight", "bias")
-        source, fuse = node.args[0], _fusable(activation)
-        carried = source in self.folded
-        value = self._apart(source) if carried else self.values[source]
+    def _layer(self, node: fx.Node, layer: nn.Module) -> Tensor:
+        """Outputs [B, N, ...] of a layer with weights."""
+        source, weights = node.args[0], self._of(node, "weight", "bias")
+        if type(layer) in _NORMS:
+            return self._norm(node, layer, self._many(source).apart, *weights)
+        value, fused = self.values[source], node.meta.get("fused", {})
+        many = isinstance(value, _Many)
+        value = value.apart if many else value
         if isinstance(layer, nn.Linear):
-            return self._linear(value, carried, weight, bias, fuse)
-        plain = layer.groups == 1 and set(layer.dilation) == {1} and type(layer.padding) is tuple
-        if type(layer) is nn.Conv2d and plain and fuse.get("activation") != "sine":
-            return batched_conv2d(value, weight, bias, layer.stride, layer.padding, **fuse)
-        out = _grouped_conv(self._apart(source), weight, bias, layer)
-        return out if activation is None else activation(out)
+            value = value.transpose(0, 1) if many else value
+            samples = value.shape[many:-1]  # tokens count as samples
+            out = batched_linear(value.flatten(int(many), -2), *weights, **fused)
+            return out.unflatten(1, samples).transpose(0, 1)
+        if _is_plain(layer):
+            return batched_conv2d(value, *weights, layer.stride, layer.padding, **fused)
+        return _grouped_conv(self._many(source).apart, *weights, layer)
 
-    def _linear(self, value: Tensor, carried: bool, weight, bias, fuse) -> Tensor:
-        shape = value.shape[2:-1] if carried else value.shape[1:-1]  # tokens count as samples
-        if carried:
-            value = value.transpose(0, 1)
-            value = value.flatten(1, -2) if shape else value
-        else:
-            value = value.flatten(0, -2)
-        out = batched_linear(value, weight, bias, **fuse)
-        if shape:
-            out = out.unflatten(1, (-1, *shape))
-        return out.transpose(0, 1)
-
-    def _norm(self, node: fx.Node, layer: nn.Module, x: Tensor) -> Tensor:
-        """A norm of x [B, N, C, ...], each net with its own scale, shift and statistics."""
-        if isinstance(layer, _BATCH_NORMS):
-            return self._batch_norm(node, layer, x)
-        folded = x.flatten(0, 1)
+    def _norm(self, node: fx.Node, layer: nn.Module, x: Tensor, weight, bias) -> Tensor:
+        """A norm of x [B, N, C, ...] as one of N·C channels: each net has its own statistics."""
         if isinstance(layer, nn.LayerNorm):
-            folded = F.layer_norm(folded, layer.normalized_shape, eps=layer.eps)
+            x = F.layer_norm(x, layer.normalized_shape, eps=layer.eps)
+            at = slice(None), *(None,) * (x.dim() - 2 - len(layer.normalized_shape))
+            for view, apply in ((weight, torch.mul), (bias, torch.add)):
+                x = x if view is None else apply(x, view[at])
+            return x
+        weight, bias = (None if view is None else view.flatten() for view in (weight, bias))
+        channels = x.flatten(1, 2)
+        if isinstance(layer, Affine):
+            out = affine(channels, weight, bias)
         elif isinstance(layer, nn.GroupNorm):
-            folded = F.group_norm(folded, layer.num_groups, eps=layer.eps)
-        elif not isinstance(layer, Affine):
-            folded = F.instance_norm(folded, eps=layer.eps)
-        x = folded.unflatten(0, (-1, self.nets))
-        pairs = zip(self._of(node, "weight", "bias"), (torch.mul, torch.add), strict=True)
-        for tensor, apply in pairs:
-            if tensor is not None:
-                missing = (None,) * (x.dim() - 1 - tensor.dim())
-                last = isinstance(layer, nn.LayerNorm)  # its weights belong to the last axes
-                at = (slice(None), *missing) if last else (..., *missing)
-                x = apply(x, tensor[at])
-        return x
-
-    def _batch_norm(self, node: fx.Node, layer: nn.Module, x: Tensor) -> Tensor:
-        """N·C channels at once: every net's batch is its own."""
-        views = self._of(node, "running_mean", "running_var", "weight", "bias")
-        flat = [None if view is None else view.reshape(-1) for view in views]
-        flat[:2] = (None if t is None else t.clone() for t in flat[:2])  # updated, not yet rows'
-        out = F.batch_norm(x.flatten(1, 2), *flat, True, layer.momentum or 0.0, layer.eps)
-        for view, updated in zip(views[:2], flat[:2], strict=True):
-            if view is not None:
-                view.copy_(updated.view_as(view))
+            out = F.group_norm(channels, self.nets * layer.num_groups, weight, bias, layer.eps)
+        else:
+            views = self._of(node, "running_mean", "running_var")
+            running = [None if view is None else view.clone().flatten() for view in views]
+            norm = F.batch_norm if isinstance(layer, _BATCH_NORMS) else F.instance_norm
+            out = norm(channels, *running, weight, bias, True, layer.momentum or 0.0, layer.eps)
+            for view, updated in zip(views, running, strict=True):
+                if view is not None:
+                    view.copy_(updated.view_as(view))
         return out.unflatten(1, (self.nets, -1))
 
-    def _plain(self, node: fx.Node, module: nn.Module | None) -> None:
+    def _plain(self, node: fx.Node, module: nn.Module | None):
         """A step without parameters: unchanged, on shared or on folded values."""
-        if node.op == "get_attr":
-            self.values[node] = functools.reduce(getattr, node.target.split("."), self.modules[""])
-            return
-        folded = any(source in self.folded for source in node.all_input_nodes)
-        constants = {n for n in node.all_input_nodes if n.op == "get_attr"}
-
-        def load(source):
-            return self._fold(source) if folded and source not in constants else self.values[source]
-
-        args, kwargs = fx.map_arg((node.args, node.kwargs), load)
+        values = {source: self.values[source] for source in node.all_input_nodes}
+        many = any(isinstance(value, _Many) for value in values.values())
+        if type(module) is nn.Flatten and many and (module.start_dim, module.end_dim) == (1, -1):
+            return _Many(self._many(node.args[0]).apart.flatten(2), self.nets)  # copies nothing
+        if many:  # constants stay as they are
+            varying = (source for source in values if source.op != "get_attr")
+            values |= {source: self._many(source).folded for source in varying}
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values.get)
         if node.op == "call_module":
             value = module(*args, **kwargs)
         elif node.op == "call_method":
             value = getattr(args[0], node.target)(*args[1:], **kwargs)
         else:
             value = node.target(*args, **kwargs)
-        self.values[node] = value
-        if folded:
-            self.folded.add(node)
-
-
-def _following_activation(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
-    """The activation that alone reads ``node`` and that the kernels can fuse, if there is one."""
-    user = next(iter(node.users), None)
-    if len(node.users) != 1 or user.op != "call_module":
-        return None
-    return user if _fusable(modules[user.target]) else None
-
-
-def _fusable(activation: nn.Module | None) -> dict:
-    if type(activation) is nn.LeakyReLU:
-        return {"activation": "leaky_relu", "slope": activation.negative_slope}
-    if type(activation) is Sine:
-        return {"activation": "sine", "omega": activation.omega}
-    return {}
+        return _Many(value, self.nets, folded=True) if many else value
 
 
 def _grouped_conv(x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Module) -> Tensor:

@@ -65,10 +65,10 @@ class ImageData:
 def load_digits(seed: int = 0) -> ImageData:
     """scikit-learn's 1,797 handwritten digits, 8×8 grey: 60% train, 15% validation, 25% test."""
     digits = sklearn_digits()
-    x, y = digits.images[:, None] / 16, digits.target
-    order = np.random.default_rng(seed).permutation(len(y))
+    order = np.random.default_rng(seed).permutation(len(digits.target))
+    x, y = digits.images[order, None] / 16, digits.target[order]
     cut = round(0.75 * len(y))
-    return _split("digits", x[order[:cut]], y[order[:cut]], x[order[cut:]], y[order[cut:]], seed)
+    return _split("digits", x[:cut], y[:cut], x[cut:], y[cut:], seed)
 
 
 def load_images(path, seed: int = 0, val: float = 0.2) -> ImageData:
@@ -82,47 +82,39 @@ def load_images(path, seed: int = 0, val: float = 0.2) -> ImageData:
 
     Raises ValueError saying which array is wrong, and how, before anything is kept.
     """
-    path = Path(path)
-    arrays = store.load_arrays(path, ("x_train", "y_train", "x_test", "y_test"))
-    for part in ("train", "test"):
-        arrays[f"x_{part}"] = _check_images(f"x_{part}", arrays[f"x_{part}"])
-        arrays[f"y_{part}"] = _check_labels(part, arrays[f"y_{part}"], len(arrays[f"x_{part}"]))
-    train, test = arrays["x_train"], arrays["x_test"]
-    if train.shape[1:] != test.shape[1:]:
-        raise ValueError(f"x_train is {train.shape} but x_test is {test.shape}: sizes differ")
-    known = np.unique(arrays["y_train"])
-    if known[-1] != len(known) - 1 or arrays["y_test"].max() > known[-1]:
-        raise ValueError(
-            "y_train should hold every class 0..K-1 that occurs, without gaps; it holds "
-            f"{len(known)} classes up to {known[-1]}, y_test up to {arrays['y_test'].max()}"
-        )
-    return _split(path.stem, train, arrays["y_train"], test, arrays["y_test"], seed, val)
+    names = "x_train", "y_train", "x_test", "y_test"
+    x, y, x_test, y_test = store.load_arrays(path, names).values()
+    x, y = _check("train", x, y)
+    x_test, y_test = _check("test", x_test, y_test)
+    if x.shape[1:] != x_test.shape[1:]:
+        raise ValueError(f"x_train is {x.shape} but x_test is {x_test.shape}: sizes differ")
+    known = np.unique(y)
+    if known[-1] != len(known) - 1 or y_test.max() > known[-1]:
+        held = f"{len(known)} classes up to {known[-1]}, y_test up to {y_test.max()}"
+        raise ValueError(f"y_train should hold every class 0..K-1 without gaps; it holds {held}")
+    return _split(Path(path).stem, x, y, x_test, y_test, seed, val)
 
 
-def _check_images(name: str, x: np.ndarray) -> np.ndarray:
-    """Any accepted image array -> float32 [B, C, H, W], uint8 scaled to 0..1."""
-    if x.dtype != np.uint8 and x.dtype.kind != "f":
-        raise ValueError(f"{name} should be uint8 or float, not {x.dtype}")
+def _check(part: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Any accepted arrays -> images float32 [B, C, H, W], uint8 scaled to 0..1, and labels."""
+    given, byte = x.shape, x.dtype == np.uint8
+    if not byte and x.dtype.kind != "f":
+        raise ValueError(f"x_{part} should be uint8 or float, not {x.dtype}")
     if x.ndim == 3:
         x = x[:, None]
     elif x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
         x = x.transpose(0, 3, 1, 2)
     if x.ndim != 4 or x.shape[1] not in (1, 3) or x.size == 0:
-        raise ValueError(
-            f"{name} should be grey or RGB images, [B, H, W] or [B, H, W, 3], not {x.shape}"
-        )
-    x = x.astype(np.float32) / 255 if x.dtype == np.uint8 else x.astype(np.float32)
-    if not np.isfinite(x).all():
-        raise ValueError(f"{name} holds {np.sum(~np.isfinite(x))} values that are NaN or infinite")
-    return x
-
-
-def _check_labels(part: str, y: np.ndarray, images: int) -> np.ndarray:
-    if y.shape != (images,):
-        raise ValueError(f"y_{part} should be one label an image, [{images}], not {y.shape}")
+        known = "grey or RGB images, [B, H, W] or [B, H, W, 3]"
+        raise ValueError(f"x_{part} should be {known}, not {given}")
+    x = x.astype(np.float32) / (255 if byte else 1)
+    if bad := np.sum(~np.isfinite(x)):
+        raise ValueError(f"x_{part} holds {bad} values that are NaN or infinite")
+    if y.shape != (len(x),):
+        raise ValueError(f"y_{part} should be one label an image, [{len(x)}], not {y.shape}")
     if y.dtype.kind not in "iu" or y.astype(np.int64).min() < 0:
         raise ValueError(f"y_{part} should be whole numbers from 0, not {y.dtype} from {y.min()}")
-    return y.astype(np.int64)
+    return x, y.astype(np.int64)
 
 
 def load_cifar10(folder=None, seed: int = 0, val: int = 5000) -> ImageData:
@@ -134,8 +126,7 @@ def load_cifar10(folder=None, seed: int = 0, val: int = 5000) -> ImageData:
         seed: decides which training images become the validation set.
         val: number of validation images.
     """
-    folder = folder or os.environ.get("NETSPACE_CIFAR10")
-    folder = Path(folder) if folder else _fetch_cifar10()
+    folder = Path(folder or os.environ.get("NETSPACE_CIFAR10") or _fetch_cifar10())
     train = [_read_cifar10(folder / f"data_batch_{i}.bin") for i in range(1, 6)]
     x, y = (np.concatenate(parts) for parts in zip(*train, strict=True))
     x_test, y_test = _read_cifar10(folder / "test_batch.bin")
@@ -143,13 +134,11 @@ def load_cifar10(folder=None, seed: int = 0, val: int = 5000) -> ImageData:
 
 
 def _fetch_cifar10() -> Path:
-    archive = Path(
-        pooch.retrieve(CIFAR10_URL, CIFAR10_MD5, "cifar-10-binary.tar.gz", progressbar=True)
-    )
-    folder = archive.parent / "cifar-10-batches-bin"
+    archive = pooch.retrieve(CIFAR10_URL, CIFAR10_MD5, "cifar-10-binary.tar.gz", progressbar=True)
+    folder = Path(archive).parent / "cifar-10-batches-bin"
     if not (folder / "test_batch.bin").exists():
         with tarfile.open(archive) as tar:
-            tar.extractall(archive.parent, filter="data")
+            tar.extractall(folder.parent, filter="data")
     return folder
 
 
@@ -172,15 +161,14 @@ def _split(name, x, y, x_test, y_test, seed, val=0.2) -> ImageData:
     held = max(1, round(val * len(y)))
     if held >= len(y):
         raise ValueError(f"{name}: {len(y)} training images can't spare {held} to validate on")
-    train, val_index = order[held:], order[:held]
-    mean = x[train].mean((0, 2, 3), keepdims=True)
-    std = x[train].std() + 1e-8
+    train, held_out = order[held:], order[:held]
+    mean, std = x[train].mean((0, 2, 3), keepdims=True), x[train].std() + 1e-8
 
     def images(x, y):
         x = torch.from_numpy(((x - mean) / std).astype(np.float32))
         return Images(x, torch.from_numpy(y.astype(np.int64)))
 
-    parts = images(x[train], y[train]), images(x[val_index], y[val_index]), images(x_test, y_test)
+    parts = images(x[train], y[train]), images(x[held_out], y[held_out]), images(x_test, y_test)
     return ImageData(name, *parts, classes=int(y.max()) + 1)
 
 

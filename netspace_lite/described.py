@@ -9,7 +9,7 @@ weights like nested dolls.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import cos, log2, pi, sin
+from math import cos, log2, pi, prod, sin
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +35,9 @@ class Largest:
         """Just large enough for these modules."""
         shapes = [shape for module in modules for shape in Layout.of(module).shapes]
         convolutions = [s for s in shapes if len(s) == 4] or [(1, 1, 1, 1)]
-        linear = [s for s in shapes if len(s) == 2] or [(1, 1)]
-        return cls(
-            max(max(s[:2]) for s in convolutions),
-            max(max(s[2:]) for s in convolutions),
-            max(s[0] for s in linear),
-            max(s[1] for s in linear),
-        )
+        outputs, inputs = zip(*([s for s in shapes if len(s) == 2] or [(1, 1)]), strict=True)
+        channels, kernel = (max(max(s[i : i + 2]) for s in convolutions) for i in (0, 2))
+        return cls(channels, kernel, max(outputs), max(inputs))
 
 
 def kind_of(shape: Sequence[int]) -> str:
@@ -57,23 +53,16 @@ def describe_layers(layout: Layout) -> Tensor:
     Raises ValueError for a parameter that is neither a weight of a layer nor a bias.
     """
     kinds = [kind_of(shape) for shape in layout.shapes]
-    for name, shape, kind in zip(layout.names, layout.shapes, kinds, strict=True):
-        if kind == "unknown":
-            raise ValueError(f"parameter {name!r} of shape {shape} is no layer: can't describe it")
-    weights = [kind != "bias" for kind in kinds]
-    last = max(sum(weights) - 1, 1)
+    last = max(sum(kind != "bias" for kind in kinds) - 1, 1)
     rows, depth = [], -1
-    for shape, kind, weight in zip(layout.shapes, kinds, weights, strict=True):
-        depth += weight
+    for name, shape, kind in zip(layout.names, layout.shapes, kinds, strict=True):
+        if kind not in KINDS:
+            raise ValueError(f"parameter {name!r} of shape {shape} is no layer: can't describe it")
+        depth += kind != "bias"
         share = max(depth, 0) / last
-        waves = [wave(share * pi * k) for k in (1, 2, 4) for wave in (sin, cos)]
-        inputs = shape[1] if weight else 1
-        rows.append(
-            [float(kind == k) for k in KINDS]
-            + [log2(n) / 6 for n in (shape[0], inputs)]
-            + [share, depth / 10, (last - depth) / 10, float(depth == 0), float(depth == last)]
-            + waves
-        )
+        row = [float(kind == k) for k in KINDS] + [log2(n) / 6 for n in (*shape, 1)[:2]]
+        row += [share, depth / 10, (last - depth) / 10, float(depth == 0), float(depth == last)]
+        rows.append(row + [wave(share * pi * k) for k in (1, 2, 4) for wave in (sin, cos)])
     return torch.tensor(rows)
 
 
@@ -90,13 +79,11 @@ class DescribedDecoder(nn.Module):
     def __init__(self, embedding: int, hidden: int = 128, largest: Largest | None = None, seed=0):
         super().__init__()
         self.embedding, self.largest = embedding, largest or Largest()
-        c, k = self.largest.channels, self.largest.kernel
+        c, k, outputs = self.largest.channels, self.largest.kernel, self.largest.outputs
         self.shapes = {
-            "convolution": (c, c, k, k),
-            "pointwise": (c, c, 1, 1),
-            "linear": (self.largest.outputs, self.largest.inputs),
-            "bias": (max(c, self.largest.outputs),),
-        }
+            "convolution": (c, c, k, k), "pointwise": (c, c, 1, 1),
+            "linear": (outputs, self.largest.inputs), "bias": (max(c, outputs),),
+        }  # fmt: skip
         width = describe_layers(Layout(("weight",), ((1, 1),))).shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -104,24 +91,28 @@ class DescribedDecoder(nn.Module):
             self.layer = nn.Sequential(nn.Linear(width, hidden), nn.LeakyReLU())
             self.code = nn.Sequential(nn.Linear(2 * hidden, hidden), nn.LeakyReLU())
             self.mix = nn.Sequential(nn.Linear(hidden, hidden), nn.LeakyReLU())
-            sizes = {kind: torch.Size(shape).numel() for kind, shape in self.shapes.items()}
-            self.make = nn.ModuleDict({k: nn.Linear(hidden, size) for k, size in sizes.items()})
+            make = {kind: nn.Linear(hidden, prod(shape)) for kind, shape in self.shapes.items()}
+            self.make = nn.ModuleDict(make)
 
     def forward(self, z: Tensor, layout: Layout) -> Tensor:
         """z: [N, E] -> rows [N, P]."""
-        self._check(layout)
         about = self.layer(describe_layers(layout).to(z))  # [R, hidden]
         read = self.read(z)[:, None].expand(-1, len(about), -1)
         code = self.code(torch.cat([read, about.expand(len(z), -1, -1)], -1))  # [N, R, hidden]
         code = code + self.mix(code)
         code = code / code.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
         parts = []
-        for r, shape in enumerate(layout.shapes):
+        for r, (name, shape) in enumerate(zip(layout.names, layout.shapes, strict=True)):
             kind = kind_of(shape)
-            full = self.make[kind](code[:, r]).unflatten(1, self.shapes[kind])
+            bound = self.shapes[kind]
+            if any(size > b for size, b in zip(shape, bound, strict=True)):
+                raise ValueError(
+                    f"parameter {name!r} of shape {tuple(shape)} is larger than {bound}, the "
+                    "largest this decoder makes: build it with a larger Largest(...)"
+                )
+            full = self.make[kind](code[:, r]).unflatten(1, bound)
             cut = full[(slice(None), *(slice(size) for size in shape))].flatten(1)
-            fan_in = max(1, torch.Size(shape[1:]).numel())
-            parts.append(cut * ((6 / fan_in) ** 0.5 if kind != "bias" else 0.1))
+            parts.append(cut * ((6 / prod(shape[1:])) ** 0.5 if kind != "bias" else 0.1))
         return torch.cat(parts, 1)
 
     def decode(self, z: Tensor, module: nn.Module | Batched) -> Nets:
@@ -130,16 +121,7 @@ class DescribedDecoder(nn.Module):
         Raises ValueError if a layer is larger than the decoder was built for.
         """
         batched = module if isinstance(module, Batched) else Batched(module)
-        return Nets(batched, self(z[None] if z.dim() == 1 else z, batched.layout))
-
-    def _check(self, layout: Layout) -> None:
-        for name, shape in zip(layout.names, layout.shapes, strict=True):
-            bound = self.shapes.get(kind_of(shape))
-            if bound and any(s > b for s, b in zip(shape, bound, strict=True)):
-                raise ValueError(
-                    f"parameter {name!r} of shape {tuple(shape)} is larger than {bound}, the "
-                    "largest this decoder makes: build it with a larger Largest(...)"
-                )
+        return Nets(batched, self(torch.atleast_2d(z), batched.layout))
 
 
 class DescribedDistillation:

@@ -5,9 +5,10 @@ decodes to a batch of nets, so a hundred searches cost little more than one. Wei
 the same loop, as the baseline: a row is an embedding of P values whose decoder does nothing.
 """
 
+import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -22,7 +23,7 @@ from .data import Images
 from .nets import MixedNets, Nets
 from .progress import progress_bar
 from .space import NetSpace
-from .training import NetsLoss, kl_divergence, learning_rate, logit_scale
+from .training import LikenessLoss, NetsLoss, kl_divergence, learning_rate
 
 Validation = Images | Callable[[Nets], Tensor] | None
 
@@ -39,10 +40,8 @@ def interpolate(start: Tensor, end: Tensor, steps: int = 11) -> Tensor:
     Example: ``interpolate(torch.zeros(2), torch.ones(2), 3)`` is [[0, 0], [½, ½], [1, 1]].
     """
     if start.shape != end.shape or start.dim() not in (1, 2) or start.numel() == 0:
-        raise ValueError(
-            f"a line needs two ends of the same shape, [E] or [M, E] for M pairs, "
-            f"not {list(start.shape)} and {list(end.shape)}"
-        )
+        found = f"{list(start.shape)} and {list(end.shape)}"
+        raise ValueError(f"a line needs two ends of the same shape, [E] or [M, E], not {found}")
     if steps < 2:
         raise ValueError(f"a line has at least 2 points, its ends, not {steps}")
     way = torch.linspace(0, 1, steps, dtype=start.dtype, device=start.device)[:, None]  # [S, 1]
@@ -92,7 +91,7 @@ class ImageLoss:
         self.samples = min(samples, len(images))
         if isinstance(teacher, nn.Module):
             with torch.no_grad():
-                self.targets = teacher.eval()(images.x)[None]
+                self.targets = copy.deepcopy(teacher).eval()(images.x)[None]
         elif teacher is not None:
             self.targets = teacher[0].outputs(images.x)
 
@@ -106,28 +105,6 @@ class ImageLoss:
             kl = kl_divergence(logits, self.targets[:, s], self.temperature)
             total = total + self.distil * self.temperature**2 * kl
         return total
-
-
-class LikenessLoss:
-    """How differently nets answer from ``nets``, one by one.
-
-    Args:
-        nets: N `Nets` to be like.
-        inputs: [S, ...] shared, or with ``per_net`` [N, S, ...], each net's own.
-        loss: (outputs, targets, scale) -> [N], as in `netspace_lite.Distillation`.
-        samples: B, inputs drawn in each step.
-    """
-
-    def __init__(self, nets, inputs: Tensor, *, per_net=False, loss=kl_divergence, samples=64):
-        self.inputs, self.per_net, self.loss, self.samples = inputs, per_net, loss, samples
-        self.targets = nets.outputs(inputs, per_net)
-        self.scale = logit_scale(self.targets)
-
-    def __call__(self, nets: Nets, generator: torch.Generator) -> Tensor:
-        s = torch.randint(self.targets.shape[1], (self.samples,), generator=generator)
-        s = s.to(self.targets.device)
-        outputs = nets(self.inputs[:, s], True) if self.per_net else nets(self.inputs[s])
-        return self.loss(outputs, self.targets[:, s], self.scale)
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -150,20 +127,11 @@ class Search:
     best: Tensor
     score: Tensor
     reached: Tensor
-    nets: Nets | MixedNets | None = None
-    path: list[Tensor] | Tensor = field(default_factory=list, repr=False)
-    scores: list[Tensor] | Tensor = field(default_factory=list, repr=False)
-    losses: list[Tensor] | Tensor = field(default_factory=list, repr=False)
+    nets: Nets | MixedNets
+    path: Tensor
+    scores: Tensor
+    losses: Tensor
     stopped: str = ""
-
-    def visit(self, z: Tensor, score: Tensor, reached: Tensor) -> None:
-        """Keep the states that are better: the wanted architecture first, then the score."""
-        better = reached & ~self.reached | (reached == self.reached) & (score >= self.score)
-        self.path.append(z.clone())
-        self.scores.append(score)
-        self.best = torch.where(better[:, None].to(z.device), z, self.best)
-        self.score = torch.where(better, score, self.score)
-        self.reached = self.reached | reached
 
     def __repr__(self) -> str:
         first, last = self.scores[0].median(), self.score.median()
@@ -211,9 +179,10 @@ def optimise(
     the search warns, stops and returns the best so far.
     """
     config, wanted = config or Descent(), None
+    decode = partial(space.decode, architecture=architecture)
+    start = _start_points(space, starts, prior, config.seed)
     if len(space.architectures) > 1 and architecture is not None:
         wanted = space.index(architecture)
-    start = _start_points(space, starts, prior, config.seed)
 
     def penalty(z):
         total = 0.0 if prior is None else config.prior_weight * prior(z)
@@ -223,9 +192,8 @@ def optimise(
         return total
 
     def reached(z):
-        return _anywhere(z) if wanted is None else (space.predict(z) == wanted).cpu()
+        return True if wanted is None else space.predict(z) == wanted
 
-    decode = partial(space.decode, architecture=architecture)
     return _descend(decode, start, loss, validate, penalty, reached, config, progress)
 
 
@@ -237,15 +205,9 @@ def optimise_weights(
 
     Arguments and result as in `optimise`; from freshly initialised nets it is training.
     """
-
-    return _descend(
-        partial(Nets, nets.batched), nets.rows, loss, validate, lambda rows: 0.0, _anywhere,
-        config or Descent(lr=3e-3), progress,
-    )  # fmt: skip
-
-
-def _anywhere(z: Tensor) -> Tensor:
-    return torch.ones(len(z)).bool()
+    decode, config = partial(Nets, nets.batched), config or Descent(lr=3e-3)
+    free = lambda rows: 0.0, lambda rows: True  # no penalty, and nowhere else to be
+    return _descend(decode, nets.rows, loss, validate, *free, config, progress)
 
 
 def refine(
@@ -262,7 +224,7 @@ def refine(
         like: inputs [S, ...] whose answers are compared, or a loss such as a `LikenessLoss`.
     """
     loss = LikenessLoss(nets, like) if isinstance(like, Tensor) else like
-    config = Descent(steps, lr, every=steps, seed=seed, architecture_weight=0.0)
+    config = Descent(steps, lr, every=max(1, steps), seed=seed, architecture_weight=0.0)
     settings = {"architecture": space.index(nets), "config": config, "progress": False}
     return optimise(space, nets if z is None else z, loss, **settings).best
 
@@ -271,53 +233,64 @@ def _start_points(space: NetSpace, starts, prior, seed: int) -> Tensor:
     """Whatever a search may start from -> embeddings [N, E]."""
     if isinstance(starts, int):
         if prior is None:
-            raise ValueError("random starts need a prior, such as Gaussian(space.encode(zoo))")
+            raise ValueError("random starts need prior=, such as Gaussian(space.encode(zoo))")
         starts = prior.sample(starts, seed)
     if len(starts) == 0:
         raise ValueError("no starts: give at least one embedding or net to start from")
     z = torch.atleast_2d(starts) if isinstance(starts, Tensor) else space.encode(starts)
     size = space.config.embedding
     if z.dim() != 2 or z.shape[1] != size or not z.isfinite().all():
-        raise ValueError(f"starts should be embeddings [N, {size}], not {list(z.shape)}, without NaN")
+        raise ValueError(
+            f"starts should be embeddings [N, {size}], not {list(z.shape)}, without NaN"
+        )
     return z
 
 
 def _descend(
     decode, start, loss, validate, penalty, reached, config: Descent, progress: bool
-) -> Search:
+) -> Search:  # fmt: skip
     """Adam on ``start`` [N, E] through ``decode``, the best state of each row kept."""
-    z = start.detach().clone().requires_grad_()
-    adam = torch.optim.Adam([z], config.lr)
-    generator = torch.Generator().manual_seed(config.seed)
-    search = Search(z.detach(), torch.full((len(z),), -torch.inf), torch.zeros(len(z)).bool())
+    z, stopped = start.detach().clone().requires_grad_(), ""
+    adam, generator = torch.optim.Adam([z], config.lr), torch.Generator().manual_seed(config.seed)
+    path, losses = [], []  # states (z, score, whether it is what was wanted), losses of steps
     with progress_bar(config.steps, "optimising", progress) as bar:
         try:
             for step in range(config.steps + 1):
                 if step % config.every == 0 or step == config.steps:
-                    _validate(search, decode, z.detach(), validate, reached)
-                    bar.set_postfix(score=f"{float(search.score.median()):.1f}")
+                    path.append(_visit(decode, z.detach().clone(), validate, reached))
+                    bar.set_postfix(score=f"{float(path[-1][1].median()):.1f}")
                 if step == config.steps:
                     break
                 found = _checked(loss(decode(z), generator), len(z), step)
                 (z.grad,) = torch.autograd.grad((found + penalty(z)).sum(), z)
                 adam.param_groups[0]["lr"] = learning_rate(step, config.steps, config.lr)
                 adam.step()
-                search.losses.append(found.detach())
+                losses.append(found.detach())
                 bar.update()
         except KeyboardInterrupt:
-            search.stopped = f"interrupted at step {len(search.losses)}"
-        except LossError as error:
-            if not search.losses:
+            if not path:
                 raise
-            search.stopped = str(error)
+            stopped = f"interrupted at step {len(losses)}"
+        except LossError as error:
+            if not losses:
+                raise
+            stopped = str(error)
             warnings.warn(f"{error}; the best state so far is returned", stacklevel=3)
-    if not search.scores:
-        raise KeyboardInterrupt("interrupted before there was anything to keep")
+    z, scores, there = (torch.stack(part) for part in zip(*path, strict=True))
+    best = _best(scores, there)
+    score, n = scores.gather(0, best[None])[0], torch.arange(len(start))
+    kept = z[best.to(z.device), n.to(z.device)]
     with torch.no_grad():
-        search.nets = decode(search.best)
-    search.path, search.scores = torch.stack(search.path), torch.stack(search.scores)
-    search.losses = torch.stack(search.losses) if search.losses else z.new_empty(0, len(z))
-    return search
+        nets = decode(kept)
+    losses = torch.stack(losses) if losses else z.new_empty(0, len(start))
+    return Search(kept, score, there.any(0), nets, z, scores, losses, stopped)
+
+
+def _best(scores: Tensor, there: Tensor) -> Tensor:
+    """Which of S states to keep, [N]: what was wanted first, then the score, then the latest."""
+    rank = scores.clamp_min(torch.finfo(scores.dtype).min)
+    rank = rank.where(there == there.any(0), -torch.inf)
+    return len(scores) - 1 - rank.flip(0).argmax(0)
 
 
 class LossError(ValueError):
@@ -328,33 +301,31 @@ def _checked(loss, nets: int, step: int) -> Tensor:
     """What a loss returned, as a loss of each net, [N]."""
     shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
     if shape not in ([], [nets]):
-        raise LossError(
-            f"a loss of nets returns one number a net, [{nets}], or their mean; not {shape}"
-        )
+        raise LossError(f"a loss of nets is one number a net, [{nets}], or their mean; not {shape}")
     if not loss.requires_grad:
         raise LossError(
             "the loss does not depend on the nets: compute it from nets(x) with "
             "differentiable torch operations (accuracy and .outputs() have no gradient)"
         )
-    loss = loss.expand(nets) if shape == [] else loss
-    if not loss.isfinite().all():
-        bad = (~loss.isfinite()).nonzero()[:, 0].tolist()
-        value = float(loss.detach()[bad[0]])
-        raise LossError(f"the loss is {value} at step {step} for starts {bad}")
+    loss = loss.expand(nets)
+    if not (good := loss.isfinite()).all():
+        bad = (~good).nonzero()[:, 0].tolist()
+        raise LossError(f"the loss is {loss[bad[0]].item()} at step {step} for starts {bad}")
     return loss
 
 
 @torch.no_grad()
-def _validate(search: Search, decode, z: Tensor, validate: Validation, reached) -> None:
-    if validate is None:
-        score = torch.zeros(len(z))  # all states are equal: the last one is kept
-    else:
+def _visit(decode, z: Tensor, validate: Validation, reached) -> tuple[Tensor, Tensor, Tensor]:
+    """A state of the search: z [N, E], its scores [N] and whether it is what was wanted [N]."""
+    score = torch.zeros(len(z))  # without validation all states are equal: the last one is kept
+    if validate is not None:
         nets = decode(z)
         score = nets.accuracy(validate) if isinstance(validate, Images) else validate(nets)
-    if not isinstance(score, Tensor) or score.shape != (len(z),):
-        found = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
+    found = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
+    if found != [len(z)]:
         raise ValueError(f"validate returns one score a net, [{len(z)}], not {found}")
-    search.visit(z, score.float().cpu().nan_to_num(nan=-torch.inf), reached(z))
+    there = torch.as_tensor(reached(z)).cpu().expand(len(z))
+    return z, score.float().cpu().nan_to_num(nan=-torch.inf), there
 
 
 class Gaussian:
@@ -370,9 +341,8 @@ class Gaussian:
 
     def __init__(self, embeddings: Tensor):
         if embeddings.dim() != 2 or len(embeddings) < 2:
-            raise ValueError(
-                f"a distribution needs at least 2 embeddings [N, E], not {list(embeddings.shape)}"
-            )
+            found = list(embeddings.shape)
+            raise ValueError(f"a distribution needs at least 2 embeddings [N, E], not {found}")
         self.mean = embeddings.mean(0)
         centred = embeddings - self.mean
         variance, axes = torch.linalg.eigh(centred.T @ centred / (len(embeddings) - 1))
@@ -404,10 +374,8 @@ def sample(
             ``components``), or any scikit-learn estimator with ``fit`` and ``sample``.
     """
     if n < 1 or embeddings.dim() != 2 or len(embeddings) < 2:
-        raise ValueError(
-            f"sampling needs n ≥ 1 and at least 2 embeddings [N, E], not n = {n} and "
-            f"{list(embeddings.shape)}"
-        )
+        found = f"n = {n} and {list(embeddings.shape)}"
+        raise ValueError(f"sampling needs n ≥ 1 and at least 2 embeddings [N, E], not {found}")
     known = {
         "kernel": KernelDensity(bandwidth=bandwidth),
         "mixture": GaussianMixture(components, reg_covar=1e-3, random_state=seed),

@@ -10,6 +10,7 @@ import dis
 import enum
 import functools
 import hashlib
+import operator
 import sys
 import types
 from collections.abc import Iterator
@@ -25,102 +26,107 @@ PLAIN = (
     type(None), type(...), bool, int, float, complex, str, bytes, slice, range, enum.Enum,
     np.generic, torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+_METHODS = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)
 
 
 def fingerprint(*things) -> str:
     """16 hex digits of the content of numbers, tensors, modules, functions and objects of them.
 
-    Objects count with their public attributes (those without a leading underscore), functions with
-    their code, what they close over and the globals they read. An object may say itself what it is
-    by an attribute ``fingerprint``.
+    Objects count with their public attributes (those without a leading underscore) and their
+    class, classes and functions with their code, what they close over and the globals they read;
+    what is installed is known by its name. An object may say itself what it is by an attribute
+    ``fingerprint``.
     """
-    digest = hashlib.blake2b(digest_size=8)
-    _feed(digest.update, things, {})
-    return digest.hexdigest()
+    return _digest(things, {}).hex()
 
 
 def structure(module: nn.Module) -> str:
     """Fingerprint of the function a module computes of its parameters, not of their values.
 
     Covers layout, the traced graph in training and in evaluation, settings of all layers, and
-    constants such as buffers. Where a module can't be traced the code of its forwards stands in.
+    constants such as buffers. Where a module can't be traced the code of its classes stands in.
     """
     module = copy.deepcopy(module)  # tracing leaves constants behind
     parts = [(n, type(m).__qualname__, _settings(m)) for n, m in module.named_modules()]
-    parameters = module.named_parameters(remove_duplicate=False)
-    shapes = {name: (tuple(p.shape), id(p)) for name, p in parameters}
-    owners = {number: name for name, (_, number) in reversed(shapes.items())}  # tied ones share one
-    layout = [(name, shape, owners[number]) for name, (shape, number) in shapes.items()]
-    constants = dict(module.named_buffers())
-    for norm in statistics(module):
-        for statistic in ("running_mean", "running_var", "num_batches_tracked"):
-            constants.pop(f"{norm}.{statistic}".lstrip("."), None)
-    return fingerprint(parts, layout, constants, _graphs(module))
-
-
-def _graphs(module: nn.Module):
-    """The steps of the traced graph in both modes, or the forwards' code if there is no graph."""
-    try:
-        graphs = [fx.Tracer().trace(module.train(mode)) for mode in (True, False)]
-    except Exception:  # tracing runs the user's code on proxies: anything can be raised
-        parts = (type(m) for m in module.modules())
-        return [cls.forward for cls in dict.fromkeys(parts) if not _of_library(cls.__module__)]
-    return [_steps(graph, module) for graph in graphs]
-
-
-def _steps(graph: fx.Graph, module: nn.Module) -> list:
-    number, steps = {node: f"%{i}" for i, node in enumerate(graph.nodes)}, []
-    for node in graph.nodes:
-        target = getattr(node.target, "__name__", node.target)
-        if node.op == "get_attr" and not isinstance(_get(module, target), nn.Parameter):
-            target = _get(module, target)  # a constant counts with its values
-        steps.append((node.op, target, fx.map_arg((node.args, node.kwargs), number.get)))
-    return steps
-
-
-def _get(module, path: str):
-    return functools.reduce(getattr, path.split("."), module)
+    first, named = {}, module.named_parameters(remove_duplicate=False)
+    layout = [
+        (n, tuple(p.shape), first.setdefault(id(p), n)) for n, p in named
+    ]  # n twice: not tied
+    norms = statistics(module)
+    constants = {n: b for n, b in module.named_buffers() if n.rpartition(".")[0] not in norms}
+    own = enumerate([*module.modules(), *module.parameters()])  # in a list: which one, no values
+    memo = {id(part): (f"part {i}".encode(), part) for i, part in own}
+    return _digest((parts, layout, constants, _graphs(module)), memo).hex()
 
 
 def _settings(module: nn.Module) -> dict:
     """Plain attributes of a layer (strides, slopes, numbers of heads) and its functions."""
-    kinds = (*PLAIN, tuple, list, Tensor, types.FunctionType, types.BuiltinFunctionType)
+    kinds = (*PLAIN, *_FUNCTIONS, tuple, list, dict, set, Tensor, np.ndarray)
     found = {k: v for k, v in vars(module).items() if k[0] != "_" and k != "training"}
     return {k: v for k, v in found.items() if isinstance(v, kinds) or is_dataclass(v)}
 
 
-def _of_library(name: str) -> bool:
+def _graphs(module: nn.Module) -> list:
+    """The steps of the traced graph in both modes; if there is no graph the classes' code."""
+    root = nn.Sequential(module)  # calls it with the input alone: options have their defaults
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # numbers drawn on the way become constants
+            graphs = [fx.Tracer().trace(root.train(mode)) for mode in (True, False)]
+    except Exception:  # tracing runs the user's code on proxies: anything can be raised
+        own = [part for part in module.modules() if not _of_library(type(part).__module__)]
+        hidden = vars(nn.Module()).keys()
+        return [(type(m), {k: v for k, v in vars(m).items() if k not in hidden}) for m in own]
+    return [_steps(graph, root) for graph in graphs]
+
+
+def _steps(graph: fx.Graph, root: nn.Module) -> list:
+    number, steps = {node: f"%{i}" for i, node in enumerate(graph.nodes)}, []
+    for node in graph.nodes:
+        target = node.target
+        if node.op == "get_attr":  # a constant counts with its values
+            value = operator.attrgetter(target)(root)
+            target = target if isinstance(value, nn.Parameter) else value
+        elif not isinstance(target, str | types.FunctionType):
+            target = getattr(target, "__name__", repr(target))
+        steps.append((node.op, target, fx.map_arg((node.args, node.kwargs), number.get)))
+    return steps
+
+
+def _of_library(name: str | None) -> bool:
     """Whether a module of this name is installed, so that its code is known by its name."""
-    top = name.partition(".")[0]
-    file = getattr(sys.modules.get(top), "__file__", None) or ""
+    top = (name or "").partition(".")[0]
     known = top in sys.stdlib_module_names or top == __package__.partition(".")[0]
-    return known or "site-packages" in file
+    return known or "-packages" in (getattr(sys.modules.get(top), "__file__", None) or "")
 
 
-def _feed(update, thing, seen: dict) -> None:
-    """Write what ``thing`` is made of; ``seen`` holds objects met before, so that cycles end."""
-    update(f"<{type(thing).__qualname__}".encode())
+def _digest(thing, memo: dict) -> bytes:
+    """Hash of a thing; ``memo`` has what was met before, by id, so that cycles end."""
+    if id(thing) in memo:
+        return memo[id(thing)][0]
+    kind = list if isinstance(thing, tuple) else type(thing)  # JSON makes lists of tuples
+    digest = hashlib.blake2b(kind.__qualname__.encode(), digest_size=8)
     if isinstance(thing, PLAIN):
-        return update(repr(thing).encode())
-    if isinstance(thing, Tensor | np.ndarray):
+        digest.update(repr(thing).encode())
+    elif isinstance(thing, Tensor | np.ndarray):
         values = torch.as_tensor(thing).detach().cpu().contiguous()
-        update(f"{values.dtype}{list(values.shape)}".encode())
-        return update(values.flatten().view(torch.uint8).numpy())
-    if id(thing) in seen:
-        return update(f"again {seen[id(thing)][0]}".encode())
-    seen[id(thing)] = len(seen), thing
-    for part in _parts(thing):
-        _feed(update, part, seen)
-    update(b">")
+        digest.update(f"{values.dtype}{list(values.shape)}".encode())
+        digest.update(values.flatten().view(torch.uint8).numpy())
+    else:
+        memo[id(thing)] = b"cycle", thing
+        digests = [_digest(part, memo) for part in _parts(thing)]
+        ordered = not isinstance(thing, dict | set | frozenset)
+        digest.update(b"".join(digests if ordered else sorted(digests)))
+    memo[id(thing)] = digest.digest(), thing
+    return digest.digest()
 
 
 def _parts(thing) -> list:
     """What an object that is no number and no tensor is made of."""
     if isinstance(thing, dict):
-        return sorted(thing.items(), key=lambda item: repr(item[0]))
-    if isinstance(thing, set | frozenset):
-        return sorted(fingerprint(item) for item in thing)
-    if isinstance(thing, list | tuple):
+        return list(thing.items())
+    if isinstance(thing, list | tuple | set | frozenset):
         return list(thing)
     if isinstance(thing, types.FunctionType):
         return _parts_of_function(thing)
@@ -128,8 +134,15 @@ def _parts(thing) -> list:
         return [thing.__func__, thing.__self__]
     if isinstance(thing, functools.partial):
         return [thing.func, thing.args, thing.keywords]
+    if isinstance(thing, property | functools.cached_property):
+        return [getattr(thing, "fget", None) or thing.func]
+    if isinstance(thing, type) and not _of_library(thing.__module__):
+        own = {k: v for k, v in vars(thing).items() if k[0] != "_" or isinstance(v, _METHODS)}
+        return [thing.__qualname__, thing.__bases__, own]
     if isinstance(thing, type | types.ModuleType | types.BuiltinFunctionType):
         return [getattr(thing, "__module__", ""), getattr(thing, "__qualname__", thing.__name__)]
+    if hasattr(thing, "__wrapped__"):  # static methods, cached functions
+        return [thing.__wrapped__]
     own = getattr(thing, "fingerprint", None)
     if isinstance(own, str):
         return [own]
@@ -137,10 +150,7 @@ def _parts(thing) -> list:
         return [structure(thing), dict(thing.state_dict())]
     if not hasattr(thing, "__dict__"):
         return _parts_of_native(thing)
-    public = {k: v for k, v in vars(thing).items() if k[0] != "_"}
-    classes = [c for c in type(thing).__mro__ if not _of_library(c.__module__)]
-    methods = [f for c in classes for f in vars(c).values() if isinstance(f, types.FunctionType)]
-    return [type(thing).__qualname__, public, methods]
+    return [type(thing), {k: v for k, v in vars(thing).items() if k[0] != "_"}]
 
 
 def _parts_of_native(thing) -> list:
@@ -148,23 +158,20 @@ def _parts_of_native(thing) -> list:
     try:
         parts = thing.__reduce_ex__(2)
     except TypeError as error:
-        raise ValueError(
-            f"there is no telling what a {type(thing).__name__} holds, so it can't be recognised "
-            "again: give what uses it an attribute fingerprint"
-        ) from error
+        what = f"there is no telling what a {type(thing).__name__} holds"
+        raise ValueError(f"{what}: give what uses it an attribute fingerprint") from error
     return [list(part) if isinstance(part, Iterator) else part for part in parts]
 
 
 def _parts_of_function(function) -> list:
-    if _of_library(function.__module__ or ""):
-        captured = [cell.cell_contents for cell in function.__closure__ or ()]
-        return [function.__module__, function.__qualname__, captured]
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    if _of_library(function.__module__):
+        return [function.__module__, function.__qualname__, cells]
     codes = [function.__code__]
     for code in codes:  # grows while it is read: nested functions and comprehensions
         codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
     names = {i.argval for code in codes for i in dis.get_instructions(code) if "GLOBAL" in i.opname}
     constants = [[c for c in code.co_consts if not isinstance(c, types.CodeType)] for code in codes]
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
     reads = {name: function.__globals__[name] for name in names if name in function.__globals__}
     body = [(code.co_code, code.co_names) for code in codes]
     return [body, constants, function.__defaults__, function.__kwdefaults__, cells, reads]

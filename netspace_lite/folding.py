@@ -4,7 +4,7 @@ import copy
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -23,13 +23,18 @@ class Affine(nn.Module):
 
     def forward(self, x):
         """x: [B, C, ...] -> the same shape."""
-        shape = (-1, *(1,) * (x.dim() - 2))
-        return torch.addcmul(self.bias.view(shape), x, self.weight.view(shape))
+        return affine(x, self.weight, self.bias)
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x [B, C, ...] · weight [C] + bias [C], channel by channel."""
+    shape = (-1, *(1,) * (x.dim() - 2))
+    return torch.addcmul(bias.view(shape), x, weight.view(shape))
 
 
 def statistics(module: nn.Module) -> dict[str, nn.Module]:
-    """The batch norms of a module that keep running statistics of their inputs, by name."""
-    norms = {n: m for n, m in module.named_modules() if isinstance(m, _BatchNorm)}
+    """The batch and instance norms of a module that answer with running statistics, by name."""
+    norms = {n: m for n, m in module.named_modules() if isinstance(m, _NormBase)}
     return {name: norm for name, norm in norms.items() if norm.running_mean is not None}
 
 
@@ -47,14 +52,14 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
         folded.set_submodule(layer, fused)
         folded.set_submodule(name, nn.Identity())
     for name, norm in norms.items():
-        weight = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
-        bias = torch.zeros_like(weight) if norm.bias is None else norm.bias
         with torch.no_grad():
-            weight = weight * (norm.running_var + norm.eps).rsqrt()
-            affine = Affine(weight, bias - norm.running_mean * weight).eval()
+            weight = (norm.running_var + norm.eps).rsqrt()
+            weight = weight if norm.weight is None else weight * norm.weight
+            bias = 0 if norm.bias is None else norm.bias
+            layer = Affine(weight, bias - norm.running_mean * weight).eval()
         if not name:
-            return affine
-        folded.set_submodule(name, affine)
+            return layer
+        folded.set_submodule(name, layer)
     if getattr(folded, "config", {}).get("batch_norm"):
         folded.config = {**folded.config, "batch_norm": False}
     return folded
@@ -66,16 +71,16 @@ def _layers_before(module: nn.Module, norms: dict) -> dict[str, str]:
         graph = fx.Tracer().trace(module)
     except Exception:  # tracing runs the user's code on proxies: anything can be raised
         return {}
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    once = {n.target for n in calls if sum(m.target == n.target for m in calls) == 1}
+    calls = [node.target for node in graph.nodes if node.op == "call_module"]
     tied = [id(p) for _, p in module.named_parameters(remove_duplicate=False)]
     found = {}
-    for node in calls:
-        layer = node.args[0] if node.target in norms and node.args else None
-        if not isinstance(layer, fx.Node) or layer.op != "call_module" or len(layer.users) > 1:
-            continue
-        before = module.get_submodule(layer.target)
-        alone = all(tied.count(id(p)) == 1 for p in before.parameters())
-        if type(before) in CONVOLUTIONS and alone and {node.target, layer.target} <= once:
-            found[node.target] = layer.target
+    for layer in graph.nodes:
+        user = next(iter(layer.users), layer)
+        norm, both = user.target, layer.op == user.op == "call_module"
+        if both and len(layer.users) == 1 and norm in norms:
+            before = module.get_submodule(layer.target)
+            alone = all(tied.count(id(p)) == 1 for p in before.parameters())
+            once = calls.count(norm) == calls.count(layer.target) == 1
+            if type(before) in CONVOLUTIONS and alone and once:
+                found[norm] = layer.target
     return found

@@ -38,7 +38,7 @@ class Layout:
             raise ValueError(f"{type(module).__name__} has no parameters: there is nothing to pack")
         kinds = {p.dtype for p in parameters.values()}
         if len(kinds) > 1 or not next(iter(kinds)).is_floating_point:
-            raise ValueError(f"{type(module).__name__} has parameters of {kinds}: make them one dtype")
+            raise ValueError(f"{type(module).__name__} has parameters of {kinds}: make them alike")
         return cls(tuple(parameters), tuple(tuple(p.shape) for p in parameters.values()))
 
     @property
@@ -65,30 +65,27 @@ class Layout:
         check_rows(rows, self.size)
         # One split, not a slice each: its backward writes the rows' gradient once.
         parts = rows.split(self.sizes, dim=1)
-        return {
-            name: part.unflatten(1, shape) if shape else part[:, 0]
-            for name, shape, part in zip(self.names, self.shapes, parts, strict=True)
-        }
+        views = [
+            p.unflatten(1, s) if s else p[:, 0] for p, s in zip(parts, self.shapes, strict=True)
+        ]
+        return dict(zip(self.names, views, strict=True))
 
     def pack(self, nets) -> Tensor:
         """Modules or state dicts of this architecture -> rows [N, P], bit-exact.
 
         Raises ValueError naming the first net and parameter that is missing or has another shape.
         """
-        nets = list(nets)
-        if not nets:
-            raise ValueError("no nets to pack: give at least one module or state dict")
         tensors = [self._parameters(n, net) for n, net in enumerate(nets)]
+        if not tensors:
+            raise ValueError("no nets to pack: give at least one module or state dict")
         return chunk_pack(tensors, 1, self.size).flatten(1)
 
     def _parameters(self, n: int, net) -> list[Tensor]:
-        module = isinstance(net, nn.Module)
-        if module and statistics(net):
-            raise ValueError(
-                f"net {n} has batch norms, whose running statistics are not parameters: call "
-                "fold_batchnorm(module) before packing"
-            )
-        state = dict(net.named_parameters(remove_duplicate=False)) if module else net
+        state = net
+        if isinstance(net, nn.Module):
+            if statistics(net):
+                raise ValueError(f"net {n} has batch norms: call fold_batchnorm(module) first")
+            state = dict(net.named_parameters(remove_duplicate=False))
         for name, shape in zip(self.names, self.shapes, strict=True):
             found = tuple(state[name].shape) if name in state else "missing"
             if found != shape:
@@ -102,11 +99,11 @@ class Layout:
 
 
 def check_rows(rows: Tensor, size: int) -> None:
-    """Raise ValueError unless ``rows`` is a matrix [N, size] with N > 0."""
-    if rows.dim() != 2 or rows.shape[1] != size or len(rows) == 0:
-        raise ValueError(
-            f"packed rows should be [N, {size}] with at least one net, not {list(rows.shape)}"
-        )
+    """Raise ValueError unless ``rows`` is a matrix [N, size] of floating values with N > 0."""
+    matrix = rows.dim() == 2 and rows.shape[1] == size and len(rows) > 0
+    if not matrix or not rows.is_floating_point():
+        given = f"{list(rows.shape)} of {rows.dtype}"
+        raise ValueError(f"rows should be [N, {size}] floats of at least one net, not {given}")
 
 
 def to_prep(rows: Tensor, chunks: int, length: int) -> Tensor:
@@ -117,9 +114,8 @@ def to_prep(rows: Tensor, chunks: int, length: int) -> Tensor:
     room = chunks * length
     if rows.shape[1] > room:
         raise ValueError(f"{rows.shape[1]} parameters don't fit {chunks} chunks of {length}")
-    if rows.shape[1] < room:
-        rows = F.pad(rows, (0, room - rows.shape[1]))
-    return rows.unflatten(1, (chunks, length))
+    spare = room - rows.shape[1]
+    return (F.pad(rows, (0, spare)) if spare else rows).unflatten(1, (chunks, length))
 
 
 def from_prep(prep: Tensor, size: int) -> Tensor:

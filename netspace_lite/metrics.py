@@ -49,7 +49,15 @@ def mean_net(zoo: Nets, nets: Nets) -> Nets:
 
 def nearest_by_weights(zoo: Nets, nets: Nets) -> Nets:
     """Baseline: for each of ``nets`` the zoo's net with the closest weights."""
-    return Nets(zoo.batched, zoo.rows[torch.cdist(nets.rows, zoo.rows).argmin(1)])
+    rows, others = _alike(zoo, nets)
+    return Nets(zoo.batched, rows[torch.cdist(others, rows).argmin(1)])
+
+
+def _alike(zoo: Nets, nets: Nets) -> tuple[Tensor, Tensor]:
+    """Rows of both, if their weights can be compared."""
+    if zoo.batched.fingerprint != nets.batched.fingerprint:
+        raise ValueError(f"{nets!r} and {zoo!r} compute something else: no comparing their weights")
+    return zoo.rows, nets.rows
 
 
 def nearest_by_answers(zoo_answers: Tensor, answers: Tensor, zoo: Nets) -> Nets:
@@ -62,9 +70,10 @@ def nearest_by_answers(zoo_answers: Tensor, answers: Tensor, zoo: Nets) -> Nets:
 
 def pca_nets(zoo: Nets, nets: Nets, size: int) -> Nets:
     """Baseline: weights squeezed through the zoo's first ``size`` principal components."""
-    pca = PCA(min(size, len(zoo)), random_state=0).fit(zoo.rows.cpu())
-    rows = pca.inverse_transform(pca.transform(nets.rows.cpu()))
-    return Nets(nets.batched, torch.from_numpy(rows).to(nets.rows))
+    rows, others = (rows.detach().cpu() for rows in _alike(zoo, nets))
+    pca = PCA(min(size, len(zoo)), random_state=0).fit(rows)
+    found = torch.from_numpy(pca.inverse_transform(pca.transform(others)))
+    return Nets(nets.batched, found.to(nets.rows))
 
 
 def noisy_nets(nets: Nets, share: float = 0.1, seed: int = 0) -> Nets:

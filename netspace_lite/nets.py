@@ -1,7 +1,7 @@
 """Trained nets as data: N nets of one architecture, or of several side by side."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from . import store
 from .architectures import describe, name_of
 from .batching import BLOCK, Batched
 from .fingerprint import fingerprint
-from .layout import Layout, check_rows
+from .layout import check_rows
 
 
 class Nets:
@@ -22,23 +22,16 @@ class Nets:
         module: the architecture, as any module of it; its own parameters are not used.
         rows: [N, P], parameters of each net in module order.
 
-    ``nets[2:5]`` or ``nets[mask]`` are nets again, ``nets[0]`` is one net (N = 1).
+    ``nets[2:5]`` or ``nets[mask]`` are nets again, ``nets[0]`` is one net (N = 1). ``nets.module``
+    is a module of the architecture whose parameters are nobody's, ``nets.layout`` says where each
+    parameter lives in a row.
     """
 
     def __init__(self, module: nn.Module | Batched, rows: Tensor):
         self.batched = module if isinstance(module, Batched) else Batched(module)
+        self.module, self.layout = self.batched.module, self.batched.layout
         check_rows(rows, self.layout.size)
         self.rows = rows
-
-    @property
-    def module(self) -> nn.Module:
-        """A module of the architecture; its parameters are nobody's."""
-        return self.batched.module
-
-    @property
-    def layout(self) -> Layout:
-        """Where each parameter lives in a row."""
-        return self.batched.layout
 
     @property
     def fingerprint(self) -> str:
@@ -53,10 +46,7 @@ class Nets:
 
     def __getitem__(self, index) -> "Nets":
         index = index.cpu() if isinstance(index, Tensor) else index
-        return self._at(torch.atleast_1d(torch.arange(len(self))[index]))
-
-    def __iter__(self) -> Iterator["Nets"]:
-        return (self[n] for n in range(len(self)))
+        return self._at(torch.arange(len(self))[index].flatten())
 
     def __repr__(self) -> str:
         name = name_of(self.module)
@@ -98,7 +88,7 @@ class Nets:
     def split(self, val: int, test: int, seed: int = 0) -> tuple["Nets", "Nets", "Nets"]:
         """Disjoint groups of the remaining, of ``val`` and of ``test`` nets, drawn by ``seed``."""
         if min(val, test, len(self) - val - test) < 1:
-            raise ValueError(f"can't hold out {val} + {test} of {len(self)} nets: each part needs one")
+            raise ValueError(f"can't hold out {val} + {test} of {len(self)}: each part needs a net")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         return self[order[val + test :]], self[order[:val]], self[order[val : val + test]]
 
@@ -109,7 +99,7 @@ class Nets:
 
     def _contents(self) -> tuple[dict, dict[str, Tensor]]:
         """The readable record and the tensors that `save` writes."""
-        about = {**describe(self.module), "fingerprint": self.batched.fingerprint}
+        about = describe(self.module) | {"fingerprint": self.batched.fingerprint}
         return {"architecture": about}, {"rows": self.rows}
 
     def to_module(self, n: int = 0) -> nn.Module:
@@ -129,8 +119,7 @@ class Nets:
         """Write net n as a safetensors file that ``module.load_state_dict`` takes back."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         state = self.to_module(n).state_dict()  # tied parameters under each of their names
-        save_file({name: value.clone(memory_format=torch.contiguous_format)
-                   for name, value in state.items()}, path)  # fmt: skip
+        save_file({name: value.clone().contiguous() for name, value in state.items()}, path)
 
 
 class MixedNets:
@@ -145,20 +134,16 @@ class MixedNets:
     """
 
     def __init__(self, groups: Sequence[Nets], members: Sequence[Tensor] | None = None):
-        self.groups = list(groups)
-        sizes = [len(group) for group in self.groups]
+        self.groups, sizes = list(groups), [len(group) for group in groups]
         if not sizes:
             raise ValueError("no nets: give at least one group")
         members = torch.arange(sum(sizes)).split(sizes) if members is None else members
         self.members = [places.cpu() for places in members]
-        places = torch.cat(self.members)
-        whole = torch.equal(places.sort().values, torch.arange(sum(sizes)))
-        if not whole or [len(m) for m in self.members] != sizes:
-            raise ValueError(
-                f"groups of {sizes} nets need as many places each, all of 0..{sum(sizes) - 1} once"
-            )
+        places, taken = torch.cat(self.members), [len(places) for places in self.members]
+        if taken != sizes or not torch.equal(places.sort().values, torch.arange(sum(sizes))):
+            raise ValueError(f"groups of {sizes} nets need as many places each, all of them once")
         self._order = places.argsort()
-        flat = [(group, i) for group, size in enumerate(sizes) for i in range(size)]
+        flat = [(group, i) for group in self.groups for i in range(len(group))]
         self._homes = [flat[i] for i in self._order.tolist()]  # group and place in it of each net
 
     def __len__(self) -> int:
@@ -170,15 +155,12 @@ class MixedNets:
 
     def __getitem__(self, n: int) -> Nets:
         group, i = self._homes[n]
-        return self.groups[group][i]
-
-    def __iter__(self) -> Iterator[Nets]:
-        return (self[n] for n in range(len(self)))
+        return group[i]
 
     @property
     def architectures(self) -> list[str]:
         """The architecture's name of each net, [N]."""
-        return [name_of(self.groups[group].module) for group, _ in self._homes]
+        return [name_of(group.module) for group, _ in self._homes]
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """Values of each group's nets, [N_g, ...] each, in the common order: [N, ...]."""

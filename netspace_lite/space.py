@@ -19,7 +19,7 @@ from .batching import BLOCK, Batched
 from .fingerprint import structure
 from .folding import fold_batchnorm
 from .kernels import chunk_pack
-from .layout import check_rows
+from .layout import Layout, check_rows
 from .nets import MixedNets, Nets
 
 
@@ -48,10 +48,8 @@ class Features:
     answers: Tensor | None
 
     def __getitem__(self, index) -> "Features":
-        prep, answers = self.prep, self.answers
-        return Features(
-            None if prep is None else prep[index], None if answers is None else answers[index]
-        )
+        parts = self.prep, self.answers
+        return Features(*(None if part is None else part[index] for part in parts))
 
 
 class Encoder(nn.Module):
@@ -74,9 +72,9 @@ class Encoder(nn.Module):
             self.answers = nn.Linear(answers, config.embedding)
         self.offset = None
         if len(chunks) > 1:  # where each architecture lies, whatever its nets answer: in a row
-            order = torch.arange(len(chunks)) - (len(chunks) - 1) / 2
+            order = torch.arange(len(chunks))[:, None] - (len(chunks) - 1) / 2
             self.offset = nn.Parameter(
-                8 * order[:, None] * F.normalize(torch.randn(config.embedding), dim=0)
+                8 * order * F.normalize(torch.randn(config.embedding), dim=0)
             )
 
     def forward(self, features: Features, architecture: int = 0) -> Tensor:
@@ -124,37 +122,36 @@ class NetSpace(nn.Module):
 
     def __init__(self, modules, inputs: Tensor, config: SpaceConfig | None = None, seed: int = 0):
         super().__init__()
-        self.config = config = config or SpaceConfig()
-        self.seed = seed
+        self.config, self.seed = config or SpaceConfig(), seed
+        config, answers = self.config, 0
         if not (config.weights or config.probes):
             raise ValueError("an encoder needs weights=True, or probes > 0, to read anything")
         self.batched = [Batched(fold_batchnorm(module)) for module in modules]
-        if len({b.fingerprint for b in self.batched}) < len(self.batched):
-            raise ValueError("two of the architectures compute the same: give each one once")
+        if not self.batched or len({b.fingerprint for b in self.batched}) < len(self.batched):
+            raise ValueError("no architectures, or two that compute the same: give each one once")
         chunks = [b.layout.chunks(config.chunk) for b in self.batched]
         for a, count in enumerate(chunks):
             self.register_buffer(f"mean{a}", torch.zeros(count, config.chunk))
             self.register_buffer(f"std{a}", torch.ones(count, config.chunk))
+        bases = [b.layout.pack([b.module])[0] for b in self.batched]
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
-            answers = 0
             if config.probes:
                 probes = inputs[torch.randperm(len(inputs))[: config.probes].to(inputs.device)]
                 self.probes = nn.Parameter(probes.clone(), requires_grad=config.learn_probes)
-                rows = [b.layout.pack([b.module]).to(probes) for b in self.batched]
-                sizes = [b(row, probes).numel() for b, row in zip(self.batched, rows, strict=True)]
+                pairs = zip(self.batched, bases, strict=True)
+                sizes = [b(base[None].to(probes), probes).numel() for b, base in pairs]
                 if len(set(sizes)) > 1:
                     raise ValueError(f"architectures give {sizes} outputs on the probes: not alike")
                 answers = sizes[0] + 1
             self.encoder = Encoder(config, chunks, answers)
-            bases = [b.layout.pack([b.module])[0] for b in self.batched]
             self.decoder = Decoder(config, bases)
             if len(self.batched) > 1:  # says which architecture z stands for: the nearest, at first
                 offset = self.encoder.offset
                 self.classifier = nn.Linear(config.embedding, len(self.batched))
                 self.classifier.weight.copy_(offset / 4)
                 self.classifier.bias.copy_(-offset.square().sum(1) / 8)
-        self.to(inputs.device)
+        self.to(inputs)
 
     @classmethod
     def for_zoos(
@@ -172,27 +169,24 @@ class NetSpace(nn.Module):
         """
         zoos = [zoos] if isinstance(zoos, Nets) else list(zoos)
         space = cls(modules or [zoo.module for zoo in zoos], inputs, config, seed)
-        for a, zoo in enumerate(zoos):
-            a = a if modules is None else space.index(zoo)
-            _check_finite(zoo.rows)
+        for zoo in zoos:
+            a, rows = space.index(zoo), zoo.rows.detach()
+            _check_finite(rows)
             scores = getattr(zoo, "scores", {}).get("val_accuracy", torch.zeros(len(zoo)))
-            with torch.no_grad():
-                base = zoo.rows[scores.argmax()]
-                space.decoder.bias[a].copy_(base)
-                space.decoder.scale[a].fill_(base.std())
-                mean, std = getattr(space, f"mean{a}"), getattr(space, f"std{a}")
-                mean.flatten()[: len(base)] = zoo.rows.mean(0)
-                if len(zoo) > 1:
-                    std.flatten()[: len(base)] = zoo.rows.std(0).clamp_min(1e-6)
+            base, size = rows[scores.argmax()], zoo.layout.size
+            space.decoder.bias[a].data.copy_(base)
+            space.decoder.scale[a].data.fill_(base.std())
+            getattr(space, f"mean{a}").flatten()[:size] = rows.mean(0)
+            if len(zoo) > 1:
+                getattr(space, f"std{a}").flatten()[:size] = rows.std(0).clamp_min(1e-6)
         return space
 
     @property
     def architectures(self) -> list[str]:
         """Names of the architectures, in the order of their indices."""
         names = [name_of(b.module) for b in self.batched]
-        return [
-            f"{x}-{names[:a].count(x) + 1}" if x in names[:a] else x for a, x in enumerate(names)
-        ]
+        repeats = [names[:a].count(name) for a, name in enumerate(names)]
+        return [f"{n}-{k + 1}" if k else n for n, k in zip(names, repeats, strict=True)]
 
     def index(self, architecture=None) -> int:
         """The index of an architecture given by index, name, module or `Nets`.
@@ -202,22 +196,20 @@ class NetSpace(nn.Module):
         architectures there are.
         """
         names = self.architectures
-        if architecture is None and len(names) == 1:
-            return 0
-        if type(architecture) is int and 0 <= architecture < len(names):
-            return architecture
-        if isinstance(architecture, str) and architecture in names:
-            return names.index(architecture)
-        what = f"architecture {architecture!r}"
-        if isinstance(architecture, Nets | nn.Module):
-            nets = isinstance(architecture, Nets)
-            module = architecture.module if nets else fold_batchnorm(architecture)
-            wanted = architecture.batched.fingerprint if nets else structure(module)
-            for a, batched in enumerate(self.batched):
-                if batched.fingerprint == wanted:
-                    return a
-            size = sum(p.numel() for p in module.parameters())
+        wanted, what = architecture, f"architecture {architecture!r}"
+        if isinstance(architecture, nn.Module):
+            module = fold_batchnorm(architecture)
+            wanted = structure(module)
+        elif isinstance(architecture, Nets):
+            module, wanted = architecture.module, architecture.batched.fingerprint
+        if wanted is not architecture:
+            size = Layout.of(module).size
             what = f"a {name_of(module)} of {size:,} parameters, recognised by what it computes"
+        if architecture is None and len(names) == 1:
+            wanted = 0
+        for a, (name, batched) in enumerate(zip(names, self.batched, strict=True)):
+            if wanted in (name, batched.fingerprint) or (type(wanted) is int and wanted == a):
+                return a
         known = (f"{n} ({b.layout.size:,})" for n, b in zip(names, self.batched, strict=True))
         raise ValueError(f"{what}, is not one of this space, which holds {', '.join(known)}")
 
@@ -230,7 +222,7 @@ class NetSpace(nn.Module):
         prep = answers = None
         if self.config.weights:
             mean, std = getattr(self, f"mean{architecture}"), getattr(self, f"std{architecture}")
-            prep = chunk_pack(rows, *mean.shape, mean, std)
+            prep = chunk_pack(rows, *mean.shape, mean.float(), std.float())
         if self.config.probes:
             batched = self.batched[architecture]
             blocks = [batched(part, self.probes) for part in rows.split(2 * BLOCK)]
@@ -246,30 +238,23 @@ class NetSpace(nn.Module):
         Raises ValueError if the nets are not of the architecture, or not finite.
         """
         if isinstance(nets, MixedNets):
-            return nets.join([self.encode(group) for group in nets.groups])
-        if not isinstance(nets, Tensor | Nets):
-            nets = [nets] if isinstance(nets, nn.Module | dict) else list(nets)
-            if nets and isinstance(nets[0], Nets):
-                return torch.cat([self.encode(group, architecture) for group in nets])
-            if nets and isinstance(nets[0], nn.Module):
-                nets = [fold_batchnorm(module) for module in nets]
-                found = {self.index(module) for module in nets}
-                if len(found) > 1:
-                    raise ValueError("modules of several architectures: encode each kind apart")
-                architecture = found.pop() if architecture is None else architecture
-        if architecture is None and isinstance(nets, Nets):
-            architecture = nets
-        a = self.index(architecture)
-        batched = self.batched[a]
-        if isinstance(nets, Nets):
-            if nets.batched.fingerprint != batched.fingerprint:
-                raise ValueError(f"{nets!r} compute something else than {self.architectures[a]}")
-            nets = nets.rows
-        elif isinstance(nets, list):
-            nets = batched.layout.pack(nets)
-        check_rows(nets, batched.layout.size)
+            return nets.join([self.encode(group, architecture) for group in nets.groups])
+        nets = [nets] if isinstance(nets, nn.Module | dict | Nets | Tensor) else list(nets)
+        if len(nets) > 1 and isinstance(nets[0], Nets | Tensor):
+            return torch.cat([self.encode(group, architecture) for group in nets])
+        known = [net for net in nets if isinstance(net, Nets | nn.Module)]
+        known += [architecture] if architecture is not None or not known else []
+        if len(found := {self.index(one) for one in known}) > 1:
+            raise ValueError("nets of several architectures, or of another: encode each kind apart")
+        (a,) = found
+        if nets and isinstance(nets[0], Nets | Tensor):
+            rows = getattr(nets[0], "rows", nets[0])
+        else:
+            nets = [fold_batchnorm(net) if isinstance(net, nn.Module) else net for net in nets]
+            rows = self.batched[a].layout.pack(nets)
+        check_rows(rows, self.batched[a].layout.size)
         with torch.no_grad():
-            return self.encoder(self.features(nets, a), a)
+            return self.encoder(self.features(rows, a), a)
 
     def decode(self, z: Tensor, architecture=None) -> Nets | MixedNets:
         """Nets of an architecture (index or name) that embeddings z [N, E] (or [E]) stand for.
@@ -303,17 +288,15 @@ class NetSpace(nn.Module):
 
     def translate(self, z: Tensor, source, target) -> Tensor:
         """Embeddings of ``source`` nets moved to another architecture: same answers, other form."""
-        source, target = self.index(source), self.index(target)
-        if source == target:
-            return self._check(z)
-        return self._check(z) - self.encoder.offset[source] + self.encoder.offset[target]
+        z, source, target = self._check(z), self.index(source), self.index(target)
+        offset = self.encoder.offset
+        return z if source == target else z - offset[source] + offset[target]
 
     def _check(self, z: Tensor) -> Tensor:
         z = z[None] if z.dim() == 1 else z
         if z.dim() != 2 or z.shape[1] != self.config.embedding:
-            raise ValueError(
-                f"embeddings should be [N, {self.config.embedding}], not {list(z.shape)}"
-            )
+            size = self.config.embedding
+            raise ValueError(f"embeddings should be [N, {size}], not {list(z.shape)}")
         return z
 
     def save(self, folder) -> None:
@@ -329,15 +312,19 @@ class NetSpace(nn.Module):
         Raises ValueError if ``modules`` compute something else than those of the space.
         """
         record, state = store.load(folder, "space")
-        known = record["architectures"]
-        modules = modules or [build(description) for description in known]
-        config = SpaceConfig(**record["config"])
-        inputs = state["probes"] if config.probes else torch.zeros(1)
-        space = cls(modules, inputs, config, record["seed"])
-        if [b.fingerprint for b in space.batched] != [about["fingerprint"] for about in known]:
-            names = ", ".join(about["name"] for about in known)
-            raise ValueError(f"{folder} holds a space of {names}: other modules were given")
-        space.load_state_dict(state)
+        with store.reading(folder):
+            known = record["architectures"]
+            modules = modules or [build(description) for description in known]
+            config = SpaceConfig(**record["config"])
+            inputs = state.get("probes", state["decoder.hidden.weight"])  # for their dtype
+            space = cls(modules, inputs, config, record["seed"])
+            if [b.fingerprint for b in space.batched] != [about["fingerprint"] for about in known]:
+                names = ", ".join(about["name"] for about in known)
+                raise ValueError(f"{folder} holds a space of {names}: other modules were given")
+            space.load_state_dict(state)
+        kinds = {tensor.dtype for tensor in state.values()}
+        if len(kinds) > 1:
+            raise ValueError(f"{folder} holds a space of mixed dtypes {kinds}: save it again")
         return space
 
 

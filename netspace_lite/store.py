@@ -8,10 +8,10 @@ version whole, and a file that was cut short or edited is refused.
 import hashlib
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -28,9 +28,8 @@ def save(folder, name: str, record: dict, tensors: dict[str, Tensor]) -> None:
     text = json.dumps({**full, "checksum": _checksum(full)}, indent=1)
     _replace(folder / file, payload)
     _replace(folder / f"{name}.json", text.encode())
-    for old in _tensor_files(folder, name):
-        if old.name != file:
-            old.unlink()
+    for old in _tensor_files(folder, name) - {folder / file}:
+        old.unlink()
 
 
 def load(folder, name: str) -> tuple[dict, dict[str, Tensor]]:
@@ -43,27 +42,30 @@ def load(folder, name: str) -> tuple[dict, dict[str, Tensor]]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: nothing was saved under that name")
     try:
-        record = json.loads(path.read_text())
-        checksum, stored = record.pop("checksum"), record["tensors"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        record = json.loads(path.read_bytes())
+        checksum, _ = record.pop("checksum"), record["tensors"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): restore it or save again") from error
     if checksum != _checksum(record):
         raise ValueError(f"{path} was edited after it was saved: restore it or save again")
+    stored = record.pop("tensors")
     file = path.with_name(Path(stored["file"]).name)
     if not file.is_file():
         raise ValueError(f"{file} is missing, though {path.name} names it")
     payload = file.read_bytes()
     if hashlib.sha256(payload).hexdigest() != stored["sha256"]:
-        raise ValueError(
-            f"{file} was truncated or edited: it has {len(payload)} bytes and another checksum "
-            f"than {path.name} states; restore it or save again"
-        )
+        raise ValueError(f"{file} was truncated or edited: restore it or save again")
+    return record, load_tensors(payload)
+
+
+@contextmanager
+def reading(folder):
+    """ValueError naming ``folder`` where what `load` gave turns out to be another version's."""
     try:
-        tensors = load_tensors(payload)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is no safetensors file: {error}") from error
-    del record["tensors"]
-    return record, tensors
+        yield
+    except (TypeError, AttributeError, LookupError, RuntimeError, OverflowError) as error:
+        what = f"{folder} holds a record that this version can't read ({error!r})"
+        raise ValueError(f"{what}: make it anew") from error
 
 
 def exists(folder, name: str) -> bool:
@@ -73,19 +75,16 @@ def exists(folder, name: str) -> bool:
 
 def delete(folder, name: str) -> None:
     """Remove what `save` wrote, if it is there."""
-    (Path(folder) / f"{name}.json").unlink(missing_ok=True)
-    for file in _tensor_files(Path(folder), name):
-        file.unlink()
+    for file in [Path(folder) / f"{name}.json", *_tensor_files(Path(folder), name)]:
+        file.unlink(missing_ok=True)
 
 
 def check_plan(folder, found: dict, wanted: dict) -> None:
     """Raise ValueError unless what lies in ``folder`` is what is to be made."""
     differs = [key for key, value in wanted.items() if found.get(key) != value]
     if differs:
-        raise ValueError(
-            f"{folder} holds work with another {' and '.join(differs)}: choose another folder, "
-            "or delete this one to start anew"
-        )
+        what = f"{folder} holds work with another {' and '.join(differs)}"
+        raise ValueError(f"{what}: choose another folder, or delete this one to start anew")
 
 
 def load_arrays(path, names) -> dict[str, np.ndarray]:
@@ -102,23 +101,17 @@ def load_arrays(path, names) -> dict[str, np.ndarray]:
         pickled = "pickle" in str(error).lower()
         why = "holds pickled objects, which are never loaded" if pickled else "is damaged"
         raise ValueError(f"{path} {why}: save plain arrays with np.savez ({error!r})") from error
-    absent = [name for name in names if name not in found]
-    if absent:
+    if absent := [name for name in names if name not in found]:
         raise ValueError(f"{path} lacks {', '.join(absent)}; it should hold {', '.join(names)}")
     return found
 
 
-def as_json(value) -> str:
-    """``value`` as JSON text that is the same for the same content (tuples are lists)."""
-    return json.dumps(value, sort_keys=True)
-
-
 def _checksum(record: dict) -> str:
-    return hashlib.sha256(as_json(record).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _tensor_files(folder: Path, name: str) -> list[Path]:
-    return [f for f in folder.glob(f"{name}-*.safetensors") if f.stem.rpartition("-")[0] == name]
+def _tensor_files(folder: Path, name: str) -> set[Path]:
+    return set(folder.glob(f"{name}-{'?' * 12}.safetensors"))
 
 
 def _replace(path: Path, payload: bytes) -> None:

@@ -6,19 +6,22 @@ the generator, encodes, decodes, and compares what the decoded nets answer with 
 ``loss(nets, generator) -> [N]``, such as `netspace_lite.explore.ImageLoss` with any teacher.
 """
 
+import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import combinations
-from math import cos, pi
+from math import cos, inf, isnan, nan, pi
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import store
-from .fingerprint import fingerprint, structure
+from .fingerprint import fingerprint
 from .kernels import distillation_loss
-from .nets import Nets
+from .nets import MixedNets, Nets
 from .progress import progress_bar
 from .space import NetSpace
 
@@ -48,6 +51,32 @@ def kl_divergence(outputs: Tensor, targets: Tensor, temperature) -> Tensor:
     return distillation_loss(outputs, targets, temperature=temperature) / temperature**2
 
 
+class LikenessLoss:
+    """How differently nets answer from ``nets``, one by one.
+
+    Args:
+        nets: N `Nets` (or `MixedNets`, on shared inputs) to be like.
+        inputs: [S, ...] shared, or with ``per_net`` [N, S, ...], each net's own.
+        loss: (outputs, targets, scale) -> [N], as in `Distillation`.
+        samples: B, inputs drawn in each step.
+
+    Call it with nets and a generator: the loss of each net, [N]. ``like`` [N] says which of the
+    nets each should be like, all in their order unless given.
+    """
+
+    def __init__(self, nets, inputs: Tensor, *, per_net=False, loss=kl_divergence, samples=64):
+        self.inputs, self.per_net, self.loss, self.samples = inputs, per_net, loss, samples
+        self.targets = nets.outputs(inputs, True) if per_net else nets.outputs(inputs)
+        self.scale = logit_scale(self.targets)
+
+    def __call__(self, nets: Nets, generator: torch.Generator, like=None) -> Tensor:
+        s = torch.randint(self.targets.shape[1], (self.samples,), generator=generator)
+        n = torch.arange(len(self.targets)) if like is None else like
+        n, s = n.to(self.targets.device)[:, None], s.to(self.targets.device)
+        outputs = nets(self.inputs[n, s], True) if self.per_net else nets(self.inputs[s])
+        return self.loss(outputs, self.targets[n, s], self.scale[n[:, 0]])
+
+
 def combine(*objectives: Objective, weights: Sequence[float] | None = None) -> Objective:
     """The weighted sum of objectives, all weights 1 unless given."""
     weights = [1.0] * len(objectives) if weights is None else weights
@@ -72,15 +101,20 @@ class MixedZoo:
 
     def __init__(self, space: NetSpace, zoos):
         self.zoos = [zoos] if isinstance(zoos, Nets) else list(zoos)
-        self.present, self.features = [space.index(zoo) for zoo in self.zoos], None
-        if not space.config.learn_probes:
-            with torch.no_grad():
-                pairs = zip(self.zoos, self.present, strict=True)
-                self.features = [space.features(zoo.rows, a) for zoo, a in pairs]
+        self.present = [space.index(zoo) for zoo in self.zoos]
         self.sizes = torch.tensor([len(zoo) for zoo in self.zoos])
         self.group = torch.arange(len(self.sizes)).repeat_interleave(self.sizes)
         self.first = self.sizes.cumsum(0) - self.sizes
         self.architecture = torch.tensor(self.present)[self.group]
+        self._space, self._features = None, []
+        self._read(space)
+
+    @torch.no_grad()
+    def _read(self, space: NetSpace) -> None:
+        """Keep what this space reads of the nets, unless that changes while it learns."""
+        if space is not self._space and not space.config.learn_probes:
+            pairs = zip(self.zoos, self.present, strict=True)
+            self._space, self._features = space, [space.features(z.rows, a) for z, a in pairs]
 
     def __len__(self) -> int:
         return len(self.group)
@@ -98,13 +132,14 @@ class MixedZoo:
 
     def encode(self, space: NetSpace, n: Tensor, target: int | None = None) -> Tensor:
         """Embeddings [len(n), E] of nets n, moved to architecture ``target`` if there is one."""
+        self._read(space)
         parts, places = [], []
-        for g, a in enumerate(self.present):
+        for g, (zoo, a) in enumerate(zip(self.zoos, self.present, strict=True)):
             at = (self.group[n] == g).nonzero()[:, 0]
             if len(at) == 0:
                 continue
-            rows, i = self.zoos[g].rows, (n[at] - self.first[g]).to(self.zoos[g].rows.device)
-            features = self.features[g][i] if self.features else space.features(rows[i], a)
+            i, learns = (n[at] - self.first[g]).to(zoo.rows.device), space.config.learn_probes
+            features = space.features(zoo.rows[i], a) if learns else self._features[g][i]
             z = space.encoder(features, a)
             parts.append(z if target is None else space.translate(z, a, target))
             places.append(at)
@@ -135,47 +170,35 @@ class Distillation:
         self, space: NetSpace, zoos, inputs: Tensor, *, per_net=False, loss=kl_divergence,
         nets=48, samples=24, crossing=0.5, chances: Sequence[float] | None = None,
     ):  # fmt: skip
-        self.pool, self.loss = MixedZoo(space, zoos), loss
-        self.inputs, self.per_net = inputs, per_net
-        count = len(self.pool.zoos)
-        if per_net and count > 1:
-            raise ValueError(f"inputs per net need one zoo, not {count}: share the inputs")
-        self.nets, self.samples, self.crossing = nets, samples, crossing if count > 1 else 0
-        self.chances = torch.tensor(chances or [1.0] * count).float()
-        self.targets = torch.cat([zoo.outputs(inputs, per_net) for zoo in self.pool.zoos])
-        self.scale = logit_scale(self.targets)
+        self.pool = MixedZoo(space, zoos)
+        zoos, several = self.pool.zoos, len(self.pool.zoos) > 1
+        if per_net and several:
+            raise ValueError(f"inputs per net need one zoo, not {len(zoos)}: share the inputs")
+        sources, options = (
+            MixedNets(zoos) if several else zoos[0],
+            {"loss": loss, "samples": samples},
+        )
+        self.likeness = LikenessLoss(sources, inputs, per_net=per_net, **options)
+        self.nets, self.crossing = nets, crossing if several else 0
+        self.chances = torch.tensor(chances or [1.0] * len(zoos)).float()
 
     def __call__(self, space: NetSpace, generator: torch.Generator) -> Tensor:
         group = int(torch.multinomial(self.chances, 1, generator=generator))
-        n = self.pool.draw(self.nets, generator, group)
+        n, target = self.pool.draw(self.nets, generator, group), self.pool.present[group]
         crossed = round(self.nets * self.crossing)
         n[:crossed] = self.pool.draw(crossed, generator)
-        s = torch.randint(self.targets.shape[1], (self.samples,), generator=generator)
-        target = self.pool.present[group]
         nets = space.decode(self.pool.encode(space, n, target), target)
-        at, s = n.to(self.targets.device)[:, None], s.to(self.targets.device)
-        outputs = nets(self.inputs[at, s] if self.per_net else self.inputs[s], self.per_net)
-        losses = self.loss(outputs, self.targets[at, s], self.scale[at[:, 0]])
-        return _mean_of_finite(losses, n)
+        losses = self.likeness(nets, generator, n)
+        if not (good := losses.isfinite().cpu()).all():
+            raise ValueError(f"the losses of nets {n[~good].unique().tolist()} are not finite")
+        return losses.mean()
 
 
-def _mean_of_finite(losses: Tensor, n: Tensor) -> Tensor:
-    """The mean loss; ValueError naming the nets whose loss is not finite."""
-    loss = losses.mean()
-    if not loss.isfinite():
-        bad = n[(~losses.isfinite()).cpu()].unique().tolist()
-        raise ValueError(f"the losses of nets {bad} are not finite")
-    return loss
-
-
-def decoded_loss(
-    space: NetSpace, z: Tensor, architecture: Tensor, loss: NetsLoss, generator
-) -> Tensor:
+def decoded_loss(space: NetSpace, z: Tensor, architecture: Tensor, loss, generator) -> Tensor:
     """Mean loss of nets decoded from z [N, E], each as its own ``architecture`` [N]."""
     losses = []
     for a in architecture.unique().tolist():
-        nets = space.decode(z[(architecture == a).to(z.device)], a)
-        losses.append(loss(nets, generator))
+        losses.append(loss(space.decode(z[(architecture == a).to(z.device)], a), generator))
     return torch.cat(losses).mean()
 
 
@@ -248,14 +271,11 @@ class Interpolation:
         self.pool, self.loss = MixedZoo(space, zoos), loss
         self.nets, self.named, self.jitter = nets, named, jitter
         self.apart = max(1, len(space.architectures) - 2) if apart is None else apart
-        order = sorted(range(len(self.pool.zoos)), key=lambda i: self.pool.present[i])
         index = self.pool.present
-        self.ends = [e for e in combinations(order, 2) if index[e[1]] - index[e[0]] > self.apart]
+        pairs = combinations(sorted(range(len(index)), key=index.__getitem__), 2)
+        self.ends = [(i, j) for i, j in pairs if index[j] - index[i] > self.apart]
         if not self.ends:
-            raise ValueError(
-                f"no two zoos are more than {self.apart} architectures apart: there is nothing "
-                "in between to learn; pass apart="
-            )
+            raise ValueError(f"no zoos over {self.apart} apart, nothing in between: pass apart=")
 
     def __call__(self, space: NetSpace, generator: torch.Generator) -> Tensor:
         z, architecture = self.points(space, generator, self.nets)
@@ -263,9 +283,7 @@ class Interpolation:
         z, architecture = self.points(space, generator, self.named, ends=True)
         return loss + F.cross_entropy(space.classify(z), architecture.to(z.device))
 
-    def points(
-        self, space: NetSpace, generator: torch.Generator, count: int, ends: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def points(self, space: NetSpace, generator, count: int, ends=False) -> tuple[Tensor, Tensor]:
         """Random points on random lines [count, E], and the architectures wanted there [count].
 
         Places k/d with k from 1 to d − 1, or from 0 to d with ``ends``.
@@ -300,57 +318,44 @@ def fit(
     every epoch is saved there and the same call resumes, bit for bit; a finished fit is loaded.
 
     Returns the history: one dict of step, seconds, mean loss of the epoch and scores per epoch.
-
     Raises ValueError naming the step whose loss is not finite, and if ``folder`` holds the fit of
     another space, objective, validation or schedule, naming which.
     """
     if min(steps, epoch) < 1:
         raise ValueError(f"a fit takes at least one step and epoch, not {steps} steps of {epoch}")
-    trained = [p for p in space.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr, fused=True)  # one pass over memory, not ten
+    learned = (p for p in space.parameters() if p.requires_grad)
+    optimiser = torch.optim.AdamW(learned, lr, fused=True)  # one pass over memory, not ten
     generator = torch.Generator().manual_seed(seed)
     plan = {"steps": steps, "lr": lr, "epoch": epoch, "seed": seed}
-    history: list[dict[str, float]] = []
-    best: dict[str, Tensor] = {}
+    history, best = [], {}
     if folder is not None:
-        # A space remembers where an interrupted fit began, so that the same call goes on from there.
-        space._origin = getattr(space, "_origin", None) or _fingerprint(space, space.state_dict())
-        plan |= {"space": space._origin, "objective": fingerprint(objective)}
-        plan["validation"] = fingerprint(validate)
-        if store.exists(folder, "fit"):
-            history, best = _resume(folder, plan, space, optimiser, generator)
-    started = time.monotonic() - (history[-1]["seconds"] if history else 0.0)
-    first, losses = (int(history[-1]["step"]) if history else 0), []
+        plan |= {"objective": fingerprint(objective), "validation": fingerprint(validate)}
+        history, best = _resume(folder, plan, space, optimiser, generator)
+    last = history[-1] if history else {"step": 0, "seconds": 0.0}
+    first, started = last["step"], time.monotonic() - last["seconds"]
     with progress_bar(steps, "fitting the space", first=first) as bar:
-        for step in range(first, steps):
-            optimiser.param_groups[0]["lr"] = learning_rate(step, steps, lr)
-            losses.append(_descend(space, objective, generator, optimiser, step))
-            bar.update()
-            if (step + 1) % epoch and step + 1 < steps:
-                continue
-            found, mean = validate(space), sum(losses) / len(losses)
-            if not found:
+        for start in range(first, steps, epoch):
+            losses = []
+            for step in range(start, min(start + epoch, steps)):
+                optimiser.param_groups[0]["lr"] = learning_rate(step, steps, lr)
+                losses.append(_descend(space, objective, generator, optimiser, step))
+                bar.update()
+            if not (found := {name: float(value) for name, value in validate(space).items()}):
                 raise ValueError("validate returned no score: a dict of at least one is needed")
-            score = next(iter(found))
-            bar.set_postfix(loss=f"{mean:.4f}", **{score: f"{found[score]:.2f}"})
-            if not best or _nan_last(found[score]) > max(_nan_last(r[score]) for r in history):
+            row = {"step": step + 1, "seconds": time.monotonic() - started, "loss": fmean(losses)}
+            name, score = next(iter(found.items()))
+            bar.set_postfix(loss=f"{row['loss']:.4f}", **{name: f"{score:.2f}"})
+            earlier = (past[name] for past in history if not isnan(past.get(name, nan)))
+            if not best or score > max(earlier, default=-inf):
                 best = {k: v.detach().clone() for k, v in space.state_dict().items()}
-            seconds, losses = time.monotonic() - started, []
-            history.append({"step": step + 1, "seconds": seconds, "loss": mean, **found})
+            history.append(row | found)
             log(history[-1])
+            if step + 1 == steps:
+                space.load_state_dict(best)
             if folder is not None:
                 _checkpoint(folder, plan, space, optimiser, generator, history, best)
-    space.load_state_dict(best)
-    space._origin = None
+    space._begun = None
     return history
-
-
-def _fingerprint(space: nn.Module, state: dict[str, Tensor]) -> str:
-    return fingerprint(structure(space), dict(state))
-
-
-def _nan_last(score: float) -> float:
-    return score if score == score else float("-inf")
 
 
 def _descend(space, objective, generator, optimiser, step: int) -> float:
@@ -369,29 +374,40 @@ def _descend(space, objective, generator, optimiser, step: int) -> float:
 
 
 def _checkpoint(folder, plan, space, optimiser, generator, history, best) -> None:
-    tensors = {f"space.{k}": v for k, v in space.state_dict().items()}
-    tensors |= {f"best.{k}": v for k, v in best.items()}
-    for i, state in optimiser.state_dict()["state"].items():
-        tensors |= {f"adam.{i}.{k}": v for k, v in state.items()}
-    tensors["generator"] = generator.get_state()
-    result = _fingerprint(space, best)
-    store.save(folder, "fit", {"plan": plan, "history": history, "result": result}, tensors)
+    parts = {"space": space.state_dict(), "best": best, "random": {"state": generator.get_state()}}
+    parts |= optimiser.state_dict()["state"]  # of each parameter, by number
+    tensors = {f"{part}/{k}": v for part, state in parts.items() for k, v in state.items()}
+    record = {"plan": plan, "history": history, "result": fingerprint(space)}
+    store.save(folder, "fit", record, tensors)
 
 
-def _resume(folder, plan, space, optimiser, generator):
+def _resume(folder, plan, space, optimiser, generator) -> tuple[list, dict[str, Tensor]]:
+    """History and best state of what lies in the folder, if anything; says where the fit began."""
+    begun, origin = getattr(space, "_begun", None) or ("", "")  # by a fit that was interrupted
+    found = store.exists(folder, "fit")
+    plan["space"] = origin if found and begun == str(folder) else fingerprint(space)
+    space._begun = str(folder), plan["space"]
+    if not found:
+        return [], {}
     record, tensors = store.load(folder, "fit")
-    if plan["space"] == record["result"]:  # the very space that this fit left
-        plan = plan | {"space": record["plan"]["space"]}
-    store.check_plan(folder, record["plan"], plan)
-
-    def part(prefix):
-        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-    space.load_state_dict(part("space."))
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in part("adam.").items():
-        index, name = key.split(".")
-        state.setdefault(int(index), {})[name] = value
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
-    generator.set_state(tensors["generator"])
-    return record["history"], part("best.")
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, value in tensors.items():
+        part, _, name = key.partition("/")
+        parts[part][name] = value
+    with store.reading(folder):
+        if plan["space"] == record["result"]:  # the very space that this fit left
+            plan["space"] = record["plan"]["space"]
+        store.check_plan(folder, record["plan"], plan)
+        history = record["history"]
+        if not all(math.isfinite(row[k]) for row in history for k in ("step", "seconds", "loss")):
+            raise ValueError(f"{folder} holds a history with numbers that are not finite")
+        best = parts.pop("best")
+        space.load_state_dict(best)
+        space.load_state_dict(parts.pop("space"))
+        generator.set_state(parts.pop("random")["state"])
+        state = {int(number): part for number, part in parts.items()}
+        for number, p in enumerate(optimiser.param_groups[0]["params"]):
+            for name in ("exp_avg", "exp_avg_sq") if number in state else ():
+                state[number][name] = state[number][name].to(p).reshape(p.shape)
+        optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+    return history, best

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import store
-from .architectures import build, describe, name_of
+from .architectures import ARCHITECTURES, build, describe, name_of
 from .batching import BLOCK, Batched
 from .data import ImageData
 from .fingerprint import fingerprint, structure
@@ -98,10 +98,7 @@ class ImageTask:
         self.data, self.batch_size = data, min(batch, len(data.train))
         self._orders: dict[tuple[int, int], Tensor] = {}
 
-    @property
-    def device(self) -> torch.device:
-        """Where the images are, and so where nets are trained."""
-        return self.data.train.x.device
+    device = property(lambda self: self.data.train.x.device, doc="Where nets are trained.")
 
     def batch(self, recipes: Sequence[Recipe], members: Tensor, step: int):
         """Step ``step`` of each net's own shuffled epochs: x [N, B, C, H, W] and y [N, B].
@@ -133,10 +130,8 @@ class ImageTask:
 
     def scores(self, nets: Nets, members: Tensor) -> dict[str, Tensor]:
         """Accuracies in percent of each net: {"val_accuracy": [N], "test_accuracy": [N]}."""
-        return {
-            "val_accuracy": nets.accuracy(self.data.val),
-            "test_accuracy": nets.accuracy(self.data.test),
-        }
+        parts = {"val_accuracy": self.data.val, "test_accuracy": self.data.test}
+        return {name: nets.accuracy(images) for name, images in parts.items()}
 
 
 class Zoo(Nets):
@@ -156,14 +151,23 @@ class Zoo(Nets):
 
     def __init__(
         self, module, rows, scores=None, recipes=None, losses=None, members=None, about=None
-    ):
+    ):  # fmt: skip
         super().__init__(module, rows)
         self.scores, self.losses, self.recipes = scores or {}, losses, recipes
         self.members = torch.arange(len(rows)) if members is None else members
         self.about = about or {}
+        parts = [
+            part for part in (*self.scores.values(), recipes, losses, members) if part is not None
+        ]
+        if any(len(part) != len(rows) for part in parts):
+            raise ValueError(f"scores, recipes, losses or members are not of {len(rows)} nets each")
         if not (good := self.finite()).all():
-            _name_diverged(self, good)
-            self.__dict__.update(self._at(good.nonzero()[:, 0]).__dict__)
+            said = f"nets {self.members[~good].tolist()} are not finite"
+            said += "" if losses is None else f", since steps {_began(losses[~good])}"
+            if not good.any():
+                raise ValueError(f"{said}: no net is left, train with a lower learning rate")
+            warnings.warn(f"{said}: they are left out", stacklevel=3)
+            self.__dict__.update(self[good].__dict__)
 
     @property
     def seconds(self) -> float:
@@ -178,9 +182,9 @@ class Zoo(Nets):
         return Zoo(self.batched, rows, scores, recipes, losses, self.members[n], self.about)
 
     def scored(self, task: Task) -> "Zoo":
-        """The same nets with the scores that ``task`` gives them."""
-        zoo = copy.copy(self)
-        zoo.scores = task.scores(self, self.members)
+        """The same nets, where the task's data is, with the scores that ``task`` gives them."""
+        zoo = self.to(_device(task))
+        zoo.scores = task.scores(zoo, zoo.members)
         return zoo
 
     def _contents(self) -> tuple[dict, dict[str, Tensor]]:
@@ -199,18 +203,19 @@ class Zoo(Nets):
         that compute something else than ``module``, even where all shapes agree.
         """
         record, tensors = store.load(folder, "zoo")
-        batched = Batched(fold_batchnorm(module or build(record["architecture"])))
-        if batched.fingerprint != record["architecture"]["fingerprint"]:
-            raise ValueError(
-                f"{folder} holds nets of {tensors['rows'].shape[1]} parameters that compute "
-                f"something else than this {name_of(batched.module)} of {batched.layout.size}: "
-                "pass the very architecture they were made of, settings and activations included"
-            )
-        scores = {n: torch.tensor(values) for n, values in record.get("scores", {}).items()}
-        nets, rows = record.get("nets"), tensors["rows"]
-        recipes = None if nets is None else [Recipe(**net) for net in nets]
-        losses, members = tensors.get("losses"), tensors.get("members")
-        return cls(batched, rows, scores, recipes, losses, members, record.get("about"))
+        with store.reading(folder):
+            known, rows = record["architecture"], tensors["rows"]
+            batched = Batched(fold_batchnorm(module or build(known)))
+            if batched.fingerprint != known["fingerprint"]:
+                raise ValueError(
+                    f"{folder} holds nets of {rows.shape[1]} parameters that compute something "
+                    f"else than this {name_of(batched.module)} of {batched.layout.size}: pass the "
+                    "architecture they were made of, with the same settings and activations"
+                )
+            scores = {n: torch.tensor(values) for n, values in record.get("scores", {}).items()}
+            recipes = record.get("nets") and [Recipe(**net) for net in record["nets"]]
+            history = recipes, tensors.get("losses"), tensors.get("members")
+            return cls(batched, rows, scores, *history, record.get("about"))
 
     @classmethod
     def from_modules(cls, modules: Iterable[nn.Module], task: Task | None = None) -> "Zoo":
@@ -229,9 +234,7 @@ class Zoo(Nets):
                     f"module {n}, a {name_of(module)}, computes another function of its weights "
                     f"than module 0, a {name_of(modules[0])}: one zoo holds one architecture"
                 )
-        with torch.no_grad():
-            zoo = cls(batched, batched.layout.pack(modules))
-        zoo = zoo.to(getattr(task, "device", zoo.rows.device))
+        zoo = cls(batched, batched.layout.pack(modules))
         return zoo if task is None else zoo.scored(task)
 
     @classmethod
@@ -257,38 +260,27 @@ def _read_checkpoint(path: Path, module: nn.Module) -> nn.Module:
     """A copy of ``module`` with the state dict in a file."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    read = load_file if path.suffix == ".safetensors" else _load_pickled_tensors
+    loaded = copy.deepcopy(module)
     try:
-        state = read(path)
+        safe = path.suffix == ".safetensors"
+        state = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
         for key in ("state_dict", "model_state_dict", "model"):  # how training scripts wrap it
             state = state[key] if isinstance(state.get(key), dict) else state
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-        loaded = copy.deepcopy(module)
-        loaded.load_state_dict(state)
+        loaded.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
     except Exception as error:  # readers and modules fail in many ways, each on its own terms
-        raise ValueError(
-            f"{path} is no state dict of {name_of(module)}: {str(error) or repr(error)}"
-        ) from error
+        why = str(error) or repr(error)
+        raise ValueError(f"{path} is no state dict of {name_of(module)}: {why}") from error
     return loaded
 
 
-def _load_pickled_tensors(path: Path) -> dict:
-    return torch.load(path, map_location="cpu", weights_only=True)
+def _began(losses: Tensor) -> list[int]:
+    """The step of each net [N, S] since which its loss is not finite, S if it is to the end."""
+    return losses.isfinite().long().cumprod(1).sum(1).tolist()
 
 
-def _name_diverged(zoo: Zoo, good: Tensor) -> None:
-    """Warn of nets that are not finite, naming them and where it began."""
-    bad = (~good).nonzero()[:, 0].tolist()
-    began = "" if zoo.losses is None else f", since steps {[_began(zoo.losses[n]) for n in bad]}"
-    what = f"nets {zoo.members[~good].tolist()} are not finite{began}"
-    if len(bad) == len(zoo):
-        raise ValueError(f"{what}: no net is left, train with a lower learning rate")
-    warnings.warn(f"{what}: they are left out", stacklevel=4)
-
-
-def _began(losses: Tensor) -> int:
-    """The first step whose loss is not finite, or the number of steps."""
-    return int((~losses.isfinite()).nonzero()[0]) if not losses.isfinite().all() else len(losses)
+def _device(task: Task) -> torch.device:
+    """Nets are trained where the data of their task is."""
+    return torch.device(getattr(task, "device", "cpu"))
 
 
 def adamw_step(rows, grad, momentum, variance, step, lr, weight_decay, betas=(0.9, 0.999)):
@@ -303,7 +295,7 @@ def adamw_step(rows, grad, momentum, variance, step, lr, weight_decay, betas=(0.
     rows.sub_(lr / (1 - betas[0] ** step) * momentum / scale)
 
 
-def initial_rows(make: Make, seeds: Iterable[int]) -> Tensor:
+def initial_rows(make: Make | Batched, seeds: Iterable[int]) -> Tensor:
     """Rows [N, P] of nets initialised as PyTorch would with ``torch.manual_seed(seed)`` each.
 
     Args:
@@ -312,30 +304,20 @@ def initial_rows(make: Make, seeds: Iterable[int]) -> Tensor:
 
     Raises ValueError naming a layer that has parameters but no ``reset_parameters``.
     """
-    fresh, nets = _factory(make), []
+    make = make.module if isinstance(make, Batched) else make
     with torch.random.fork_rng(devices=[]):
-        for seed in seeds:
-            torch.manual_seed(seed)
-            nets.append(fresh())
+        nets = [_make(make, seed) for seed in seeds]
     return Layout.of(nets[0]).pack(dict(net.named_parameters()) for net in nets)
 
 
-def _rows_of(make: Make | Batched, recipes: list[Recipe]) -> Tensor:
-    make = make.module if isinstance(make, Batched) else make
-    return initial_rows(make, [recipe.seed for recipe in recipes])
-
-
-def _factory(make: Make) -> Callable[[], nn.Module]:
+def _make(make: Make, seed: int) -> nn.Module:
+    """A net of its own, initialised by ``seed``."""
+    torch.manual_seed(seed)
     if not isinstance(make, nn.Module):
-        return make
-    description = describe(make)
-    if description["config"] is not None:
-        return lambda: build(description)
-    return lambda: _reset(make)
-
-
-def _reset(module: nn.Module) -> nn.Module:
-    module = copy.deepcopy(module)
+        return make()
+    if ARCHITECTURES.get(type(make).__name__) is type(make):
+        return build(describe(make)).to(next(make.parameters()).dtype)
+    module = copy.deepcopy(make).cpu()  # random numbers are the CPU's
     for name, layer in reversed(list(module.named_modules())):  # parents have the last word
         names = ("reset_parameters", "_reset_parameters")
         reset = next((getattr(layer, n) for n in names if hasattr(layer, n)), None)
@@ -349,21 +331,20 @@ def _reset(module: nn.Module) -> nn.Module:
     return module
 
 
-def _template(make: Make) -> nn.Module:
-    if isinstance(make, nn.Module):
-        return make
-    with torch.random.fork_rng(devices=[]):
-        return make()
+def _template(make: Make | Batched) -> Batched:
+    """The architecture, whatever its values."""
+    if not isinstance(make, nn.Module | Batched):
+        with torch.random.fork_rng(devices=[]):
+            make = make()
+    return make if isinstance(make, Batched) else Batched(make)
 
 
 def train_nets(
-    make: Make | Batched,
-    task: Task,
-    recipes: list[Recipe],
+    make: Make | Batched, task: Task, recipes: list[Recipe],
     state: dict[str, Tensor] | None = None,
     on_step: Callable[[dict[str, Tensor]], None] = lambda state: None,
     members: Tensor | None = None,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """Train one net per recipe, all together: each step is one batched forward and backward.
 
     Args:
@@ -377,24 +358,22 @@ def train_nets(
     Returns ``rows`` [N, P], ``running`` [N, Q] statistics of batch norms, ``losses`` [N, S],
     AdamW's ``momentum`` and ``variance``, ``step`` and the ``seconds`` it took.
     """
-    batched = make if isinstance(make, Batched) else Batched(_template(make))
-    lengths = [recipe.steps for recipe in recipes]
-    if lengths != sorted(lengths, reverse=True) or lengths[-1] < 1:
+    batched, device = _template(make), _device(task)
+    lengths, seeds = [recipe.steps for recipe in recipes], [recipe.seed for recipe in recipes]
+    if lengths != sorted(lengths, reverse=True) or min(lengths, default=0) < 1:
         raise ValueError("recipes should be sorted by steps, the longest first and none under 1")
     members = torch.arange(len(recipes)) if members is None else members
-    device = torch.device(getattr(task, "device", "cpu"))  # nets are trained where their data is
-    state = state or _initial_state(batched, _rows_of(make, recipes), recipes)
+    state = _state(batched, state or {"rows": initial_rows(make, seeds)}, lengths[0])
     state |= {k: v.to(device) for k, v in state.items() if k not in ("step", "seconds")}
     hyper = [[recipe.lr, recipe.weight_decay, recipe.steps] for recipe in recipes]
     lr, decay, ends = torch.tensor(hyper, device=device).split(1, dim=1)
     started = time.perf_counter() - state["seconds"].item()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for step in range(int(state["step"]), lengths[0]):
-            torch.manual_seed(recipes[0].seed + 1_000_003 * step)  # dropout's, also after a resume
+            torch.manual_seed(seeds[0] + 1_000_003 * step)  # dropout's, also after a resume
             n = sum(length > step for length in lengths)  # nets still in training
-            rows, running, *adam = (
-                state[key][:n] for key in ("rows", "running", "momentum", "variance")
-            )
+            names = "rows", "running", "momentum", "variance"
+            rows, running, *adam = (state[name][:n] for name in names)
             weights = rows.detach().requires_grad_()
             x, y = task.batch(recipes[:n], members[:n], step)
             loss = task.loss(batched(weights, x, True, running), y)
@@ -408,16 +387,12 @@ def train_nets(
     return state
 
 
-def _initial_state(batched: Batched, rows: Tensor, recipes: list[Recipe]) -> dict[str, Tensor]:
-    return {
-        "rows": rows,
-        "running": batched.initial_running(len(recipes)),
-        "momentum": torch.zeros_like(rows),
-        "variance": torch.zeros_like(rows),
-        "losses": torch.full((len(recipes), recipes[0].steps), torch.nan),
-        "step": torch.zeros((), dtype=torch.long),
-        "seconds": torch.zeros((), dtype=torch.double),
-    }
+def _state(batched: Batched, given: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
+    """The whole state of training nets of which at least the rows are given."""
+    rows, scalar = given["rows"], torch.zeros((), dtype=torch.double)
+    start = {"losses": torch.full((len(rows), steps), torch.nan), "seconds": scalar}
+    start |= {"momentum": torch.zeros_like(rows), "variance": torch.zeros_like(rows)}
+    return start | {"running": batched.initial_running(len(rows)), "step": scalar.long()} | given
 
 
 def fine_tune(nets: Nets, task: Task, recipes: list[Recipe]) -> Nets:
@@ -427,13 +402,11 @@ def fine_tune(nets: Nets, task: Task, recipes: list[Recipe]) -> Nets:
     """
     if len(recipes) != len(nets) or len({recipe.steps for recipe in recipes}) != 1:
         raise ValueError(f"{len(nets)} nets need as many recipes of equal steps: {len(recipes)}")
-    state = _initial_state(nets.batched, nets.rows.detach().clone(), recipes)
-    members = getattr(nets, "members", None)
+    state, members = {"rows": nets.rows.detach().clone()}, getattr(nets, "members", None)
     state = train_nets(nets.batched, task, recipes, state, members=members)
     tuned = Nets(nets.batched, state["rows"])
     if not (good := tuned.finite()).all():
-        bad = (~good).nonzero()[:, 0].tolist()
-        began = [_began(state["losses"][n].cpu()) for n in bad]
+        bad, began = (~good).nonzero()[:, 0].tolist(), _began(state["losses"].cpu()[~good])
         raise ValueError(f"nets {bad} diverged at steps {began}: fine-tune at a lower rate")
     return tuned
 
@@ -444,14 +417,12 @@ def train_zoo(
 ) -> Zoo:  # fmt: skip
     """Train a net per recipe, ``block`` at a time, and score them all.
 
-    With ``folder`` the work can be interrupted: finished blocks, and the block in training once
-    every CHECKPOINT_SECONDS, are kept there and the same call goes on from them, bit for bit. A
-    folder that already holds this very zoo is loaded. Batch norms train on each net's own batches
-    and are folded away at the end, so the zoo's module has none.
+    With ``folder`` the work can be interrupted: blocks, the one in training every
+    CHECKPOINT_SECONDS, are kept there and the same call goes on, bit for bit. A folder that holds
+    this very zoo is loaded. Batch norms see each net's own batches and are folded at the end.
 
     Args:
-        make: the architecture: a module, or a factory such as ``lambda: MyNet(10)``, see
-            `initial_rows`.
+        make: a module, or a factory such as ``lambda: MyNet(10)``, see `initial_rows`.
         task: `ImageTask`, `netspace_lite.shapes.ShapeTask`, or your own `Task`.
         recipes: one a net.
         folder: where the zoo is kept, or None to keep nothing.
@@ -461,38 +432,49 @@ def train_zoo(
 
     Raises ValueError if ``folder`` holds another zoo, naming what differs.
     """
-    if not recipes:
-        raise ValueError("no recipes: give one per net, for example draw_recipes(500)")
-    batched = Batched(_template(make))
+    if not recipes or block < 1:
+        raise ValueError("no recipes, or none in a block: give one per net, as draw_recipes(500)")
+    batched = _template(make)
     plan = {"architecture": batched.fingerprint, "task": fingerprint(task), "block": block}
+    plan["initialisation"] = fingerprint(initial_rows(make, [recipes[0].seed]))
     plan["recipes"] = fingerprint(recipes)
     if folder is not None and store.exists(folder, "zoo"):
-        store.check_plan(folder, store.load(folder, "zoo")[0]["about"], plan)
-        return Zoo.load(folder, batched.module).to(getattr(task, "device", "cpu"))
+        with store.reading(folder):
+            store.check_plan(folder, store.load(folder, "zoo")[0]["about"], plan)
+        return Zoo.load(folder, batched.module).to(_device(task))
     order = torch.tensor([recipe.steps for recipe in recipes]).argsort(descending=True, stable=True)
     states = []
     with progress_bar(sum(recipe.steps for recipe in recipes), "training nets", progress) as bar:
         for number, members in enumerate(order.split(block)):
-            chosen, state = [recipes[n] for n in members], None
-            if folder is not None and store.exists(folder, f"block-{number}"):
-                record, state = store.load(folder, f"block-{number}")
-                store.check_plan(folder, record, plan)
-                bar.update(sum(min(recipe.steps, int(state["step"])) for recipe in chosen))
-            state = state or _initial_state(batched, _rows_of(make, chosen), chosen)
+            chosen = [recipes[n] for n in members]
+            state = _begin(batched, make, chosen, folder, number, plan)
+            bar.update(sum(min(recipe.steps, int(state["step"])) for recipe in chosen))
             on_step = _watcher(chosen, folder, number, plan, bar, log)
             states.append(train_nets(batched, task, chosen, state, on_step, members))
-    back, longest = order.argsort(), states[0]["losses"].shape[1]
-    rows, running = (torch.cat([s[key] for s in states]) for key in ("rows", "running"))
-    losses = (s["losses"].cpu() for s in states)
-    losses = torch.cat([F.pad(x, (0, longest - x.shape[1]), value=torch.nan) for x in losses])
+    batched, rows, losses = _finished(batched, states, order.argsort())
     about = plan | {"seconds": sum(s["seconds"].item() for s in states)}
-    batched, rows = _without_batchnorm(batched, rows[back.to(rows.device)], running[back])
-    zoo = Zoo(batched, rows, None, recipes, losses[back], None, about).scored(task)
+    zoo = Zoo(batched, rows, None, recipes, losses, None, about).scored(task)
     if folder is not None:
         zoo.save(folder)
         for number in range(len(states)):
             store.delete(folder, f"block-{number}")
     return zoo
+
+
+def _begin(batched, make, recipes, folder, number: int, plan: dict) -> dict[str, Tensor]:
+    """The state that a block starts from: new nets, or its checkpoint."""
+    rows, steps = initial_rows(make, [recipe.seed for recipe in recipes]), recipes[0].steps
+    state = _state(batched, {"rows": rows}, steps)
+    if folder is not None and store.exists(folder, f"block-{number}"):
+        record, found = store.load(folder, f"block-{number}")
+        store.check_plan(folder, record, plan)
+        with store.reading(folder):
+            state = {k: found[k].reshape(v.shape).to(v.dtype) for k, v in state.items()}
+        if not 0 <= state["step"] <= steps:
+            raise ValueError(
+                f"{folder} holds a block at step {state['step']} of {steps}: delete it"
+            )
+    return state
 
 
 def _watcher(recipes, folder, number: int, plan: dict, bar, log) -> Callable:
@@ -514,15 +496,17 @@ def _watcher(recipes, folder, number: int, plan: dict, bar, log) -> Callable:
     return on_step
 
 
-def _without_batchnorm(batched: Batched, rows: Tensor, running: Tensor) -> tuple[Batched, Tensor]:
-    """Trained nets with their batch norms folded away."""
+def _finished(batched: Batched, states: list[dict], order: Tensor):
+    """Architecture, rows and losses of the nets of all blocks, batch norms folded away."""
+    rows, running = (torch.cat([s[key] for s in states])[order] for key in ("rows", "running"))
+    losses = [net for s in states for net in s["losses"].cpu()]  # of longer and shorter blocks
+    losses = nn.utils.rnn.pad_sequence(losses, True, torch.nan)[order]
     if not batched.running.size:
-        return batched, rows
-    nets = []
-    states = zip(batched.layout.unpack(rows), batched.running.unpack(running), strict=True)
-    for parameters, statistics in states:
-        module = copy.deepcopy(batched.module)
-        module.load_state_dict(parameters | statistics, strict=False)
-        nets.append(fold_batchnorm(module))
+        return batched, rows, losses
+    nets = [copy.deepcopy(batched.module) for _ in rows]
+    states = zip(nets, batched.layout.unpack(rows), batched.running.unpack(running), strict=True)
+    for net, parameters, statistics in states:
+        net.load_state_dict(parameters | statistics, strict=False)
+    nets = [fold_batchnorm(net) for net in nets]
     folded = Batched(nets[0])
-    return folded, folded.layout.pack(nets).to(rows)
+    return folded, folded.layout.pack(nets).to(rows), losses

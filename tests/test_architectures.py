@@ -6,12 +6,13 @@ from torch import nn
 
 from netspace_lite.architectures import (
     LITE_NETS,
+    LeNetLike,
     ResNet,
     Siren,
     build,
     describe,
-    fold_batchnorm,
     lite_net,
+    name_of,
     paper_net,
 )
 from netspace_lite.layout import Layout
@@ -42,8 +43,8 @@ def test_siren_has_the_published_count():
 
 
 @pytest.mark.parametrize("name", LITE_NETS)
-@pytest.mark.parametrize("image", [(1, 8, 8), (3, 16, 16), (1, 28, 28)], ids=str)
-def test_lite_nets_fit_any_square_image(name, image):
+@pytest.mark.parametrize("image", [(1, 8, 8), (3, 16, 16), (1, 28, 28), (2, 8, 13)], ids=str)
+def test_lite_nets_fit_any_image(name, image):
     net = lite_net(name, image, 7)
     assert net(torch.randn(2, *image)).shape == (2, 7)
 
@@ -62,39 +63,16 @@ def test_built_from_its_description_it_is_the_same_architecture(name):
     assert torch.equal(again(x), net(x))
 
 
-def _trained_batchnorm_net():
-    """A ResNet whose running statistics are not those of its initialisation."""
-    torch.manual_seed(0)
-    net = ResNet((3, 16, 16), 5, channels=(4, 4, 8, 8), batch_norm=True)
-    for layer in net.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            nn.init.normal_(layer.weight, 1, 0.3)
-            nn.init.normal_(layer.bias)
-    for _ in range(3):
-        net(torch.randn(32, 3, 16, 16))
-    return net.eval()
-
-
-def test_folding_batch_norm_changes_nothing_but_the_parameters():
-    net = _trained_batchnorm_net()
-    folded = fold_batchnorm(net)
-    x = torch.randn(8, 3, 16, 16)
-    torch.testing.assert_close(folded(x), net(x), rtol=1e-4, atol=1e-5)
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-    plain = ResNet((3, 16, 16), 5, channels=(4, 4, 8, 8))
-    assert Layout.of(folded) == Layout.of(plain)
-    assert describe(folded) == describe(plain)
-
-
-def test_folding_refuses_a_batch_norm_without_a_convolution():
-    net = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3))
-    with pytest.raises(ValueError, match="can't fold '1'"):
-        fold_batchnorm(net)
+def test_names_tell_depths_apart():
+    names = [name_of(net) for net in (ResNet((1, 8, 8), 3, 14), nn.Linear(2, 3))]
+    assert names == ["ResNet14", "Linear"]
 
 
 def test_bad_requests_say_what_there_is():
     with pytest.raises(ValueError, match="6n\\+2"):
         ResNet((1, 8, 8), 10, depth=9)
+    with pytest.raises(ValueError, match="too small"):
+        LeNetLike((1, 8, 8), 10)
     with pytest.raises(ValueError, match="choose from LeNetLike"):
         lite_net("AlexNet", (1, 8, 8), 10)
     with pytest.raises(ValueError, match="choose from cifar10"):

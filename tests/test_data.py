@@ -8,7 +8,7 @@ import torch
 from sklearn.datasets import load_digits as sklearn_digits
 
 from netspace_lite import data as data_module
-from netspace_lite.data import load_cifar10, load_digits, load_images
+from netspace_lite.data import Images, few_shot, load_cifar10, load_digits, load_images
 
 
 def arrays(shape=(8, 8), count=30, dtype=np.uint8, classes=3):
@@ -43,34 +43,44 @@ def test_digits_are_all_there_split_and_standardised():
         ((12, 12, 3), np.uint8),
         ((3, 12, 12), np.float32),
         ((1, 9, 9), np.float64),
+        ((8, 13), np.uint8),
+        ((6, 12, 3), np.float16),
     ],
     ids=str,
 )
-def test_grey_and_rgb_images_of_any_square_size(tmp_path, shape, dtype):
+def test_grey_and_rgb_images_of_any_size(tmp_path, shape, dtype):
     path = tmp_path / "own.npz"
     np.savez(path, **arrays(shape, dtype=dtype))
     images = load_images(path)
-    side = sorted(shape)[-1]
+    sides = [side for side in shape if side not in (1, 3)]
     channels = 3 if 3 in shape else 1
-    assert images.shape == (channels, side, side)
+    assert images.shape == (channels, *sides)
     assert images.train.x.dtype == torch.float32
     assert (images.name, images.classes, len(images.test)) == ("own", 3, 9)
 
 
 WRONG = {
-    "rank": ({"x_train": np.zeros((30, 64), np.uint8)}, "should be square grey or RGB"),
-    "not square": ({"x_train": np.zeros((30, 8, 9), np.uint8)}, r"not \(30, 1, 8, 9\)"),
-    "four channels": ({"x_train": np.zeros((30, 8, 8, 4), np.uint8)}, "square grey or RGB"),
+    "rank": ({"x_train": np.zeros((30, 64), np.uint8)}, "should be grey or RGB"),
+    "four channels": (
+        {"x_train": np.zeros((30, 8, 8, 4), np.uint8)},
+        r"grey or RGB images, .* not \(30, 8, 8, 4\)",
+    ),
     "dtype": ({"x_train": np.zeros((30, 8, 8), np.int32)}, "x_train should be uint8 or float"),
     "nan": ({"x_test": np.full((9, 8, 8), np.nan)}, "x_test holds 576 values that are NaN"),
     "sizes differ": ({"x_test": np.zeros((9, 4, 4), np.uint8)}, "sizes differ"),
     "label count": ({"y_train": np.zeros(29, int)}, r"y_train should be one label an image"),
     "float labels": ({"y_train": np.zeros(30)}, "whole numbers from 0, not float64"),
     "negative label": ({"y_test": np.full(9, -1)}, "whole numbers from 0, not int64 from -1"),
-    "label gap": ({"y_train": np.arange(30) % 3 * 2}, r"it lacks \[1, 3\]"),
-    "unknown class": ({"y_test": np.full(9, 7)}, "y_test has classes that y_train lacks"),
+    "label gap": ({"y_train": np.arange(30) % 3 * 2}, "without gaps; it holds 3 classes up to 4"),
+    "unknown class": ({"y_test": np.full(9, 7)}, "3 classes up to 2, y_test up to 7"),
     "pickled": ({"x_train": np.array([{}] * 30, object)}, "pickled objects, which are never"),
-    "empty": ({"x_test": np.zeros((0, 8, 8), np.uint8)}, "x_test should be square"),
+    "empty": ({"x_test": np.zeros((0, 8, 8), np.uint8)}, "x_test should be grey or RGB"),
+    "no pixels": ({"x_train": np.zeros((30, 0, 8), np.uint8)}, "x_train should be grey or RGB"),
+    "huge labels": ({"y_train": np.full(30, 2**63, np.uint64)}, "whole numbers from 0"),
+    "one image": (
+        {"x_train": np.zeros((1, 8, 8), np.uint8), "y_train": [0], "y_test": np.zeros(9, int)},
+        "1 training images can't spare 1",
+    ),
 }
 
 
@@ -88,12 +98,24 @@ def test_wrong_files_are_refused_in_a_sentence(tmp_path):
     with pytest.raises(ValueError, match="lacks y_train, x_test, y_test"):
         load_images(tmp_path / "part.npz")
     (tmp_path / "text.npz").write_text("hello")
-    with pytest.raises(ValueError, match=r"text\.npz is not a readable"):
+    with pytest.raises(ValueError, match=r"text\.npz (holds pickled|is damaged)"):
         load_images(tmp_path / "text.npz")
     whole = saved(tmp_path).read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="not a readable"):
+    with pytest.raises(ValueError, match="cut.npz is damaged"):
         load_images(tmp_path / "cut.npz")
+
+
+def test_few_shot_takes_so_many_of_each_class():
+    images = Images(torch.arange(60.0)[:, None], torch.arange(60) % 3)
+    few = few_shot(images, 4)
+    assert few.y.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert len(few.x.unique()) == 12
+    assert torch.equal(few.x[:, 0].long() % 3, few.y)
+    assert torch.equal(few_shot(images, 4).x, few.x)
+    assert not torch.equal(few_shot(images, 4, seed=1).x, few.x)
+    with pytest.raises(ValueError, match="fewer than 50"):
+        few_shot(images, 50)
 
 
 def cifar_folder(tmp_path, records=20):

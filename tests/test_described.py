@@ -74,13 +74,13 @@ def test_training_lowers_the_loss_of_every_module_named():
     decoder, x = DescribedDecoder(16, hidden=16), torch.randn(30, *IMAGE)
     wanted = (x[:, 0, 0, 0] > 0).long()
 
-    def answering(nets, generator):
+    def loss(nets, generator):
         logits = nets(x).transpose(1, 2)
         return nn.functional.cross_entropy(
             logits, wanted.expand(len(logits), -1), reduction="none"
         ).mean(1)
 
-    objective = DescribedDistillation([lenet, resnet(8)], torch.randn(5, 16), answering, kinds=2)
+    objective = DescribedDistillation([lenet, resnet(8)], torch.randn(5, 16), loss, kinds=2)
     before = objective(decoder, torch.Generator().manual_seed(0)).detach()
-    fit(decoder, objective, lambda d: {"score": 0.0}, 30, lr=5e-3, epoch=30, progress=False)
+    fit(decoder, objective, lambda d: {"score": 0.0}, 30, lr=5e-3, epoch=30)
     assert objective(decoder, torch.Generator().manual_seed(0)).detach() < before / 2

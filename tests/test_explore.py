@@ -1,42 +1,34 @@
+"""Lines, searches and samples, against the formulas, torch's Adam and scikit-learn."""
+
 import copy
 import warnings
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import Ridge
 from sklearn.mixture import GaussianMixture
 from torch import nn
+from toy import generator, mlp, random_nets
 
 from netspace_lite.data import Images
 from netspace_lite.explore import (
-    OnImages,
+    Descent,
+    Gaussian,
+    ImageLoss,
+    LikenessLoss,
     cross_entropy,
-    few_shot,
     interpolate,
     optimise,
     optimise_weights,
+    refine,
+    sample,
     weight_line,
 )
-from netspace_lite.functional import Nets
-from netspace_lite.sampling import (
-    Gaussian,
-    averages,
-    disagreement,
-    novelty,
-    readout,
-    sample,
-    weight_statistics,
-)
+from netspace_lite.nets import Nets
 from netspace_lite.space import NetSpace, SpaceConfig
-from netspace_lite.training import learning_rate
+from netspace_lite.training import Distillation, fit, kl_divergence, learning_rate, logit_scale
 
 QUIET = {"progress": False}
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +72,12 @@ def test_weight_line_mixes_the_parameters_pair_by_pair(nets):
     assert torch.equal(line.rows[[0, 4]], nets.rows[[0, 2]])
 
 
+def test_a_line_needs_nets_that_compute_alike():
+    relu, tanh = (random_nets(mlp(f), 2) for f in (nn.ReLU(), nn.Tanh()))
+    with pytest.raises(ValueError, match="they differ"):
+        weight_line(relu, tanh)
+
+
 def test_lines_say_what_is_wrong(nets):
     with pytest.raises(ValueError, match=r"same shape.*\[3\] and \[4\]"):
         interpolate(torch.zeros(3), torch.zeros(4))
@@ -89,12 +87,11 @@ def test_lines_say_what_is_wrong(nets):
         weight_line(nets, Nets(nn.Linear(2, 3), torch.zeros(12, 9)))
 
 
-def test_the_objective_is_the_papers_formula(nets, images):
-    teacher, s = nn.Linear(4, 3), slice(None)
-    objective = OnImages(images, teacher, distil=0.9, temperature=4.0, samples=1000)
-    found = objective(nets, generator())
+def test_the_loss_is_the_papers_formula(nets, images):
+    teacher = nn.Linear(4, 3)
+    found = ImageLoss(images, teacher, distil=0.9, temperature=4.0, samples=1000)(nets, generator())
     for n, net in enumerate(nets):
-        logits = net.to_module()(images.x[s])
+        logits = net.to_module()(images.x)
         kl = F.kl_div(
             F.log_softmax(logits / 4, -1), F.softmax(teacher(images.x) / 4, -1), reduction="none"
         )
@@ -103,19 +100,19 @@ def test_the_objective_is_the_papers_formula(nets, images):
 
 
 def test_a_net_can_teach_and_a_callable_can_be_the_loss(nets, images):
-    own = OnImages(images, nets[3], distil=1.0, samples=1000)(nets, generator())
+    own = ImageLoss(images, nets[3], distil=1.0, samples=1000)(nets, generator())
     assert own[3].abs() < 1e-5
     assert own.sum() > 0.1
-    used = OnImages(images, loss=lambda logits, y: logits.square().mean((1, 2)))
+    used = ImageLoss(images, loss=lambda logits, y: logits.square().mean((1, 2)))
     assert used(nets, generator()).shape == (12,)
 
 
 def test_optimise_weights_is_adam_on_each_net_alone(nets, images):
-    objective = OnImages(images, samples=1000)
-    search = optimise_weights(
-        nets[:3], objective, lambda nets: -cross_entropy(nets.outputs(images.x), images.y),
-        steps=20, lr=0.1, every=1, **QUIET,
-    )  # fmt: skip
+    def closeness(nets):
+        return -cross_entropy(nets.outputs(images.x), images.y)
+
+    loss, config = ImageLoss(images, samples=1000), Descent(20, 0.1, every=1)
+    search = optimise_weights(nets[:3], loss, closeness, config=config, **QUIET)
     for n in range(3):
         net = nets.to_module(n)
         adam = torch.optim.Adam(net.parameters(), 0.1)
@@ -136,7 +133,7 @@ def test_a_quadratic_is_solved_from_embeddings_nets_and_random_points(space, net
     goal = torch.randn(1, 6, generator=generator(4))
     rows = space.decode(goal).rows.detach()
 
-    def objective(decoded, generator):
+    def loss(decoded, generator):
         return (decoded.rows - rows).square().sum(1)
 
     def closeness(decoded):
@@ -145,7 +142,7 @@ def test_a_quadratic_is_solved_from_embeddings_nets_and_random_points(space, net
     prior = Gaussian(space.encode(nets))
     for starts in (torch.zeros(2, 6), nets[:4], 5):
         search = optimise(
-            space, starts, objective, closeness, prior=prior, prior_weight=0, steps=300, lr=0.1,
+            space, starts, loss, closeness, prior=prior, config=Descent(300, 0.1, prior_weight=0),
             **QUIET,
         )  # fmt: skip
         assert (search.score > 0.01 * search.scores[0]).all()
@@ -154,7 +151,7 @@ def test_a_quadratic_is_solved_from_embeddings_nets_and_random_points(space, net
 
 def test_the_best_state_is_kept_and_the_space_stays_as_it_is(space, images):
     before = {k: v.clone() for k, v in space.state_dict().items()}
-    climb = OnImages(images, loss=lambda logits, y: -cross_entropy(logits, y))  # away from good
+    climb = ImageLoss(images, loss=lambda logits, y: -cross_entropy(logits, y))  # away from good
     search = optimise(space, torch.randn(5, 6, generator=generator()), climb, images, **QUIET)
     assert torch.equal(search.score, search.scores.max(0).values)
     torch.testing.assert_close(search.nets.accuracy(images), search.score)
@@ -162,11 +159,11 @@ def test_the_best_state_is_kept_and_the_space_stays_as_it_is(space, images):
     assert all(p.grad is None for p in space.parameters())
 
 
-def test_a_scalar_objective_and_one_loss_a_net_give_the_same_search(space, images):
-    starts, each = torch.randn(3, 6, generator=generator()), OnImages(images)
+def test_a_scalar_loss_and_one_loss_a_net_give_the_same_search(space, images):
+    starts, each = torch.randn(3, 6, generator=generator()), ImageLoss(images)
     searches = [
-        optimise(space, starts, objective, images, steps=10, **QUIET)
-        for objective in (each, lambda nets, g: each(nets, g).mean())
+        optimise(space, starts, loss, images, config=Descent(10), **QUIET)
+        for loss in (each, lambda nets, g: each(nets, g).mean())
     ]
     torch.testing.assert_close(searches[0].path, searches[1].path)
 
@@ -174,7 +171,15 @@ def test_a_scalar_objective_and_one_loss_a_net_give_the_same_search(space, image
 def test_the_prior_pulls_towards_the_zoo(space, nets, images):
     prior, starts = Gaussian(space.encode(nets)), torch.full((2, 6), 20.0)
     free, held = (
-        optimise(space, starts, OnImages(images), images, prior=prior, prior_weight=w, **QUIET)
+        optimise(
+            space,
+            starts,
+            ImageLoss(images),
+            images,
+            prior=prior,
+            config=Descent(prior_weight=w),
+            **QUIET,
+        )
         for w in (0.0, 10.0)
     )
     assert prior(held.path[-1]).max() < prior(free.path[-1]).min()
@@ -183,17 +188,17 @@ def test_the_prior_pulls_towards_the_zoo(space, nets, images):
 def test_a_wanted_architecture_is_reached_from_any_start(two, images):
     starts = torch.randn(6, 6, generator=generator())
     for a, name in enumerate(two.architectures):
-        search = optimise(two, starts, OnImages(images), images, architecture=name, **QUIET)
+        search = optimise(two, starts, ImageLoss(images), images, architecture=name, **QUIET)
         assert search.reached.all()
         assert (two.predict(search.best) == a).all()
         assert search.nets.layout == two.batched[a].layout
-    unnamed = optimise(two, starts, OnImages(images), images, steps=20, **QUIET)
+    unnamed = optimise(two, starts, ImageLoss(images), images, config=Descent(20), **QUIET)
     assert len(unnamed.nets.architectures) == 6
 
 
 def test_bad_starts_are_refused(space, two, images, nets):
     def run(starts, space=space, **options):
-        optimise(space, starts, OnImages(images), images, **options, **QUIET)
+        optimise(space, starts, ImageLoss(images), images, **options, **QUIET)
 
     for starts, message in (
         (torch.zeros(2, 5), r"embeddings \[N, 6\], not \[2, 5\]"),
@@ -203,7 +208,7 @@ def test_bad_starts_are_refused(space, two, images, nets):
         (3, "prior="),
         (
             Nets(nn.Sequential(nn.Linear(2, 3)), torch.zeros(1, 9)),
-            "not in this space|can't be encoded",
+            "is not one of this space",
         ),
     ):
         with pytest.raises(ValueError, match=message):
@@ -214,26 +219,26 @@ def test_bad_starts_are_refused(space, two, images, nets):
         run(torch.zeros(2, 6), architecture="ResNet8")
 
 
-def test_bad_objectives_are_refused_at_once(space, images):
+def test_bad_losses_are_refused_at_once(space, images):
     starts = torch.zeros(2, 6)
-    for objective, message in (
-        (lambda nets, g: nets(images.x), r"one loss a net, \[2\].*not \[2, 60, 3\]"),
+    for loss, message in (
+        (lambda nets, g: nets(images.x), r"one number a net, \[2\].*not \[2, 60, 3\]"),
         (lambda nets, g: 1.0, "not float"),
         (lambda nets, g: nets.accuracy(images), "does not depend on the nets"),
         (lambda nets, g: nets.rows.sum(1) * torch.nan, r"nan at step 0 for starts \[0, 1\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            optimise(space, starts, objective, images, **QUIET)
+            optimise(space, starts, loss, images, **QUIET)
     with pytest.raises(ValueError, match=r"one score a net, \[2\], not float"):
-        optimise(space, starts, OnImages(images), lambda nets: 1.0, **QUIET)
+        optimise(space, starts, ImageLoss(images), lambda nets: 1.0, **QUIET)
 
 
-def failing(objective, at, failure):
+def failing(loss, at, failure):
     calls = iter(range(1000))
 
     def wrapped(nets, generator):
-        loss = objective(nets, generator)
-        return failure(loss) if next(calls) == at else loss
+        value = loss(nets, generator)
+        return failure(value) if next(calls) == at else value
 
     return wrapped
 
@@ -244,26 +249,19 @@ def interrupt(loss):
 
 def test_nan_and_ctrl_c_return_the_best_so_far(space, images):
     starts = torch.randn(4, 6, generator=generator())
-    options = {"every": 1, "steps": 30, **QUIET}
-    whole = optimise(space, starts, OnImages(images), images, **options)
-    interrupted = failing(OnImages(images), 12, interrupt)
+    options = {"config": Descent(30, every=1), **QUIET}
+    whole = optimise(space, starts, ImageLoss(images), images, **options)
+    interrupted = failing(ImageLoss(images), 12, interrupt)
     search = optimise(space, starts, interrupted, images, **options)
     assert search.stopped == "interrupted at step 12"
     assert torch.equal(search.scores, whole.scores[:13])
     assert torch.equal(search.score, search.scores.max(0).values)
-    nan = failing(OnImages(images), 12, lambda loss: loss * torch.tensor([1, 1, torch.nan, 1]))
+    nan = failing(ImageLoss(images), 12, lambda loss: loss * torch.tensor([1, 1, torch.nan, 1]))
     with pytest.warns(UserWarning, match=r"nan at step 12 for starts \[2\]; the best state so far"):
         search = optimise(space, starts, nan, images, **options)
     assert torch.equal(search.scores, whole.scores[:13])
     with warnings.catch_warnings(), pytest.raises(KeyboardInterrupt):
-        optimise(space, starts, OnImages(images), interrupt, **options)
-
-
-def test_few_shot_takes_so_many_of_each_class(images):
-    few = few_shot(images, 4)
-    assert few.y.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    with pytest.raises(ValueError, match="fewer than 50"):
-        few_shot(images, 50)
+        optimise(space, starts, ImageLoss(images), interrupt, **options)
 
 
 def test_the_gaussian_scores_and_draws_like_its_embeddings():
@@ -295,36 +293,65 @@ def test_sample_follows_the_density_that_scikit_learn_fits():
         sample(z, 0)
 
 
-def test_novelty_is_zero_for_copies_and_finds_the_nearest(nets, images):
-    copies = novelty(nets[[2, 5]], images.x, nets)
-    assert copies["function"].tolist() == [0, 0]
-    assert copies["weights"].max() < 1e-2
-    within = novelty(nets, images.x)
-    by_hand = min(float((nets.rows[0] - row).norm()) for row in nets.rows[1:])
-    assert float(within["weights"][0]) == pytest.approx(by_hand, rel=1e-4)
-    classes = [net.to_module()(images.x).argmax(-1) for net in nets]
-    by_hand = min(float((classes[0] != c).float().mean() * 100) for c in classes[1:])
-    assert float(within["function"][0]) == pytest.approx(by_hand)
-    assert disagreement(nets.logits(images.x), nets.logits(images.x)).diagonal().sum() == 0
+class Drawing:
+    """A density whose `sample` returns the array itself, as many estimators do."""
+
+    def fit(self, x):
+        self.x = x
+        return self
+
+    def sample(self, n):
+        return self.x[:n] + 100
 
 
-def test_averages_of_all_nets_are_the_mean_net(nets):
-    found = averages(nets, 3, of=12)
-    torch.testing.assert_close(found.rows, nets.rows.mean(0).expand(3, -1))
+def test_sample_takes_estimators_that_return_an_array():
+    """Seen before: the array's first row was taken for all of them."""
+    z = torch.randn(30, 4, generator=generator())
+    drawn = sample(z, 20, Drawing())
+    assert drawn.shape == (20, 4)
+    assert len(drawn.unique(dim=0)) == 20
 
 
-def test_weight_statistics_are_numpys(nets):
-    found = weight_statistics(nets)
-    weight = nets.rows[3, :12].numpy()
-    expected = [weight.mean(), weight.std(), *np.quantile(weight, [0, 0.25, 0.5, 0.75, 1])]
-    assert found.shape == (12, 14)
-    np.testing.assert_allclose(found[3, :7], expected, rtol=1e-4, atol=1e-5)
+def test_samples_keep_the_dtype():
+    z = torch.randn(30, 4, dtype=torch.double)
+    assert sample(z, 3).dtype == Gaussian(z).sample(3).dtype == torch.double
 
 
-def test_readout_finds_a_linear_property():
-    x = torch.randn(80, 5, generator=generator())
-    y = x @ torch.arange(5.0) + 3
-    predicted, r2 = readout(x[:60], y[:60], x[60:], y[60:])
-    assert r2 > 0.9999
-    expected = Ridge(1e-3).fit(x[:60].numpy(), y[:60].numpy()).predict(x[60:].numpy())
-    np.testing.assert_allclose(predicted, expected, atol=1e-2)
+def test_likeness_is_the_divergence_from_each_net(nets, images):
+    others = random_nets(nets.batched.module, 12, seed=5)
+    found = LikenessLoss(nets, images.x, samples=1000)(others, generator())
+    s = torch.randint(60, (1000,), generator=generator())
+    targets = nets.outputs(images.x)
+    expected = kl_divergence(others(images.x[s]), targets[:, s], logit_scale(targets))
+    torch.testing.assert_close(found, expected)
+    assert LikenessLoss(nets, images.x)(nets, generator()).abs().max() < 1e-5
+    own = images.x[torch.stack([torch.randperm(60, generator=generator())[:20]] * 12)]
+    each = LikenessLoss(nets, own, per_net=True)
+    assert each(nets, generator()).abs().max() < 1e-5
+    assert each(others, generator()).min() > 0
+
+
+def test_refining_brings_decoded_nets_closer_and_leaves_the_space(nets, images):
+    config = SpaceConfig(embedding=6, probes=8, hidden=16, chunk=8)
+    space = NetSpace.for_zoos(nets, images.x, config)
+    objective = Distillation(space, nets, images.x, nets=6, samples=8)
+    fit(space, objective, lambda space: {"score": 0.0}, 60, epoch=60)
+    before = {name: value.clone() for name, value in space.state_dict().items()}
+    z, x = refine(space, nets, images.x, 100), torch.randn(60, 4, generator=generator(9))
+    targets = nets.outputs(x)
+    start, end = (
+        kl_divergence(space.decode(e).outputs(x), targets, logit_scale(targets))
+        for e in (space.encode(nets), z)
+    )
+    assert (end / start).mean() < 0.9
+    assert all(torch.equal(space.state_dict()[name], value) for name, value in before.items())
+    again = refine(space, nets, images.x, 100, z=space.encode(nets))
+    assert torch.equal(again, z)
+
+
+def test_without_validation_the_last_state_is_kept(space, images):
+    starts = torch.randn(3, 6, generator=generator())
+    search = optimise(space, starts, ImageLoss(images), config=Descent(7, every=2), **QUIET)
+    assert torch.equal(search.best, search.path[-1])
+    assert search.losses.shape == (7, 3)
+    assert not torch.equal(search.best, starts)

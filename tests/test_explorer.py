@@ -8,11 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from netspace_lite import plots
-from netspace_lite.data import Images
-from netspace_lite.explorer import confusion, explorer, inspect
-from netspace_lite.functional import Nets
-from netspace_lite.space import NetSpace, SpaceConfig
+from netspace_lite import Images, Nets, NetSpace, SpaceConfig
+from netspace_lite.tutorial.explorer import explorer, inspect
 
 matplotlib.use("agg")
 
@@ -29,17 +26,16 @@ def space(images):
     return NetSpace.for_zoos(Nets(net, torch.randn(9, 15)), images.x, config)
 
 
-def test_confusion_counts_pairs_of_classes():
-    logits = torch.eye(3)[[0, 1, 1, 2]]  # given: 0, 1, 1, 2
-    found = confusion(logits, torch.tensor([0, 0, 1, 2]))
-    assert found.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
-
-
-def test_inspect_names_the_net_and_its_accuracy(space, images):
+def test_inspect_names_the_net_its_accuracy_and_what_it_confuses(space, images):
     z = torch.randn(9, 6)
     _, right = inspect(space, z, torch.rand(9) * 100, z[2], images)
-    accuracy = float(space.decode(z[2]).accuracy(images)[0])
-    assert right.get_title() == f"Sequential, accuracy {accuracy:.1f}%"
+    net = space.decode(z[2])
+    assert right.get_title() == f"Sequential, accuracy {float(net.accuracy(images)[0]):.1f}%"
+    given = net.outputs(images.x)[0].argmax(-1)
+    share = [
+        100 * float((given[images.y == k] == j).float().mean()) for k in range(3) for j in range(3)
+    ]
+    assert [text.get_text() for text in right.texts] == [f"{s:.0f}" for s in share]
     plt.close("all")
 
 
@@ -47,9 +43,31 @@ def test_the_explorer_has_a_slider_for_each_way_to_move(space, images):
     pytest.importorskip("ipywidgets")
     z, values = torch.randn(9, 6), torch.arange(9.0)
     widget = explorer(space, z, values, images)
-    start, end, position = widget.children[1].children[0].children
+    move, start, end, position, first, second = widget.children[:-1]
     assert (start.value, end.value, position.value) == (0, 8, 0.5)
+    assert move.options == ("on a line", "on the map")
+    assert first.min < 0 < first.max
+    assert second.min < 0 < second.max
+    assert not any(slider.continuous_update for slider in (start, end, position, first, second))
     plt.close("all")
+
+
+def test_moving_a_slider_draws_another_net(space, images, monkeypatch):
+    pytest.importorskip("ipywidgets")
+    drawn = []
+    monkeypatch.setattr(
+        "netspace_lite.tutorial.explorer.inspect",
+        lambda space, z, values, at, images: drawn.append(at),
+    )
+    z = torch.randn(9, 6)
+    widget = explorer(space, z, torch.arange(9.0), images)
+    move, _, _, position, first, _ = widget.children[:-1]
+    position.value = 1.0
+    torch.testing.assert_close(drawn[-1], z[8])
+    move.value = "on the map"
+    first.value = first.max
+    assert drawn[-1].shape == (6,)
+    assert not torch.equal(drawn[-1], z[8])
 
 
 def test_without_widgets_the_explorer_says_so(space, images, monkeypatch):
@@ -63,11 +81,3 @@ def test_without_widgets_the_explorer_says_so(space, images, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match="ipywidgets"):
         explorer(space, torch.randn(9, 6), torch.arange(9.0), images)
-
-
-def test_searches_are_drawn_from_start_to_end():
-    ax = plots.trajectories(torch.randn(20, 4), torch.rand(20), torch.randn(5, 3, 4), "accuracy")
-    assert len(ax.lines) == 3 + 2
-    ax = plots.search_history(range(5), torch.rand(5, 3) * 100, {"zoo's best": 98.0})
-    assert len(ax.lines) == 3 + 1 + 1
-    plt.close("all")

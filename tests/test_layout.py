@@ -76,8 +76,9 @@ def test_wrong_nets_are_refused_by_name():
         layout.views(torch.zeros(3, 5))
     with pytest.raises(ValueError, match="at least one net"):
         layout.views(torch.zeros(0, layout.size))
+    module = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
     with pytest.raises(ValueError, match="fold_batchnorm"):
-        Layout.of(nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)))
+        Layout.of(module).pack([module])
     with pytest.raises(ValueError, match="nothing to pack"):
         Layout.of(nn.ReLU())
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import trimesh
 
-from netspace_lite.meshes import (
+from netspace_lite.shapes import (
     Slider,
     compare_meshes,
     draw_meshes,
@@ -59,6 +59,9 @@ class TestGrid:
         mesh = mesh_from_grid(lambda p: p.abs().amax(1)[None] - 0.5, resolution=65)[0]
         assert mesh.is_watertight
         assert mesh.volume == pytest.approx(1, rel=0.01)
+
+    def test_extracted_meshes_are_in_double_precision(self):
+        assert mesh_from_grid(spheres(0.5), resolution=16)[0].vertices.dtype == np.float64
 
     def test_blocks_bound_what_is_evaluated(self):
         sizes = []
@@ -148,6 +151,15 @@ class TestDrawing:
         assert 1000 < drawn < 60_000
         matplotlib.pyplot.close(figure)
 
+    def test_a_mesh_may_have_a_color_a_face(self, tmp_path):
+        mesh = trimesh.creation.icosphere(3)
+        red = np.tile([1.0, 0, 0], (len(mesh.faces), 1))
+        figure = draw_meshes([mesh, None], color=[red, "green"])
+        figure.savefig(tmp_path / "a.png")
+        pixels = matplotlib.image.imread(tmp_path / "a.png")[..., :3]
+        assert (pixels[..., 1:] < 0.1).all(-1).mean() > 0.2
+        matplotlib.pyplot.close(figure)
+
     def test_titles_must_match(self):
         with pytest.raises(ValueError, match="1 meshes but 2 titles"):
             draw_meshes([None], ["a", "b"])
@@ -155,6 +167,6 @@ class TestDrawing:
 
 def test_a_slider_holds_every_picture_and_shows_the_first():
     page = Slider([draw_meshes([None]) for _ in range(3)])._repr_html_()
-    assert page.count("data:image/png;base64,") == 3
-    assert page.count("display:block") == 1
+    assert page.count("data:image/png;base64,") == 4  # the first one is shown
+    assert page.count("<img") == 1
     assert 'max="2"' in page

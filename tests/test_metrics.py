@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import pearsonr
+from sklearn.linear_model import Ridge
 from sklearn.metrics import accuracy_score
 from torch import nn
+from toy import generator, random_nets, small_nets, toy_data
 
 from netspace_lite import metrics
-from netspace_lite.functional import Nets
+from netspace_lite.metrics import averages, disagreement, novelty, readout, weight_statistics
+from netspace_lite.nets import Nets
+from netspace_lite.space import NetSpace, SpaceConfig
 
 NET = nn.Sequential(nn.Linear(4, 3))
 
@@ -67,3 +71,53 @@ def test_a_line_drops_under_its_weaker_end():
     assert metrics.line_drop(line).tolist() == [20, 0, 0]
     ends = torch.tensor([[80.0, 72], [100, 100], [40, 60]])
     assert metrics.line_drop(line, ends).tolist() == [2, 20, 0]
+
+
+def test_scores_compare_each_net_with_what_it_decodes_to():
+    data, modules = toy_data(), small_nets()[:2]
+    zoos = [random_nets(module, 4) for module in modules]
+    config = SpaceConfig(embedding=6, probes=8, weights=False, hidden=8)
+    space = NetSpace.for_zoos(zoos, data.train.x, config)
+    for a, zoo in enumerate(zoos):  # nets say themselves what they are decoded as
+        decoded = space.decode(space.encode(zoo, a), a)
+        found = metrics.scores(space, zoo, data.val)
+        expected = metrics.compare(decoded.outputs(data.val.x), zoo.outputs(data.val.x), data.val.y)
+        assert found == expected
+
+
+def test_novelty_is_zero_for_copies_and_finds_the_nearest():
+    zoo, x = nets(12), torch.randn(60, 4, generator=generator())
+    copies = novelty(zoo[[2, 5]], x, zoo)
+    assert copies["function"].tolist() == [0, 0]
+    assert copies["weights"].max() < 1e-2
+    within = novelty(zoo, x)
+    by_hand = min(float((zoo.rows[0] - row).norm()) for row in zoo.rows[1:])
+    assert float(within["weights"][0]) == pytest.approx(by_hand, rel=1e-4)
+    classes = [net.to_module()(x).argmax(-1) for net in zoo]
+    by_hand = min(float((classes[0] != c).float().mean() * 100) for c in classes[1:])
+    assert float(within["function"][0]) == pytest.approx(by_hand)
+    assert disagreement(zoo.logits(x), zoo.logits(x)).diagonal().sum() == 0
+
+
+def test_averages_of_all_nets_are_the_mean_net():
+    zoo = nets(12)
+    found = averages(zoo, 3, of=12)
+    torch.testing.assert_close(found.rows, zoo.rows.mean(0).expand(3, -1))
+
+
+def test_weight_statistics_are_numpys():
+    zoo = nets(12)
+    found = weight_statistics(zoo)
+    weight = zoo.rows[3, :12].numpy()
+    expected = [weight.mean(), weight.std(), *np.quantile(weight, [0, 0.25, 0.5, 0.75, 1])]
+    assert found.shape == (12, 14)
+    np.testing.assert_allclose(found[3, :7], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_readout_finds_a_linear_property():
+    x = torch.randn(80, 5, generator=generator())
+    y = x @ torch.arange(5.0) + 3
+    predicted, r2 = readout(x[:60], y[:60], x[60:], y[60:])
+    assert r2 > 0.9999
+    expected = Ridge(1e-3).fit(x[:60].numpy(), y[:60].numpy()).predict(x[60:].numpy())
+    np.testing.assert_allclose(predicted, expected, atol=1e-2)

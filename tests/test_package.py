@@ -43,13 +43,24 @@ def test_the_tested_pair_is_pinned():
     assert (CONSTRAINTS["torch"], CONSTRAINTS["triton"]) == ("2.13.0", "3.7.1")
 
 
-@pytest.mark.parametrize("module", ["netspace_lite.zoo", "netspace_lite.kernels", "netspace_lite"])
+@pytest.mark.parametrize(
+    "module", ["", ".zoo", ".kernels", ".shapes", ".tutorial", ".tutorial.chapters"], ids=str
+)
 def test_the_installed_package_imports_from_outside_the_checkout(module, tmp_path):
-    code = f"import {module} as m; print(m.__name__)"
+    code = f"import netspace_lite{module} as m; print(m.__name__)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
-    assert done.stdout.strip() == module, done.stderr
+    assert done.stdout.strip() == f"netspace_lite{module}", done.stderr
+
+
+def test_every_package_is_installed_with_its_data():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {p.parent.relative_to(ROOT) for p in (ROOT / "netspace_lite").rglob("__init__.py")}
+    found = {".".join(path.parts) for path in found} | {"netspace_lite.kernels"}
+    assert set(setuptools["packages"]) == found
+    assert (ROOT / "netspace_lite/tutorial/presets.toml").exists()
+    assert setuptools["package-data"]["netspace_lite.tutorial"] == ["*.toml"]
 
 
 def test_kernels_is_no_top_level_module(tmp_path):

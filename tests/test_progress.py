@@ -12,7 +12,7 @@ def drawn(monkeypatch, updates, seconds, **options):
     out, clock = io.StringIO(), [0.0]
     monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
     monkeypatch.setattr(tqdm, "monitor_interval", 0)
-    monkeypatch.setattr(progress, "tqdm", lambda **given: tqdm(file=out, **given))
+    monkeypatch.setattr(progress, "tqdm", lambda **given: tqdm(**given | {"file": out}))
     with progress.progress_bar(updates, "testing", **options) as bar:
         for _ in range(updates - options.get("first", 0)):
             clock[0] += seconds / updates
@@ -35,3 +35,11 @@ def test_a_resumed_bar_begins_where_it_stopped(monkeypatch):
 
 def test_no_bar_where_none_is_wanted(monkeypatch):
     assert drawn(monkeypatch, 10, 100, show=False) == [""]
+
+
+def test_bars_are_text_that_a_saved_notebook_shows_as_it_ended(capsys):
+    with progress.progress_bar(3, "testing") as bar:
+        bar.update(3)
+    shown = capsys.readouterr()
+    assert "testing: 100%" in shown.out.split("\r")[-1]
+    assert shown.err == ""

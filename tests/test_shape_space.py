@@ -5,25 +5,39 @@ import math
 import pytest
 import torch
 
-from netspace_lite.architectures import Siren
-from netspace_lite.chairs import chair_parts, chair_sdf, draw_chairs
-from netspace_lite.explore import Gaussian, optimise, optimise_weights
-from netspace_lite.functional import Nets
-from netspace_lite.layout import Layout
-from netspace_lite.shape_nets import (
-    OnScan,
+from netspace_lite import (
+    Descent,
+    Distillation,
+    Gaussian,
+    Layout,
+    LikenessLoss,
+    Nets,
+    NetSpace,
+    Siren,
+    SpaceConfig,
+    Zoo,
+    fit,
+    optimise,
+    optimise_weights,
+    refine,
+    train_nets,
+    train_zoo,
+)
+from netspace_lite.shapes import (
+    Samples,
+    ScanLoss,
     ShapeTask,
     agreement,
+    chair_parts,
+    chair_sdf,
+    draw_chairs,
     level_off,
     meshes,
+    sample_chairs,
     scan,
     shape_recipes,
     squared_error,
 )
-from netspace_lite.shapes import Samples, sample_chairs
-from netspace_lite.space import NetSpace, SpaceConfig
-from netspace_lite.training import InstanceDistillation, fit, refine
-from netspace_lite.zoo import Zoo, train_nets, train_zoo
 
 SMALL = Siren(hidden=16, omega=15.0)
 
@@ -35,8 +49,7 @@ def samples():
 
 @pytest.fixture(scope="module")
 def zoo(samples):
-    recipes = shape_recipes(4, steps=100)
-    return train_zoo(SMALL, ShapeTask(samples, recipes, 128), recipes, progress=False)
+    return train_zoo(SMALL, ShapeTask(samples, 128), shape_recipes(4, steps=100), progress=False)
 
 
 @pytest.fixture
@@ -69,9 +82,9 @@ class LevelBall(Ball):
 
 
 def test_a_batch_is_half_inside_and_half_outside_of_each_nets_own_shape(samples):
-    recipes = shape_recipes(4, seed=3)
-    task = ShapeTask(samples, recipes, batch=32)
-    points, sdf = task.batch([recipes[2], recipes[0]], step=5)  # any order, any subset
+    recipes = shape_recipes(4)
+    task = ShapeTask(samples, batch=32)
+    points, sdf = task.batch(recipes[:2], torch.tensor([2, 0]), step=5)  # any order, any subset
     assert points.shape == (2, 32, 3)
     assert sdf.shape == (2, 32)
     assert (sdf[:, :16] < 0).all()
@@ -81,21 +94,30 @@ def test_a_batch_is_half_inside_and_half_outside_of_each_nets_own_shape(samples)
 
 
 def test_an_epoch_sees_every_sample_once(samples):
-    recipes = shape_recipes(4)
-    task = ShapeTask(samples, recipes, batch=256)
-    seen = torch.cat([task.batch(recipes, step)[1] for step in range(4)], dim=1)
+    task, recipes = ShapeTask(samples, batch=256), shape_recipes(4)
+    seen = torch.cat([task.batch(recipes, torch.arange(4), step)[1] for step in range(4)], dim=1)
     assert torch.equal(seen.sort(1).values, samples.sdf.sort(1).values)
 
 
-def test_batches_depend_on_seed_and_step_only(samples):
-    recipes = shape_recipes(4)
-    first, second = (ShapeTask(samples, recipes, batch=32) for _ in range(2))
-    first.batch(recipes, 0)
-    assert torch.equal(first.batch(recipes, 40)[0], second.batch(recipes[:], 40)[0])
+def test_batches_depend_on_seed_place_and_step_only(samples):
+    recipes, members = shape_recipes(4), torch.arange(4)
+    first, second = (ShapeTask(samples, batch=32) for _ in range(2))
+    first.batch(recipes, members, 0)
+    points = first.batch(recipes, members, 40)[0]
+    assert torch.equal(points, second.batch(recipes[:], members, 40)[0])
+    assert not torch.equal(points, second.batch(shape_recipes(4, seed=1), members, 40)[0])
+
+
+def test_nets_of_equal_seeds_learn_shapes_of_their_own(samples):
+    task, recipes = ShapeTask(samples, batch=32), shape_recipes(1) * 2
+    sdf = task.batch(recipes, torch.tensor([0, 3]), 0)[1]
+    assert not torch.equal(sdf[0], sdf[1])
+    with pytest.raises(ValueError, match="net 4 has no shape: there are 4"):
+        task.batch(recipes, torch.tensor([0, 4]), 0)
 
 
 def test_the_learning_rate_rises_then_falls_to_zero_with_half_a_cosine(samples):
-    task = ShapeTask(samples, shape_recipes(4))
+    task = ShapeTask(samples)
     factors = task.schedule(torch.tensor([0.0, 0.05, 0.5, 1.0]))
     expected = torch.tensor([0.02, 0.52 * 0.993844, 0.5, 0.0])
     torch.testing.assert_close(factors, expected, atol=1e-6, rtol=0)
@@ -108,7 +130,7 @@ def test_distances_level_off_far_away_only(samples):
     assert torch.equal(found.sdf.sign(), samples.sdf.sign())
     assert ((found.sdf - samples.sdf).abs()[near] <= 0.021 * samples.sdf.abs()[near]).all()
     assert 0.19 < found.sdf.max() < 0.2 < samples.sdf.max()
-    assert level_off(samples, math.inf) is samples
+    assert level_off(samples, math.inf).sdf is samples.sdf
     with pytest.raises(ValueError, match="positive distance, not 0"):
         level_off(samples, 0)
 
@@ -116,16 +138,14 @@ def test_distances_level_off_far_away_only(samples):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"recipes": shape_recipes(3)}, "4 shapes need as many recipes"),
-        ({"recipes": shape_recipes(2) * 2}, "2 seeds"),
-        ({"batch": 33}, "even number from 2 to 1024, not 33"),
-        ({"batch": 2048}, "even number from 2 to 1024, not 2048"),
+        ({"batch": 33}, "even number from 2 to 1024: 33"),
+        ({"batch": 2048}, "even number from 2 to 1024: 2048"),
         ({"test": Samples(torch.zeros(1, 2, 3), torch.zeros(1, 2))}, "test samples of 1 shapes"),
     ],
 )
 def test_a_task_says_what_does_not_fit(samples, arguments, message):
     with pytest.raises(ValueError, match=message):
-        ShapeTask(**{"samples": samples, "recipes": shape_recipes(4), "batch": 32, **arguments})
+        ShapeTask(samples, **{"batch": 32, **arguments})
 
 
 # The zoo.
@@ -133,34 +153,39 @@ def test_a_task_says_what_does_not_fit(samples, arguments, message):
 
 def test_nets_learn_their_shapes(zoo, samples):
     assert (zoo.losses[:, -10:].mean(1) < zoo.losses[:, :10].mean(1) / 5).all()
-    wrong = ShapeTask(Samples(samples.points, samples.sdf.roll(1, 0)), zoo.recipes).scores(zoo)
+    others = ShapeTask(Samples(samples.points, samples.sdf.roll(1, 0)))
+    wrong = others.scores(zoo, zoo.members)
     assert (zoo.scores["error"] < 0.04).all()
     assert (zoo.scores["error"] < wrong["error"]).all()
 
 
 def test_together_is_one_at_a_time(samples):
-    recipes = shape_recipes(4, steps=8)
-    task = ShapeTask(samples, recipes, 64)
+    recipes, task = shape_recipes(4, steps=8), ShapeTask(samples, 64)
     together = train_nets(SMALL, task, recipes)["rows"]
-    alone = torch.cat([train_nets(SMALL, task, [recipe])["rows"] for recipe in recipes])
+    pairs = zip(recipes, torch.arange(4).split(1), strict=True)
+    alone = [train_nets(SMALL, task, [recipe], members=n)["rows"] for recipe, n in pairs]
+    alone = torch.cat(alone)
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
 
 
 def test_scores_of_a_known_error(zoo, samples):
     shifted = Samples(samples.points, zoo.outputs(samples.points, per_net=True)[..., 0] + 0.005)
-    scores = ShapeTask(samples, zoo.recipes, test=shifted).scores(zoo)
+    task = ShapeTask(samples, test=shifted)
+    scores = task.scores(zoo, zoo.members)
+    some = zoo[[3, 1]]
+    assert torch.equal(task.scores(some, some.members)["error"], scores["error"][[3, 1]])
     torch.testing.assert_close(scores["error"], torch.full((4,), 0.005), rtol=1e-3, atol=0)
     assert (scores["within_001"] == 100).all()
 
 
 def test_a_zoo_of_other_shapes_is_refused(tmp_path, samples):
     recipes = shape_recipes(4, steps=2)
-    first = train_zoo(SMALL, ShapeTask(samples, recipes), recipes, tmp_path, progress=False)
-    again = train_zoo(SMALL, ShapeTask(samples, recipes), recipes, tmp_path, progress=False)
+    first = train_zoo(SMALL, ShapeTask(samples), recipes, tmp_path, progress=False)
+    again = train_zoo(SMALL, ShapeTask(samples), recipes, tmp_path, progress=False)
     assert torch.equal(first.rows, again.rows)
     assert Zoo.load(tmp_path).module.config == {"hidden": 16, "omega": 15.0}
-    other = ShapeTask(sample_chairs(draw_chairs(4, seed=1), 1024), recipes)
-    with pytest.raises(ValueError, match="another task"):
+    other = ShapeTask(sample_chairs(draw_chairs(4, seed=1), 1024))
+    with pytest.raises(ValueError, match="task"):
         train_zoo(SMALL, other, recipes, tmp_path, progress=False)
 
 
@@ -186,13 +211,13 @@ def test_agreement_counts_points_within_a_hundredth(zoo, space, samples):
 
 
 def test_the_space_of_classifiers_is_the_space_of_shapes(zoo, space, samples):
-    objective = InstanceDistillation(
+    objective = Distillation(
         space, zoo, samples.points, per_net=True, loss=squared_error, nets=4, samples=64
     )
     before = objective(space, torch.Generator().manual_seed(0)).item()
     history = fit(
         space, objective, lambda s: {"within": float(agreement(s, zoo, samples.points).mean())},
-        150, epoch=50, progress=False,
+        150, epoch=50,
     )  # fmt: skip
     assert objective(space, torch.Generator().manual_seed(0)).item() < before / 4
     assert [row["step"] for row in history] == [50, 100, 150]
@@ -204,7 +229,8 @@ def test_embeddings_of_shapes_are_refined_on_their_own_points(zoo, space, sample
 
     answers = zoo.outputs(samples.points, per_net=True)
     torch.nn.init.normal_(space.decoder.heads[0].weight, std=0.02)
-    z = refine(space, zoo, samples.points, per_net=True, loss=squared_error, lr=0.02)
+    like = LikenessLoss(zoo, samples.points, per_net=True, loss=squared_error)
+    z = refine(space, zoo, like, lr=0.02)
     assert (loss(z) < loss(space.encode(zoo))).sum() >= 3
     assert loss(z).mean() < loss(space.encode(zoo)).mean()
 
@@ -213,14 +239,14 @@ def test_the_papers_size_trains_a_step(samples):
     net = Siren()
     assert Layout.of(net).size == 67_073
     recipes = shape_recipes(4, steps=1)
-    zoo = train_zoo(net, ShapeTask(samples, recipes, 1024), recipes, block=4, progress=False)
+    zoo = train_zoo(net, ShapeTask(samples, 1024), recipes, block=4, progress=False)
     config = SpaceConfig(weights=True, chunk=10_000, embedding=64, probes=32, hidden=16)
     space = NetSpace.for_zoos(zoo, samples.points.flatten(0, 1), config)
-    objective = InstanceDistillation(
+    objective = Distillation(
         space, zoo, samples.points, per_net=True, loss=squared_error, nets=2, samples=16
     )
     start = space.decoder.heads[0].weight.clone()
-    fit(space, objective, lambda s: {"one": 1.0}, 1, progress=False)
+    fit(space, objective, lambda s: {"one": 1.0}, 1)
     assert not torch.equal(start, space.decoder.heads[0].weight)
 
 
@@ -256,8 +282,8 @@ def test_a_scan_of_next_to_nothing_is_refused():
 
 def test_the_true_distance_fits_its_scan_and_others_do_not():
     points = scan(lambda x: x.norm(dim=-1) - 0.5, TOWARDS[[0, 0, 0]], noise=0.0)
-    objective = OnScan(points, TOWARDS[[0, 0, 0]])
-    loss = objective(Ball(0.5, 0.4, 0.6), torch.Generator().manual_seed(0))
+    loss_of = ScanLoss(points, TOWARDS[[0, 0, 0]])
+    loss = loss_of(Ball(0.5, 0.4, 0.6), torch.Generator().manual_seed(0))
     assert loss[0] < 0.005
     assert (loss[1:] > 0.09).all()  # a tenth off at the surface; too large also fills the way
 
@@ -265,8 +291,8 @@ def test_the_true_distance_fits_its_scan_and_others_do_not():
 def test_a_distance_without_a_slope_is_penalised(zoo):
     points = scan(lambda x: x.norm(dim=-1) - 0.5, TOWARDS[:1], noise=0.0)
     flat = Nets(zoo.batched, torch.zeros(1, zoo.layout.size))  # fits any scan: 0 everywhere
-    assert OnScan(points, TOWARDS[:1]).misfit(flat) == 0
-    loss = OnScan(points, TOWARDS[:1], eikonal=0.5)(flat, torch.Generator())
+    assert ScanLoss(points, TOWARDS[:1]).misfit(flat) == 0
+    loss = ScanLoss(points, TOWARDS[:1], eikonal=0.5)(flat, torch.Generator())
     torch.testing.assert_close(loss, torch.tensor([0.5]))
 
 
@@ -274,7 +300,7 @@ def test_a_scan_expects_the_slope_of_distances_that_level_off():
     points = scan(lambda x: x.norm(dim=-1) - 0.5, TOWARDS[:1], noise=0.0)
     levelled = LevelBall(0.5)
     losses = {
-        limit: OnScan(points, TOWARDS[:1], eikonal=1.0, limit=limit)(levelled, torch.Generator())
+        limit: ScanLoss(points, TOWARDS[:1], eikonal=1.0, limit=limit)(levelled, torch.Generator())
         for limit in (0.2, math.inf)
     }
     assert losses[0.2] < 0.01
@@ -283,23 +309,23 @@ def test_a_scan_expects_the_slope_of_distances_that_level_off():
 
 def test_scans_and_cameras_come_in_pairs():
     with pytest.raises(ValueError, match="2 scans from 1 directions"):
-        OnScan(torch.zeros(2, 5, 3), TOWARDS[:1])
+        ScanLoss(torch.zeros(2, 5, 3), TOWARDS[:1])
 
 
 def test_embeddings_and_weights_can_be_searched_for_a_scan(zoo, space):
     parts = chair_parts(draw_chairs(2))
     points = scan(lambda x: chair_sdf(parts, x), TOWARDS, points=100)
-    objective = OnScan(points, TOWARDS, samples=8)
-    z = space.encode(zoo)
+    loss = ScanLoss(points, TOWARDS, samples=8)
+    z, config = space.encode(zoo), Descent(steps=20, lr=0.1)
+
+    def score(nets):
+        return -loss.misfit(nets)
+
+    quiet, by_weights = {"progress": False}, Descent(steps=20, lr=3e-3)
     searches = [
-        optimise(
-            space, z[[2, 3]], objective, lambda nets: -objective.misfit(nets),
-            prior=Gaussian(z), steps=20, lr=0.1, progress=False,
-        ),
-        optimise_weights(
-            zoo[[2, 3]], objective, lambda nets: -objective.misfit(nets), steps=20, progress=False
-        ),
-    ]  # fmt: skip
+        optimise(space, z[[2, 3]], loss, score, prior=Gaussian(z), config=config, **quiet),
+        optimise_weights(zoo[[2, 3]], loss, score, config=by_weights, **quiet),
+    ]
     for search in searches:
         assert (search.score >= search.scores[0]).all()
         assert search.score.mean() > search.scores[0].mean()

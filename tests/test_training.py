@@ -1,30 +1,39 @@
-"""The space and its fit: round trips, gradients, losses against torch, resumption bit for bit."""
+"""What a space is trained for, and its fit: losses against torch, resumption bit for bit."""
+
+import json
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from toy import Interrupted, generator, interrupted, small_nets, toy_data
 
-from netspace_lite.architectures import lite_net
-from netspace_lite.data import load_digits
-from netspace_lite.functional import Nets
-from netspace_lite.layout import Layout
+from netspace_lite.architectures import paper_net
+from netspace_lite.data import Images
+from netspace_lite.explore import ImageLoss
 from netspace_lite.metrics import scores
-from netspace_lite.space import NetSpace, SpaceConfig, normalised_answers
+from netspace_lite.nets import Nets
+from netspace_lite.space import NetSpace, SpaceConfig
 from netspace_lite.training import (
-    InstanceDistillation,
+    ArchitectureClassification,
+    Distillation,
+    Interpolation,
+    MixedZoo,
+    TeacherDistillation,
+    combine,
     fit,
     kl_divergence,
     learning_rate,
-    refine,
-    spread,
+    logit_scale,
 )
-from netspace_lite.zoo import ImageTask, draw_recipes, initial_rows, train_zoo
+from netspace_lite.zoo import ImageTask, Recipe, draw_recipes, initial_rows, train_zoo
 
-NET = lite_net("LeNetLike", (1, 8, 8), 10)
-SMALL = SpaceConfig(embedding=8, probes=6, hidden=16)
+CONFIG = SpaceConfig(embedding=16, probes=8, weights=False, hidden=16)
+SMALL = SpaceConfig(embedding=8, probes=6, hidden=16, chunk=64)
 CONFIGS = {
     "weights and probes": SMALL,
-    "weights only": SpaceConfig(embedding=8, probes=0, hidden=16),
+    "weights only": SpaceConfig(embedding=8, probes=0, hidden=16, chunk=64),
     "probes only": SpaceConfig(embedding=8, probes=6, hidden=16, weights=False),
     "learned probes": SpaceConfig(embedding=8, probes=6, hidden=16, learn_probes=True),
 }
@@ -32,110 +41,107 @@ CONFIGS = {
 
 @pytest.fixture(scope="module")
 def data():
-    return load_digits()
+    return toy_data()
+
+
+@pytest.fixture(scope="module")
+def zoos(data):
+    recipes = [Recipe(seed, 10 - seed) for seed in range(6)]
+    return [train_zoo(net, ImageTask(data, 32), recipes, progress=False) for net in small_nets()]
 
 
 @pytest.fixture(scope="module")
 def zoo(data):
-    return train_zoo(NET, ImageTask(data), draw_recipes(24, steps=(2, 60)), progress=False)
+    task, recipes = ImageTask(data, 16), draw_recipes(24, steps=(2, 60))
+    return train_zoo(small_nets()[0], task, recipes, progress=False)
+
+
+@pytest.fixture
+def space(zoos, data):
+    return NetSpace.for_zoos(zoos, data.train.x, CONFIG)
 
 
 def make(zoo, data, config=SMALL, seed=0):
     return NetSpace.for_zoos(zoo, data.train.x, config, seed)
 
 
+def distillation(space, zoo, data, **options):
+    return Distillation(space, zoo, data.train.x, **{"nets": 6, "samples": 8} | options)
+
+
+def validation(zoo, images):
+    return lambda space: scores(space, zoo[:8], images)
+
+
 def fitted(zoo, data, steps=6, config=SMALL, **options):
     space = make(zoo, data, config)
-    objective = InstanceDistillation(space, zoo, data.train.x, nets=6, samples=8)
-    history = fit(
-        space, objective, lambda s: scores(s, zoo[:8], data.val), steps, epoch=2, progress=False,
-        **options,
-    )  # fmt: skip
-    return space, history
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_every_encoder_takes_nets_rows_modules_and_state_dicts_alike(zoo, data, name):
-    space = make(zoo, data, CONFIGS[name])
-    z = space.encode(zoo[:3])
-    assert z.shape == (3, 8)
-    modules = [zoo.to_module(n) for n in range(3)]
-    for nets in (zoo.rows[:3], modules, [m.state_dict() for m in modules]):
-        torch.testing.assert_close(space.encode(nets), z)
-    torch.testing.assert_close(space.encode(modules[1]), z[1:2])
-
-
-def test_a_decoded_net_answers_the_same_in_the_batch_and_as_a_module(zoo, data):
-    space = make(zoo, data)
-    nets = space.decode(space.encode(zoo[:4]))
-    x = data.test.x[:20]
-    together = nets.logits(x)
-    for n in range(4):
-        torch.testing.assert_close(nets.to_module(n)(x), together[n], rtol=1e-4, atol=1e-4)
-
-
-def test_the_decoder_starts_near_the_best_net_of_the_zoo(zoo, data):
-    space = make(zoo, data)
-    best = int(zoo.scores["val_accuracy"].argmax())
-    assert torch.equal(space.decoder.bias[0], zoo.rows[best])
-
-
-def test_probe_answers_ignore_permuted_hidden_units_and_shifted_logits(zoo, data):
-    state = zoo.state_dict(0)
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-    state["layers.5.weight"] = state["layers.5.weight"][order]
-    state["layers.5.bias"] = state["layers.5.bias"][order]
-    state["layers.7.weight"] = state["layers.7.weight"][:, order]
-    state["layers.7.bias"] = state["layers.7.bias"] + 3
-    probing = make(zoo, data, CONFIGS["probes only"])
-    torch.testing.assert_close(probing.encode(state), probing.encode(zoo[0]), rtol=1e-3, atol=1e-4)
-    reading = make(zoo, data, CONFIGS["weights only"])
-    assert (reading.encode(state) - reading.encode(zoo[0])).abs().max() > 1e-2
-
-
-def test_answers_are_normalised_by_hand():
-    outputs = torch.tensor([[[1.0, 3.0], [10.0, 12.0]]])  # centred: ∓1 twice, spread 1
-    expected = torch.tensor([[-1.0, 1.0, -1.0, 1.0, 0.0]])
-    torch.testing.assert_close(normalised_answers(outputs), expected)
-    scaled = normalised_answers(5 * outputs)
-    torch.testing.assert_close(scaled[:, :-1], expected[:, :-1])
-    assert scaled[0, -1].item() == pytest.approx(torch.tensor(5.0).log().item())
+    objective, validate = distillation(space, zoo, data), validation(zoo, data.val)
+    return space, fit(space, objective, validate, steps, **{"epoch": 2} | options)
 
 
 def test_kl_is_torchs_own():
     torch.manual_seed(0)
     a, b, t = torch.randn(3, 5, 4), torch.randn(3, 5, 4), torch.tensor([0.5, 1.0, 2.0])
-    found = kl_divergence(a, b, t[:, None, None])
+    found, shared = kl_divergence(a, b, t[:, None, None]), kl_divergence(a, b[:1], 2.0)
     for n in range(3):
         expected = F.kl_div(
             F.log_softmax(a[n] / t[n], -1), F.softmax(b[n] / t[n], -1), reduction="batchmean"
         )
         torch.testing.assert_close(found[n], expected)
-    assert spread(torch.tensor([[[2.0, 4.0]]])).item() == pytest.approx(1.0)
+        log_softmax, softmax = F.log_softmax(a[n] / 2, -1), F.softmax(b[0] / 2, -1)
+        expected = F.kl_div(log_softmax, softmax, reduction="batchmean")
+        torch.testing.assert_close(shared[n], expected)
+    assert logit_scale(torch.tensor([[[2.0, 4.0]]])).item() == pytest.approx(1.0)
+    assert logit_scale(a + 100).shape == (3, 1, 1)
+    torch.testing.assert_close(logit_scale(a + 100), logit_scale(a))
 
 
 def test_the_objectives_gradient_is_that_of_finite_differences(zoo, data):
     space = make(zoo, data, CONFIGS["probes only"]).double()
-    double = Nets(NET.double(), zoo.rows[:4].double())
-    try:
-        objective = InstanceDistillation(space, double, data.train.x.double(), nets=4, samples=3)
-        parameter = space.decoder.bias[0]
+    double = Nets(zoo.batched, zoo.rows[:4].double())
+    objective = Distillation(space, double, data.train.x.double(), nets=4, samples=3)
+    parameter = space.decoder.bias[0]
 
-        def loss():
-            return objective(space, torch.Generator().manual_seed(1))
+    def loss():
+        return objective(space, generator(1))
 
-        (gradient,) = torch.autograd.grad(loss(), parameter)
-        with torch.no_grad():
-            for n in (0, 500, 5749):
-                value, step = parameter[n].item(), 1e-6
-                parameter[n] = value + step
-                up = loss().item()
-                parameter[n] = value - step
-                down = loss().item()
-                parameter[n] = value
-                assert (up - down) / (2 * step) == pytest.approx(gradient[n].item(), abs=1e-7)
-    finally:
-        NET.float()
+    (gradient,) = torch.autograd.grad(loss(), parameter)
+    with torch.no_grad():
+        for n in (0, 100, len(parameter) - 1):
+            value, step = parameter[n].item(), 1e-6
+            parameter[n] = value + step
+            up = loss().item()
+            parameter[n] = value - step
+            down = loss().item()
+            parameter[n] = value
+            assert (up - down) / (2 * step) == pytest.approx(gradient[n].item(), abs=1e-7)
+
+
+def test_distillation_is_zero_for_a_space_that_gives_every_net_back(zoo, data):
+    """A decoder that knows the zoo by heart: nothing is left to learn."""
+    space = make(zoo[:1], data)  # the decoder's bias is the only net
+    with torch.no_grad():
+        space.decoder.heads[0].weight.zero_()
+    objective = distillation(space, zoo[:1], data)
+    assert objective(space, generator()).detach().abs() < 1e-6
+
+
+def test_distillation_on_inputs_of_each_nets_own_with_another_loss(zoo, data):
+    own = torch.stack([data.train.x[torch.randperm(120)[:20]] for _ in range(24)])
+    space, seen = make(zoo, data), []
+
+    def squared(outputs, targets, scale):
+        seen.append(targets)
+        return (outputs - targets).square().mean((1, 2))
+
+    options = {"per_net": True, "loss": squared, "nets": 6, "samples": 8}
+    Distillation(space, zoo, own, **options)(space, generator()).backward()
+    assert space.decoder.hidden.weight.grad.abs().sum() > 0
+    Distillation(space, zoo[4:5], own[4:5], **options)(space, generator())
+    answers = zoo[4].outputs(own[4])[0]
+    assert seen[1].shape == (6, 8, 3)
+    distances = (seen[1].flatten(0, 1)[:, None] - answers).abs().amax(-1)  # [48, 20]
+    assert distances.min(1).values.max() < 1e-4
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -150,43 +156,36 @@ def test_the_best_state_is_kept(zoo, data):
     assert scores(space, zoo[:8], data.val)["agreement"] == pytest.approx(best, abs=0.1)
 
 
-def test_refining_embeddings_brings_decoded_nets_closer_and_leaves_the_space(zoo, data):
-    space, _ = fitted(zoo, data, steps=60)
-    before = {name: value.clone() for name, value in space.state_dict().items()}
-    z = refine(space, zoo[:8], data.train.x, 150)
-    answers = zoo[:8].outputs(data.test.x)
-    scale = spread(answers)
-    start, end = (
-        kl_divergence(space.decode(e).outputs(data.test.x), answers, scale)
-        for e in (space.encode(zoo[:8]), z)
-    )
-    assert (end < start).all()
-    assert (end / start).mean() < 0.9
-    assert all(torch.equal(space.state_dict()[name], value) for name, value in before.items())
+def test_history_and_log_are_rows_of_numbers(zoo, data):
+    rows = []
+    _, history = fitted(zoo, data, steps=5, log=rows.append)
+    assert rows == history
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    assert {"step", "seconds", "loss", "agreement", "mae", "r"} <= rows[0].keys()
+    json.dumps(rows)
 
 
-class Interrupted(Exception):
-    pass
+def test_a_last_partial_epoch_has_its_own_mean(zoo, data):
+    """Seen before: its sum was divided by a whole epoch."""
+    space, losses = make(zoo, data), []
+    inner = distillation(space, zoo, data)
+
+    def objective(space, generator):
+        losses.append(inner(space, generator))
+        return losses[-1]
+
+    history = fit(space, objective, validation(zoo, data.val), 5, epoch=3)
+    assert [row["step"] for row in history] == [3, 5]
+    assert history[1]["loss"] == pytest.approx(float(sum(losses[3:]).detach()) / 2, rel=1e-5)
 
 
-def test_an_interrupted_fit_resumes_bit_for_bit(zoo, data, tmp_path):
+@pytest.mark.parametrize("at", [2, 4, 6])
+def test_an_interrupted_fit_resumes_bit_for_bit(zoo, data, at, tmp_path, monkeypatch):
     whole, history = fitted(zoo, data)
-    space = make(zoo, data)
-    objective = InstanceDistillation(space, zoo, data.train.x, nets=6, samples=8)
-    calls = 0
-
-    def interrupting(space, generator):
-        nonlocal calls
-        calls += 1
-        if calls == 6:
-            raise Interrupted
-        return objective(space, generator)
-
-    def validate(space):
-        return scores(space, zoo[:8], data.val)
-
-    with pytest.raises(Interrupted):
-        fit(space, interrupting, validate, 6, epoch=2, folder=tmp_path, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Distillation, "__call__", interrupted(Distillation.__call__, at))
+        with pytest.raises(Interrupted):
+            fitted(zoo, data, folder=tmp_path)
     resumed, again = fitted(zoo, data, folder=tmp_path)
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
@@ -197,19 +196,62 @@ def test_an_interrupted_fit_resumes_bit_for_bit(zoo, data, tmp_path):
         fitted(zoo, data, steps=7, folder=tmp_path)
 
 
-def test_a_space_saves_and_loads(zoo, data, tmp_path):
-    space = make(zoo, data)
-    space.save(tmp_path)
-    again = NetSpace.load(tmp_path)
-    assert torch.equal(again.encode(zoo), space.encode(zoo))
-    z = space.encode(zoo[:2])
-    assert torch.equal(again.decode(z).rows, space.decode(z).rows)
+def test_a_longer_fit_of_more_is_not_resumed_from_a_part(zoo, data, tmp_path):
+    fitted(zoo, data, folder=tmp_path)
+    for changed in ({"lr": 1e-3}, {"seed": 1}, {"epoch": 3}, {"config": CONFIGS["probes only"]}):
+        with pytest.raises(ValueError, match="choose another folder"):
+            fitted(zoo, data, folder=tmp_path, **changed)
 
 
-def test_the_same_seed_gives_the_same_space(zoo, data):
+def test_another_starting_state_is_refused(zoo, data, tmp_path):
+    """A second stage of training is not loaded where the first was another."""
+    space, objective = make(zoo, data), distillation(make(zoo, data), zoo, data)
+    options = {"steps": 2, "epoch": 2, "folder": tmp_path}
+    fit(space, objective, validation(zoo, data.val), **options)
+    other = make(zoo, data)
+    with torch.no_grad():
+        other.decoder.hidden.bias.add_(1)
+    with pytest.raises(ValueError, match="choose another folder"):
+        fit(other, objective, validation(zoo, data.val), **options)
+
+
+def test_the_same_seed_gives_the_same_fit(zoo, data):
     one, two, other = (fitted(zoo, data, seed=s)[0].encode(zoo) for s in (0, 0, 1))
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
+
+
+def test_a_fit_does_not_touch_random_numbers(zoo, data):
+    torch.manual_seed(0)
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    fitted(zoo, data)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(zoo, data, tmp_path):
+    space, calls = make(zoo, data), iter(range(100))
+    inner = distillation(space, zoo, data)
+
+    def objective(space, generator):
+        return inner(space, generator) * (math.nan if next(calls) == 3 else 1)
+
+    with pytest.raises(ValueError, match=r"(?i)step \b[34]\b"):
+        fit(space, objective, validation(zoo, data.val), 6, epoch=2, folder=tmp_path)
+    assert all(value.isfinite().all() for value in space.state_dict().values())
+
+
+def test_scores_that_are_nan_never_win(zoo, data):
+    """Seen before: a first NaN score was kept for good."""
+    space, given = make(zoo, data), iter([math.nan, 1.0, 3.0, math.nan, 2.0])
+    states = []
+
+    def validate(space):
+        states.append(space.encode(zoo).clone())
+        return {"score": next(given)}
+
+    fit(space, distillation(space, zoo, data), validate, 5, epoch=1)
+    assert torch.equal(space.encode(zoo), states[2])
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
@@ -219,14 +261,138 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
     assert rates[-1] < 0.002
 
 
-def test_wrong_input_is_refused_in_a_sentence(zoo, data):
+def test_bad_fits_are_refused_in_a_sentence(zoo, data):
     space = make(zoo, data)
-    other = lite_net("LeNetLike", (1, 8, 8), 7)
-    with pytest.raises(ValueError, match="this space was built for other nets"):
-        space.encode(Nets(other, initial_rows(other, [0])))
-    with pytest.raises(ValueError, match=rf"rows should be \[N, {Layout.of(NET).size}\]"):
-        space.encode(torch.zeros(2, 5))
-    with pytest.raises(ValueError, match=r"embeddings should be \[N, 8\], not \[2, 9\]"):
-        space.decode(torch.zeros(2, 9))
-    with pytest.raises(ValueError, match="weights=True, or probes > 0"):
-        NetSpace([NET], data.train.x, SpaceConfig(probes=0, weights=False))
+    objective, validate = distillation(space, zoo, data), validation(zoo, data.val)
+    for options in ({"steps": 0}, {"epoch": 0}):
+        with pytest.raises(ValueError, match="step|epoch"):
+            fit(space, objective, validate, **{"steps": 2} | options)
+    with pytest.raises(ValueError, match="score|validate"):
+        fit(space, objective, lambda space: {}, 2)
+
+
+def test_a_mixed_zoo_encodes_like_the_space(space, zoos):
+    mixed = MixedZoo(space, zoos)
+    n = torch.tensor([20, 3, 9, 0, 23])
+    torch.testing.assert_close(mixed.encode(space, n), space.encode(zoos)[n])
+    torch.testing.assert_close(
+        mixed.encode(space, n[:1], 1), space.translate(space.encode(zoos)[n[:1]], 3, 1)
+    )
+    assert len(mixed) == 24
+    assert mixed.architecture[n].tolist() == [3, 0, 1, 0, 3]
+    drawn = mixed.draw(200, generator(), 2)
+    assert set(drawn.tolist()) == set(range(12, 18))
+    assert set(mixed.draw(400, generator()).tolist()) == set(range(24))
+    assert MixedZoo(space, zoos[1]).present == [1]
+
+
+def test_combine_is_a_weighted_sum(space):
+    parts = [lambda space, generator, v=v: torch.tensor(v) for v in (1.0, 10.0)]
+    assert float(combine(*parts, weights=(0.5, 2))(space, generator())) == 20.5
+    assert float(combine(*parts)(space, generator())) == 11
+    with pytest.raises(ValueError, match="2 objectives need as many weights"):
+        combine(*parts, weights=(1,))
+    with pytest.raises(ValueError, match="objectives"):
+        combine()
+
+
+def test_teacher_distillation_is_the_papers_loss(space, zoos, data):
+    """0.9·T²·KL + 0.1·cross-entropy, from the formula."""
+    teacher = zoos[0].to_module(0)
+    loss = ImageLoss(data.train, teacher, distil=0.9, temperature=4, samples=len(data.train))
+    nets = space.decode(space.encode(zoos[1]), 1)
+    logits, wanted = nets(data.train.x), teacher(data.train.x)
+    kl = F.kl_div(
+        F.log_softmax(logits[0] / 4, -1), F.softmax(wanted / 4, -1), reduction="batchmean"
+    )
+    expected = 0.9 * 16 * kl + 0.1 * F.cross_entropy(logits[0], data.train.y)
+    torch.testing.assert_close(loss(nets, generator())[0], expected, rtol=1e-4, atol=1e-5)
+    TeacherDistillation(space, zoos, loss)(space, generator()).backward()
+    assert all(head.weight.grad is not None for head in space.decoder.heads)
+
+
+def rows_loss(nets, generator):
+    return nets.rows.sum(1)
+
+
+def test_interpolation_follows_the_distance_rule(space, zoos):
+    objective = Interpolation(space, zoos, rows_loss, jitter=0)
+    assert objective.apart == 2  # the paper's max(1, A - 2): only the ends
+    assert objective.ends == [(0, 3)]
+    with torch.no_grad():
+        z, wanted = objective.points(space, generator(), 30)
+    assert set(wanted.tolist()) == {1, 2}
+    ends = space.encode(zoos)
+    for point, k in zip(z, wanted.tolist(), strict=True):
+        places = torch.lerp(ends[:6, None], ends[None, 18:], k / 3).flatten(0, 1)
+        assert (point - places).abs().amax(1).min() < 1e-5
+    assert set(objective.points(space, generator(), 60, ends=True)[1].tolist()) == {0, 1, 2, 3}
+    assert len(Interpolation(space, zoos, rows_loss, apart=1).ends) == 3
+    with pytest.raises(ValueError, match="nothing in between"):
+        Interpolation(space, zoos[:2], rows_loss)
+
+
+def test_unseen_architectures_learn_from_the_line_alone(zoos, data):
+    ends = [zoos[3], zoos[0]]  # any order: each finds its module
+    space = NetSpace.for_zoos(ends, data.train.x, CONFIG, modules=small_nets())
+    loss = ImageLoss(data.train, samples=16)
+    Interpolation(space, ends, loss)(space, generator()).backward()
+    heads = space.decoder.heads
+    assert [head.weight.grad is not None for head in heads] == [False, True, True, False]
+
+
+def test_distillation_across_architectures_teaches_one_head_with_all_nets(space, zoos, data):
+    objective = Distillation(
+        space, zoos, data.train.x, nets=8, samples=4, crossing=1.0, chances=(0, 0, 1, 0)
+    )
+    loss = objective(space, generator())
+    loss.backward()
+    heads = [head.weight.grad is not None for head in space.decoder.heads]
+    assert heads == [False, False, True, False]
+    assert (space.encoder.offset.grad.abs().sum(1) > 0).tolist() == [False, False, True, False]
+    assert loss > 0
+
+
+def test_classification_separates_architectures(space, zoos):
+    """A few steps suffice, for embeddings as they are and moved to other architectures."""
+    objective = ArchitectureClassification(space, zoos, translated=True)
+    adam = torch.optim.Adam(space.parameters(), 1e-2)
+    for step in range(50):
+        adam.zero_grad()
+        objective(space, generator(step)).backward()
+        adam.step()
+    z = space.encode(zoos)
+    assert torch.equal(space.predict(z), torch.arange(4).repeat_interleave(6))
+    assert (space.predict(space.translate(z[:6], 0, 3)) == 3).all()
+
+
+def test_the_papers_sizes_take_a_training_step():
+    image = torch.randn(2, 3, 32, 32)
+    modules = [paper_net(n) for n in ("LeNetLike", "VanillaCNN", "ResNet8", "ResNet32")]
+    nets = [Nets(net, initial_rows(net, [0])) for net in modules]
+    assert [zoo.layout.size for zoo in nets] == [62_006, 68_818, 77_706, 465_674]
+    config = SpaceConfig(embedding=4, probes=1, weights=False, hidden=4)
+    space = NetSpace.for_zoos(nets, image, config)
+    loss = ImageLoss(Images(image, torch.arange(2)), paper_net("ResNet56"))
+    objective = combine(
+        TeacherDistillation(space, nets, loss, nets=1),
+        ArchitectureClassification(space, nets),
+        Interpolation(space, nets, loss, nets=1),
+    )
+    value = objective(space, generator())
+    value.backward()
+    assert torch.isfinite(value)
+    assert all(head.weight.grad is not None for head in space.decoder.heads)
+
+
+def test_a_users_module_joins_a_mixed_zoo(zoos, data):
+    own = nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1, groups=4), nn.ReLU())
+    own = nn.Sequential(*own, nn.Flatten(), nn.LayerNorm(16), nn.Linear(16, 3))
+    own = Nets(own, initial_rows(own, range(4)))
+    space = NetSpace.for_zoos([zoos[0], own], data.train.x, CONFIG)
+    assert space.architectures == ["LeNetLike", "Sequential"]
+    for target in range(2):  # each head learns from the other's nets
+        chances = [1 - target, target]
+        objective = Distillation(space, [zoos[0], own], data.train.x, chances=chances)
+        objective(space, generator()).backward()
+    assert all(head.weight.grad.abs().sum() > 0 for head in space.decoder.heads)

@@ -1,12 +1,21 @@
-"""Settings, results and the runner that ``make tutorial`` calls."""
+"""Settings, sizes, claims, figures and the runner that ``make tutorial`` calls."""
 
 import json
+import math
+from itertools import pairwise
 
+import matplotlib
+import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pytest
+import torch
 
-from netspace_lite import tutorial
-from netspace_lite.tutorial import Settings
+from netspace_lite.data import ImageData, Images
+from netspace_lite.tutorial import PRESETS, Settings, bootstrap, figures, seconds
+from netspace_lite.tutorial.__main__ import main
+
+matplotlib.use("agg")
 
 
 @pytest.fixture
@@ -41,7 +50,9 @@ def test_settings_come_from_the_environment(checkout, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("NETSPACE_SEED", "-1"), ("NETSPACE_PRESET", "tiny")], ids=str
+    ("name", "value"),
+    [("NETSPACE_SEED", "-1"), ("NETSPACE_SEED", "²"), ("NETSPACE_PRESET", "tiny")],
+    ids=str,
 )
 def test_settings_without_meaning_are_refused(checkout, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
@@ -49,11 +60,67 @@ def test_settings_without_meaning_are_refused(checkout, monkeypatch, name, value
         Settings.from_environment()
 
 
+@pytest.mark.parametrize("preset", ["smoke", "paper"])
+def test_presets_change_sizes_of_lite_and_add_none(preset):
+    for part, values in PRESETS[preset].items():
+        assert values.keys() <= PRESETS["lite"][part].keys()
+    sizes = Settings(preset=preset).sizes
+    assert vars(sizes).keys() == PRESETS["lite"].keys()
+    assert sizes.zoo.nets == PRESETS[preset]["zoo"]["nets"]
+    assert sizes.explore.searches > 0
+
+
+def test_a_preset_trains_with_as_many_chances_as_architectures():
+    for preset in PRESETS:
+        several = Settings(preset=preset).sizes.several
+        assert len(several.chances) == len(several.nets)
+        assert all(sum(several.held_out) < count for count in several.nets.values())
+
+
+def test_claims_are_asserted_for_lite_digits_and_only_reported_elsewhere(capsys):
+    Settings().claim("one is one", 1 == 1)
+    with pytest.raises(AssertionError, match="one is two"):
+        Settings().claim("one is two", 1 == 2)
+    for settings in (Settings(preset="smoke"), Settings(preset="paper"), Settings(data="own.npz")):
+        settings.claim("one is two", torch.tensor(False))
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == ["holds: one is one"] + 3 * ["does not hold here: one is two"]
+
+
+def test_larger_images_are_announced():
+    images = Images(torch.zeros(30, 3, 16, 16), torch.zeros(30, dtype=torch.long))
+    said = Settings().describe(ImageData("own", images, images[:5], images[:7], classes=2))
+    assert "30 train, 5 val, 7 test images of 3 × 16 × 16 values, 2 classes" in said
+    assert "12 times the minutes" in said
+
+
+def test_seconds_gives_the_result_and_the_time():
+    result, took = seconds(lambda: "done")
+    assert result == "done"
+    assert 0 <= took < 1
+
+
+def test_bootstrap_matches_the_standard_error_of_a_mean():
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    low, high = bootstrap(torch.mean, values)
+    assert low < values.mean() < high
+    expected = 2 * 1.96 * float(values.std()) / math.sqrt(400)
+    assert high - low == pytest.approx(expected, rel=0.15)
+
+
+def test_bootstrap_draws_the_same_nets_and_images_of_all_tables():
+    table = torch.rand(20, 30)
+    assert bootstrap(lambda a, b: (a - b).abs().max(), table, table, draws=20) == (0, 0)
+    by_nets = torch.rand(20, 1).expand(20, 30)  # all images agree: only nets make a spread
+    low, high = bootstrap(torch.mean, by_nets, draws=300)
+    assert high - low > 0.1
+    assert bootstrap(torch.mean, torch.ones(4, 5), draws=20) == (1, 1)
+
+
 def test_notebooks_run_in_place_and_print_their_results(checkout, capsys):
-    tutorial.main([])
+    main([])
     printed = capsys.readouterr().out
-    assert "score" in printed
-    assert "10.00" in printed
+    assert "| `score` | 10.00 | 10.00 to 10.00 |" in printed
     done = nbformat.read(checkout / "build" / "notebooks" / "01_small.ipynb", as_version=4)
     assert done.cells[1].outputs[0].text == "hello\n"
     record = json.loads((checkout / "build" / "results" / "01_small.json").read_text())
@@ -61,17 +128,113 @@ def test_notebooks_run_in_place_and_print_their_results(checkout, capsys):
 
 
 def test_several_seeds_give_a_table_with_median_and_range(checkout, capsys):
-    tutorial.main(["--seeds=0,5,1", "01"])
-    assert "| `score` | 11.00 | 10.00 to 15.00 |" in capsys.readouterr().out
+    main(["--seeds=0,5,1", "01"])
+    printed = capsys.readouterr().out
+    assert "### 01_small, seed 0, 5, 1" in printed
+    assert "| `score` | 11.00 | 10.00 to 15.00 |" in printed
 
 
-def test_a_failing_notebook_stops_the_run_and_is_kept(checkout):
+def test_a_failing_notebook_stops_the_run_and_is_kept(checkout, capsys):
     from nbclient.exceptions import CellExecutionError
 
     path = checkout / "notebooks" / "02_broken.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")]), path)
     with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
-        tutorial.main(["02"])
+        main(["02"])
     assert (checkout / "build" / "notebooks" / "02_broken.ipynb").exists()
-    with pytest.raises(SystemExit, match="no notebook starts with 9"):
-        tutorial.main(["9"])
+    with pytest.raises(SystemExit):
+        main(["9"])
+    assert "no notebook starts with 9" in capsys.readouterr().err
+
+
+def test_a_bar_is_kept_as_its_last_state(checkout):
+    code = (
+        "from netspace_lite.progress import progress_bar\n"
+        "with progress_bar(3, 'counting') as bar:\n"
+        "    for _ in range(3):\n"
+        "        bar.update()"
+    )
+    path = checkout / "notebooks" / "01_small.ipynb"
+    book = nbformat.read(path, as_version=4)
+    book.cells[1].source += "\n" + code
+    nbformat.write(book, path)
+    main([])
+    done = nbformat.read(checkout / "build" / "notebooks" / "01_small.ipynb", as_version=4)
+    text = "".join(output.get("text", "") for output in done.cells[1].outputs)
+    assert "counting: 100%" in text
+    assert "0%|" not in text.replace("100%|", "")
+
+
+@pytest.fixture
+def closed():
+    yield
+    plt.close("all")
+
+
+@pytest.mark.usefixtures("closed")
+class TestFigures:
+    def test_style_is_set(self):
+        with plt.rc_context():
+            figures.use_style()
+            assert plt.rcParams["figure.dpi"] == 80
+
+    def test_images_fill_rows_and_leave_the_rest_blank(self):
+        axes = figures.images(torch.rand(13, 3, 4, 4), titles=["a"])
+        assert axes.shape == (2, 10)
+        assert [len(ax.images) for ax in axes.flat] == [1] * 13 + [0] * 7
+        assert axes[0, 0].get_title() == "a"
+        assert figures.images(torch.zeros(1, 1, 4, 4))[0, 0].images[0].get_array().shape == (4, 4)
+
+    def test_preps_have_scales_of_their_own(self):
+        axes = figures.preps(torch.randn(2, 5, 7).requires_grad_(), ["one", "two"])
+        limits = [ax.collections[0].get_clim() for ax in axes]
+        assert limits[0] != limits[1]
+        assert all(low == -high for low, high in limits)
+        assert axes[0].yaxis_inverted()  # the first chunk on top
+
+    def test_predicted_has_a_panel_a_name_on_equal_axes(self):
+        pair = torch.tensor([20.0, 90]), torch.tensor([30.0, 80])
+        axes = figures.predicted({"a": pair, "b": pair})
+        assert [ax.get_title() for ax in axes] == ["a", "b"]
+        assert axes[1].get_xlim() == axes[1].get_ylim() == (17, 101)
+
+    def test_a_map_draws_kinds_and_searches(self):
+        z, kinds = torch.randn(20, 4), torch.arange(20) % 3
+        ax = figures.space_map(z, kinds=kinds, names=["a", "b", "c"])
+        assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b", "c"]
+        ax = figures.space_map(z, torch.rand(20), path=torch.randn(5, 3, 4), kinds=kinds)
+        assert len(ax.lines) == 3 + 2  # three searches, their starts and ends
+        limits = {dots.get_clim() for dots in ax.collections}
+        assert len(limits) == 1  # all kinds share one scale
+        assert figures.space_map(z, torch.rand(20)).get_legend() is None
+
+    def test_curves_draw_medians_levels_and_kinds(self):
+        many = torch.tensor([[0.0, 1, 2], [0, 5, 7], [0, 3, 9]])
+        ax = figures.curves(range(3), {"m": many, "one": [1, 2, 3]}, "x", "y", levels={"best": 8.0})
+        assert len(ax.lines) == 3 + 1 + 1 + 1
+        np.testing.assert_array_equal(ax.lines[3].get_ydata(), [0, 3, 7])
+        assert ax.get_legend().get_texts()[-1].get_text() == "best: 8.0"
+        kinds = torch.tensor([0, 0, 1])
+        ax = figures.curves([0, 1, 2], {"": [5.0, 6, 7]}, "x", "y", kinds=kinds, names=["a", "b"])
+        assert [len(dots.get_offsets()) for dots in ax.collections] == [2, 1]
+
+    def test_history_draws_scores_over_steps(self):
+        rows = [{"step": 10, "r": 0.5, "mae": 3}, {"step": 20, "r": 0.7, "mae": 2}]
+        ax = figures.history(rows, ["r"])
+        np.testing.assert_allclose(ax.lines[0].get_xydata(), [[10, 0.5], [20, 0.7]])
+
+    def test_bars_highlight_span_and_group(self):
+        ax = figures.bars({"ours": 80.0, "theirs": 70.0}, "%", ["ours"], spans={"ours": (75, 82)})
+        assert [text.get_text() for text in ax.texts] == ["80.0", "70.0"]
+        first, second = (bar.get_facecolor() for bar in ax.patches)
+        assert first != second
+        segments = [s for lines in ax.collections for s in lines.get_segments()]
+        np.testing.assert_allclose(segments[0][:, 0], [75, 82])
+        ax = figures.bars({"a": [1, 2], "b": [3, 4]}, "%", labels=["x", "y"])
+        assert len(ax.patches) == 4
+        heights = sorted((bar.get_y(), bar.get_y() + bar.get_height()) for bar in ax.patches)
+        assert all(a[1] <= b[0] + 1e-9 for a, b in pairwise(heights))
+
+    def test_a_matrix_writes_its_numbers(self):
+        ax = figures.matrix(torch.tensor([[100.0, 0], [25, 75]]), ["a", "b"], "x", "y", "%")
+        assert [text.get_text() for text in ax.texts] == ["100", "0", "25", "75"]

@@ -1,21 +1,28 @@
-"""Zoos: each net as torch.optim.AdamW would train it alone; interruption, resumption, damage."""
+"""Zoos: each net as torch.optim.AdamW would train it alone; your own nets; interruptions."""
 
+import copy
 import json
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
+from toy import Interrupted, generator, interrupted, mlp, random_nets, toy_data
 
 from netspace_lite import zoo as zoo_module
 from netspace_lite.architectures import build, describe, lite_net
 from netspace_lite.data import load_digits
+from netspace_lite.folding import fold_batchnorm
 from netspace_lite.layout import Layout
+from netspace_lite.nets import Nets
 from netspace_lite.zoo import (
     ImageTask,
     Recipe,
     Zoo,
     draw_recipes,
+    fine_tune,
     initial_rows,
     train_nets,
     train_zoo,
@@ -28,11 +35,17 @@ RECIPES = [
     Recipe(seed=9, steps=7, lr=1e-3, weight_decay=0.0),
     Recipe(seed=4, steps=1),
 ]
+QUIET = {"progress": False}
 
 
 @pytest.fixture(scope="module")
 def task():
     return ImageTask(load_digits(), batch=32)
+
+
+@pytest.fixture(scope="module")
+def zoo(task):
+    return train_zoo(NET, task, RECIPES, block=3, **QUIET)
 
 
 def train_alone(recipe, task):
@@ -41,7 +54,7 @@ def train_alone(recipe, task):
     adamw = torch.optim.AdamW(module.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
     losses = []
     for step in range(recipe.steps):
-        x, y = task.batch([recipe], step)
+        x, y = task.batch([recipe], torch.tensor([0]), step)
         loss = F.cross_entropy(module(x[0]), y[0])
         adamw.zero_grad()
         loss.backward()
@@ -50,8 +63,7 @@ def train_alone(recipe, task):
     return module, losses
 
 
-def test_together_is_the_same_as_alone_with_torchs_adamw(task):
-    zoo = train_zoo(NET, task, RECIPES, block=3, progress=False)
+def test_together_is_the_same_as_alone_with_torchs_adamw(zoo, task):
     for n, recipe in enumerate(RECIPES):
         module, losses = train_alone(recipe, task)
         row = zoo.layout.pack([module])[0]
@@ -62,8 +74,7 @@ def test_together_is_the_same_as_alone_with_torchs_adamw(task):
         assert zoo.losses[n, recipe.steps :].isnan().all()
 
 
-def test_scores_are_those_of_the_plain_modules(task):
-    zoo = train_zoo(NET, task, RECIPES, progress=False)
+def test_scores_are_those_of_the_plain_modules(zoo, task):
     test = task.data.test
     for n in range(len(zoo)):
         right = (zoo.to_module(n)(test.x).argmax(1) == test.y).float().mean() * 100
@@ -71,11 +82,13 @@ def test_scores_are_those_of_the_plain_modules(task):
 
 
 def test_an_epoch_visits_every_image_once(task):
+    def batch(step):
+        return task.batch([RECIPES[0]], torch.tensor([0]), step)[0][0].flatten(1)
+
     batches = len(task.data.train) // 32
-    seen = torch.cat([task.batch([RECIPES[0]], step)[0][0].flatten(1) for step in range(batches)])
+    seen = torch.cat([batch(step) for step in range(batches)])
     assert len(seen.unique(dim=0)) == len(seen)
-    again = task.batch([RECIPES[0]], batches)[0]
-    assert not torch.equal(again[0].flatten(1), seen[:32])
+    assert not torch.equal(batch(batches), seen[:32])
 
 
 def test_nets_of_one_seed_start_alike_and_others_do_not():
@@ -96,6 +109,26 @@ def test_modules_that_are_not_registered_are_reset_layer_by_layer():
         initial_rows(plain, [1])
 
 
+def test_a_factory_initialises_what_cannot_be_reset():
+    def make():
+        net = nn.Linear(4, 3)
+        net.register_parameter("scale", nn.Parameter(torch.randn(3)))
+        return net
+
+    rows = initial_rows(make, [1, 2])
+    for row, seed in zip(rows, (1, 2), strict=True):
+        torch.manual_seed(seed)
+        assert torch.equal(row, nn.utils.parameters_to_vector(make().parameters()).detach())
+
+
+def test_initialising_leaves_random_numbers_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    initial_rows(NET, [7])
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_recipes_are_seeded_and_in_range():
     recipes = draw_recipes(200, seed=1, steps=(2, 50))
     assert recipes == draw_recipes(200, seed=1, steps=(2, 50))
@@ -106,69 +139,316 @@ def test_recipes_are_seeded_and_in_range():
     assert sum(s < 10 for s in steps) == pytest.approx(100, abs=30)  # log-uniform: 10 is the middle
 
 
-class Interrupted(Exception):
-    pass
+def test_the_readmes_zoos_are_still_drawn_alike():
+    assert [r.seed for r in draw_recipes(3)] == [1826701615, 1367864807, 1097657232]
+    assert [r.steps for r in draw_recipes(3)] == [2, 2, 118]
 
 
-def interrupting(task, at):
-    """The task, raising in its ``at``-th batch, as Ctrl-C would."""
-    count = 0
-
-    class Task(ImageTask):
-        def batch(self, recipes, step):
-            nonlocal count
-            count += 1
-            if count == at:
-                raise Interrupted
-            return super().batch(recipes, step)
-
-    return Task(task.data, task.batch_size)
-
-
-@pytest.mark.parametrize("at", [2, 6, 9], ids=lambda n: f"batch {n}")
-def test_an_interrupted_zoo_resumes_bit_for_bit(task, at, tmp_path, monkeypatch):
+@pytest.mark.parametrize("at", [2, 6, 8], ids=lambda n: f"batch {n}")
+def test_an_interrupted_zoo_resumes_bit_for_bit(zoo, task, at, tmp_path, monkeypatch):
     monkeypatch.setattr(zoo_module, "CHECKPOINT_SECONDS", 0)
-    whole = train_zoo(NET, task, RECIPES, block=2, progress=False)
-    with pytest.raises(Interrupted):
-        train_zoo(NET, interrupting(task, at), RECIPES, tmp_path, block=2, progress=False)
-    resumed = train_zoo(NET, task, RECIPES, tmp_path, block=2, progress=False)
-    assert torch.equal(resumed.rows, whole.rows)
-    assert torch.equal(resumed.losses.nan_to_num(-1), whole.losses.nan_to_num(-1))
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageTask, "batch", interrupted(ImageTask.batch, at))
+        with pytest.raises(Interrupted):
+            train_zoo(NET, task, RECIPES, tmp_path, block=3, **QUIET)
+    resumed = train_zoo(NET, task, RECIPES, tmp_path, block=3, **QUIET)
+    assert torch.equal(resumed.rows, zoo.rows)
+    assert torch.equal(resumed.losses.nan_to_num(-1), zoo.losses.nan_to_num(-1))
     assert {f.suffix for f in tmp_path.iterdir()} == {".json", ".safetensors"}
     assert len(list(tmp_path.iterdir())) == 2  # no checkpoint is left behind
 
 
-def test_a_finished_zoo_is_loaded_and_another_one_refused(task, tmp_path):
-    first = train_zoo(NET, task, RECIPES, tmp_path, progress=False)
-    broken = interrupting(task, 1)  # would raise if it trained anything
-    assert torch.equal(train_zoo(NET, broken, RECIPES, tmp_path, progress=False).rows, first.rows)
-    with pytest.raises(ValueError, match="another nets: choose another folder"):
-        train_zoo(NET, task, RECIPES[:2], tmp_path, progress=False)
+def test_dropout_and_batch_norm_resume_bit_for_bit_too(tmp_path, monkeypatch):
+    """Whatever else draws random numbers in between, and wherever the blocks are cut."""
+    monkeypatch.setattr(zoo_module, "CHECKPOINT_SECONDS", 0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(),
+        nn.Linear(144, 3),
+    )  # fmt: skip
+    task, recipes = ImageTask(toy_data(), 16), [Recipe(seed, 4) for seed in range(3)]
+    torch.manual_seed(0)
+    whole = train_zoo(net, task, recipes, block=2, **QUIET)
+    torch.manual_seed(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageTask, "batch", interrupted(ImageTask.batch, 3))
+        with pytest.raises(Interrupted):
+            train_zoo(net, task, recipes, tmp_path, block=2, **QUIET)
+    torch.manual_seed(2)
+    resumed = train_zoo(net, task, recipes, tmp_path, block=2, **QUIET)
+    assert torch.equal(resumed.rows, whole.rows)
+    assert describe(resumed.module) == describe(fold_batchnorm(net))
+
+
+def test_a_finished_zoo_is_loaded_and_another_one_refused(task, tmp_path, monkeypatch):
+    first = train_zoo(NET, task, RECIPES, tmp_path, **QUIET)
+    monkeypatch.setattr(ImageTask, "batch", interrupted(ImageTask.batch, 1))  # nothing is trained
+    again = train_zoo(NET, task, RECIPES, tmp_path, **QUIET)
+    assert torch.equal(again.rows, first.rows)
+    assert again.recipes == RECIPES
     with pytest.raises(ValueError, match="no recipes"):
         train_zoo(NET, task, [])
 
 
-def test_saved_and_loaded_it_is_the_same_zoo(task, tmp_path):
-    zoo = train_zoo(NET, task, RECIPES, progress=False)
-    zoo.save(tmp_path)
+CHANGES = {
+    "recipes": lambda task: (NET, task, RECIPES[:2], {}),
+    "seed": lambda task: (NET, task, [Recipe(0, 7), *RECIPES[1:]], {}),
+    "images": lambda task: (NET, ImageTask(load_digits(seed=1), 32), RECIPES, {}),
+    "batch": lambda task: (NET, ImageTask(task.data, 16), RECIPES, {}),
+    "module": lambda task: (lite_net("VanillaCNN", (1, 8, 8), 10), task, RECIPES, {}),
+    "block": lambda task: (NET, task, RECIPES, {"block": 2}),
+}
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "checkpoint"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_folder_of_another_zoo_is_refused(task, change, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo_module, "CHECKPOINT_SECONDS", 0)
+    with monkeypatch.context() as patch:
+        if not finished:
+            patch.setattr(ImageTask, "batch", interrupted(ImageTask.batch, 3))
+            with pytest.raises(Interrupted):
+                train_zoo(NET, task, RECIPES, tmp_path, **QUIET)
+        else:
+            train_zoo(NET, task, RECIPES, tmp_path, **QUIET)
+    net, other, recipes, options = CHANGES[change](task)
+    with pytest.raises(ValueError, match="choose another folder"):
+        train_zoo(net, other, recipes, tmp_path, **options, **QUIET)
+
+
+def test_saved_and_loaded_it_is_the_same_zoo(zoo, tmp_path):
+    zoo[[2, 0]].save(tmp_path)
     again = Zoo.load(tmp_path)
-    assert torch.equal(again.rows, zoo.rows)
-    assert again.recipes == zoo.recipes
-    assert again.task == json.loads(json.dumps(zoo.task))
-    torch.testing.assert_close(again.scores["test_accuracy"], zoo.scores["test_accuracy"])
-    with pytest.raises(ValueError, match="pass the module they were made of"):
+    assert torch.equal(again.rows, zoo.rows[[2, 0]])
+    assert again.recipes == [RECIPES[2], RECIPES[0]]
+    assert again.members.tolist() == [2, 0]
+    assert again.about == json.loads(json.dumps(zoo.about))
+    assert again.seconds == zoo.seconds > 0
+    assert torch.equal(again.losses.nan_to_num(-1), zoo.losses[[2, 0]].nan_to_num(-1))
+    torch.testing.assert_close(again.scores["test_accuracy"], zoo.scores["test_accuracy"][[2, 0]])
+    assert again.fingerprint == zoo[[2, 0]].fingerprint
+    with pytest.raises(ValueError, match="Sequential|module"):
         Zoo.load(tmp_path, nn.Sequential(nn.Linear(2, 2)))
 
 
-def test_zoos_split_into_disjoint_parts(task):
-    zoo = train_zoo(NET, task, RECIPES, progress=False)
+def test_nets_without_a_history_save_and_load(tmp_path):
+    nets = random_nets(mlp(nn.ReLU()), 3)
+    nets.save(tmp_path)
+    again = Zoo.load(tmp_path, mlp(nn.ReLU()))
+    assert torch.equal(again.rows, nets.rows)
+    assert again.recipes is None
+    assert again.losses is None
+    assert again.scores == {}
+    assert again.members.tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="decorate its class"):
+        Zoo.load(tmp_path)
+
+
+def test_members_stay_with_their_nets(zoo):
     parts = zoo.split(1, 1, seed=0)
     assert [len(part) for part in parts] == [2, 1, 1]
-    assert {r.seed for part in parts for r in part.recipes} == {r.seed for r in RECIPES}
-    with pytest.raises(ValueError, match="can't hold out 2 \\+ 2 of 4"):
+    assert sorted(n for part in parts for n in part.members.tolist()) == [0, 1, 2, 3]
+    for part in parts:
+        assert isinstance(part, Zoo)
+        assert torch.equal(part.rows, zoo.rows[part.members])
+        assert part.recipes == [RECIPES[n] for n in part.members]
+        assert torch.equal(part.scores["val_accuracy"], zoo.scores["val_accuracy"][part.members])
+    assert parts[0][-1].members.tolist() == parts[0].members[-1:].tolist()
+    with pytest.raises(ValueError, match=r"can't hold out 2 \+ 2 of 4"):
         zoo.split(2, 2)
+
+
+def test_a_zoo_moves_and_iterates_whole(zoo):
+    assert [net.recipes[0] for net in zoo.to("cpu")] == RECIPES
 
 
 def test_recipes_have_to_be_sorted_for_one_block(task):
     with pytest.raises(ValueError, match="longest first"):
         train_nets(NET, task, RECIPES)
+
+
+def test_fine_tuning_is_training_from_where_nets_are(zoo, task):
+    """Two steps from given weights equal AdamW on the plain module."""
+    recipe, before = Recipe(3, 2, 1e-2, 0.1), zoo.rows.clone()
+    tuned = fine_tune(zoo[:2], task, [recipe] * 2)
+    module = zoo.to_module(1)
+    adam = torch.optim.AdamW(module.parameters(), 1e-2, weight_decay=0.1)
+    for step in range(2):
+        x, y = task.batch([recipe], torch.tensor([1]), step)
+        adam.zero_grad()
+        F.cross_entropy(module(x[0]), y[0]).backward()
+        adam.step()
+    torch.testing.assert_close(tuned.rows[1:], tuned.layout.pack([module]), rtol=1e-3, atol=2e-5)
+    assert torch.equal(zoo.rows, before)
+    with pytest.raises(ValueError, match="4 nets need as many recipes"):
+        fine_tune(zoo, task, [recipe])
+
+
+def test_a_net_that_diverges_is_named_and_left_out(task, tmp_path):
+    wild = [*RECIPES[:2], Recipe(5, 6, lr=1e30), RECIPES[3]]
+    with pytest.warns(UserWarning, match=r"nets \[2\] are not finite, since steps \[\d\]") as said:
+        zoo = train_zoo(NET, task, wild, tmp_path, **QUIET)
+    assert len([w for w in said if "step" in str(w.message)]) == 1
+    assert zoo.members.tolist() == [0, 1, 3]
+    assert zoo.recipes == [wild[0], wild[1], wild[3]]
+    assert zoo.finite().all()
+    assert all(values.isfinite().all() for values in zoo.scores.values())
+    assert torch.equal(Zoo.load(tmp_path).members, zoo.members)
+    with pytest.raises(ValueError, match=r"nets \[1\] diverged at steps \[\d\]"):
+        fine_tune(zoo[:2], task, [Recipe(0, 3), Recipe(0, 3, lr=1e30)])
+    with pytest.raises(ValueError, match=r"nets \[0\] are not finite.*no net is left"):
+        train_zoo(NET, task, [Recipe(5, 6, lr=1e30)], **QUIET)
+
+
+def test_a_callback_gets_rows_of_numbers(task):
+    rows = []
+    recipes = [Recipe(seed, 101) for seed in range(3)]
+    train_zoo(mlp_images(), task, recipes, block=2, log=rows.append, **QUIET)
+    assert {"block", "step", "nets", "loss", "seconds"} <= rows[0].keys()
+    assert [(row["block"], row["step"], row["nets"]) for row in rows if row["step"] % 50 == 0] == [
+        (0, 50, 2), (0, 100, 2), (1, 50, 1), (1, 100, 1),
+    ]  # fmt: skip
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    json.dumps(rows)  # plain numbers
+
+
+def mlp_images():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+class Regression:
+    """The smallest task: y = x·w, with inputs of each member of the zoo."""
+
+    def __init__(self, slopes):
+        self.slopes = slopes
+
+    def batch(self, recipes, members, step):
+        seeds = [recipe.seed * 1000 + step for recipe in recipes]
+        x = torch.stack([torch.randn(8, 1, generator=generator(seed)) for seed in seeds])
+        return x, x * self.slopes[members, None, None]
+
+    def loss(self, outputs, targets):
+        return (outputs - targets).square().mean((1, 2))
+
+    def schedule(self, progress):
+        return 1 - progress
+
+    def scores(self, nets, members):
+        return {"slope": nets.rows[:, 0].cpu(), "wanted": self.slopes[members]}
+
+
+def test_a_task_of_your_own_finds_its_members():
+    task, recipes = Regression(torch.tensor([-2.0, 0.5, 3.0])), [Recipe(0, 200, 0.1, 0.0)] * 3
+    zoo = train_zoo(nn.Linear(1, 1), task, recipes, block=2, **QUIET)
+    torch.testing.assert_close(zoo.scores["slope"], task.slopes, atol=0.05, rtol=0)
+    assert torch.equal(zoo.scores["wanted"], task.slopes)
+    longer = [Recipe(0, 1), Recipe(1, 3), Recipe(2, 2)]  # sorted within blocks: members follow
+    zoo = train_zoo(nn.Linear(1, 1), task, longer, block=2, **QUIET)
+    assert torch.equal(zoo.scores["wanted"], task.slopes)
+
+
+def batch_normed():
+    layers = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 3)
+    return nn.Sequential(*layers)
+
+
+def trained(net, seed):
+    net = copy.deepcopy(net)
+    torch.manual_seed(seed)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    net(torch.randn(16, 1, 8, 8))  # moves running statistics
+    return net.eval()
+
+
+def test_a_zoo_of_your_own_modules():
+    data, modules = toy_data(), [trained(batch_normed(), seed) for seed in range(4)]
+    zoo = Zoo.from_modules(modules, ImageTask(data))
+    for n, module in enumerate(modules):
+        torch.testing.assert_close(
+            zoo.outputs(data.test.x)[n], module(data.test.x), rtol=1e-4, atol=1e-4
+        )
+        right = (module(data.test.x).argmax(1) == data.test.y).float().mean() * 100
+        assert zoo.scores["test_accuracy"][n].item() == pytest.approx(right.item(), abs=0.1)
+    assert zoo.members.tolist() == [0, 1, 2, 3]
+    assert Zoo.from_modules(modules).scores == {}
+
+
+def test_a_zoo_of_your_own_files(tmp_path):
+    modules = [trained(batch_normed(), seed) for seed in range(3)]
+    save_file(modules[0].state_dict(), tmp_path / "a.safetensors")
+    torch.save(modules[1].state_dict(), tmp_path / "b.pt")
+    save_file(modules[2].state_dict(), tmp_path / "c.safetensors")
+    x = toy_data().test.x
+    expected = torch.stack([module(x) for module in modules])
+    zoo = Zoo.from_files(tmp_path, batch_normed(), ImageTask(toy_data()))  # in order of the names
+    torch.testing.assert_close(zoo.outputs(x), expected.detach(), rtol=1e-4, atol=1e-4)
+    listed = Zoo.from_files([tmp_path / "c.safetensors", str(tmp_path / "b.pt")], batch_normed())
+    torch.testing.assert_close(listed.outputs(x), expected[[2, 1]].detach(), rtol=1e-4, atol=1e-4)
+    listed.save(tmp_path / "zoo")
+    again = Zoo.load(tmp_path / "zoo", listed.module)
+    assert torch.equal(again.rows, listed.rows)
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("this code must never run",)
+
+
+def test_files_that_are_no_nets_are_refused(tmp_path, capsys):
+    def refused(name, match, error=ValueError):
+        with pytest.raises(error, match=match):
+            Zoo.from_files([tmp_path / name], batch_normed())
+
+    refused("nothing.pt", "nothing.pt", FileNotFoundError)
+    torch.save(batch_normed(), tmp_path / "module.pt")  # a pickled module, not its state
+    refused("module.pt", "module.pt")
+    torch.save({"weight": Payload()}, tmp_path / "code.pt")
+    refused("code.pt", "code.pt")
+    assert "never run" not in capsys.readouterr().out
+    (tmp_path / "text.safetensors").write_text("hello")
+    refused("text.safetensors", "text.safetensors")
+    torch.save([1, 2], tmp_path / "list.pt")
+    refused("list.pt", "list.pt")
+    torch.save({1: torch.zeros(2)}, tmp_path / "numbers.pt")
+    refused("numbers.pt", "numbers.pt")
+    save_file(mlp(nn.ReLU()).state_dict(), tmp_path / "other.safetensors")
+    refused("other.safetensors", "other.safetensors|net 0")
+    state = batch_normed().state_dict()
+    del state["1.running_mean"]
+    save_file(state, tmp_path / "part.safetensors")
+    refused("part.safetensors", "running_mean")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises((ValueError, FileNotFoundError), match="empty"):
+        Zoo.from_files(tmp_path / "empty", batch_normed())
+
+
+def test_modules_that_compute_something_else_are_refused():
+    relu, tanh = mlp(nn.ReLU()), mlp(nn.Tanh())
+    with pytest.raises(ValueError, match=r"(?s)1"):
+        Zoo.from_modules([relu, tanh])
+    with pytest.raises(ValueError, match="module|nets"):
+        Zoo.from_modules([])
+
+
+def test_own_nets_that_are_not_finite_are_named_and_left_out():
+    modules = [trained(batch_normed(), seed) for seed in range(3)]
+    with torch.no_grad():
+        modules[1][0].weight[0] = torch.nan
+    with pytest.warns(UserWarning, match="1"):
+        zoo = Zoo.from_modules(modules, ImageTask(toy_data()))
+    assert zoo.members.tolist() == [0, 2]
+    assert zoo.finite().all()
+    with pytest.raises(ValueError, match="finite"):
+        Zoo.from_modules(modules[1:2])
+
+
+def test_training_on_nets_of_a_given_batched_module(task):
+    """`train_nets` goes on from a state, in place, and counts its steps."""
+    recipes = [RECIPES[0], RECIPES[2]]
+    steps = []
+    state = train_nets(NET, task, recipes, on_step=lambda s: steps.append(int(s["step"])))
+    assert steps == list(range(1, 8))
+    assert state["rows"].shape == (2, Layout.of(NET).size)
+    assert state["losses"].shape == (2, 7)
+    assert float(state["seconds"]) > 0
+    assert Nets(NET, state["rows"]).finite().all()

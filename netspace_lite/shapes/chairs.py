@@ -158,8 +158,7 @@ def _back(c: Chair, thick=1.0) -> list[float]:
 def _legs(c: Chair) -> list[list[float]]:
     t, top = c.thickness, c.seat_height - c.thickness / 2  # they end inside the seat
     x, z = (c.width - t) / 2, (c.depth - t) / 2
-    corner = c.roundness * t / 2
-    return [_part((x, top / 2, s * z), (t, top, t), corner=corner) for s in (-1, 1)]
+    return [_part((x, top / 2, s * z), (t, top, t), corner=_edge(c)) for s in (-1, 1)]
 
 
 def _dining(c: Chair) -> list[list[float]]:

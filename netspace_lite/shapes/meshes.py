@@ -37,8 +37,7 @@ def mesh_from_grid(evaluate, resolution: int = 64, block: int = 2**10, device="c
     """
     if resolution < 4:
         raise ValueError(f"resolution should be at least 4 grid points, not {resolution}")
-    axis = torch.linspace(-1, 1, resolution)
-    points = torch.cartesian_prod(axis, axis, axis)
+    points = torch.cartesian_prod(*[torch.linspace(-1, 1, resolution)] * 3)
     values = torch.cat([evaluate(x).float().cpu() for x in points.to(device).split(block)], dim=-1)
     if values.ndim != 2 or values.shape[1] != len(points):
         raise ValueError(f"evaluate should give [N, B] distances: {list(values.shape)} on the grid")
@@ -117,7 +116,7 @@ def draw_meshes(meshes, titles=None, columns=None, color="#5b8db8", size=2.0, tu
         meshes: list of meshes in the unit sphere, y up, z to the front; None leaves an empty place.
         titles: a text for each, or none.
         columns: how many to a row; all in one row if not given.
-        color: one for all, or a list with one for each.
+        color: one for all, or a list with one for each, where one may be a color a face, [F, 3].
         size: inches a mesh.
         turn, tilt: the camera's degrees about the y axis and above the floor.
     """
@@ -158,8 +157,8 @@ def _draw(axis, mesh, color, camera):
     front = np.flatnonzero(mesh.face_normals @ camera[2] > 0)
     front = front[np.argsort(corners[front, :, 2].mean(1))]
     shade = 0.4 + 0.75 * (mesh.vertex_normals[mesh.faces[front]].mean(1) @ light).clip(0)
-    rgb = np.array(plt.matplotlib.colors.to_rgb(color))
-    _fill(axis, corners[front], (shade[:, None] * rgb).clip(0, 1))
+    rgb = plt.matplotlib.colors.to_rgba_array(color)[:, :3]  # one row, or one a face
+    _fill(axis, corners[front], (shade[:, None] * (rgb[front] if len(rgb) > 1 else rgb)).clip(0, 1))
 
 
 def _fill(axis, faces, colors):

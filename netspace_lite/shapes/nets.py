@@ -65,6 +65,8 @@ class ShapeTask:
 
         ``members`` [N] are the nets' places in the zoo, and so their shapes'.
         """
+        if members.max() >= len(self.samples):
+            raise ValueError(f"net {members.max()} has no shape: there are {len(self.samples)}")
         size = self.batch_size // 2
         epoch, position = divmod(step, self._half // size)
         orders = [self._order(r.seed, epoch)[position * size :][:size] for r in recipes]
@@ -112,7 +114,7 @@ def agreement(space, nets: Nets, points: Tensor) -> Tensor:
     points: [N, B, 3], each net's own, or [B, 3]. The paper's accuracy of shape nets.
     """
     per_net = points.dim() == 3
-    decoded = space.decode(space.encode(nets)).outputs(points, per_net)[..., 0]
+    decoded = space.decode(space.encode(nets), nets).outputs(points, per_net)[..., 0]
     return within(decoded, nets.outputs(points, per_net)[..., 0], TOLERANCE).cpu() * 100
 
 
@@ -138,8 +140,9 @@ def scan(sdf, towards: Tensor, points: int = 300, noise: float = 0.01, seed: int
     Returns [N, points, 3]. Raises ValueError if too few rays hit a shape.
     """
     generator, rays, towards = torch.Generator().manual_seed(seed), 12 * points, towards[:, None]
-    turn, area = torch.rand(2, len(towards), rays, 1, generator=generator).to(towards)
-    side = F.normalize(torch.linalg.cross(towards, towards.new_tensor([[[0.0, 1.0, 0.1]]])), dim=-1)
+    turn, area = torch.rand(2, len(towards), rays, 1, generator=generator).to(towards.device)
+    up = torch.tensor([[[0.0, 1.0, 0.1]]]).to(towards.device)
+    side = F.normalize(torch.linalg.cross(towards, up), dim=-1)
     other, angle = torch.linalg.cross(towards, side), 2 * torch.pi * turn
     x = towards + area.sqrt() * (angle.cos() * side + angle.sin() * other)  # a disc of rays
     for _ in range(64):
@@ -147,8 +150,8 @@ def scan(sdf, towards: Tensor, points: int = 300, noise: float = 0.01, seed: int
     hit = (sdf(x).abs() < 2e-3) & (x.norm(dim=-1) < 1)
     if hit.sum(1).min() < points:
         raise ValueError(f"only {hit.sum(1).min()} of {rays} rays hit a shape, not {points}")
-    x = torch.stack([x[n, hit[n].nonzero()[:points, 0]] for n in range(len(x))])
-    return x + noise * torch.randn(x.shape, generator=generator).to(x)
+    x = torch.stack([seen[mask][:points] for seen, mask in zip(x, hit, strict=True)])
+    return x + noise * torch.randn(x.shape, generator=generator).to(x.device)
 
 
 class ScanLoss:
@@ -178,18 +181,17 @@ class ScanLoss:
     def misfit(self, nets: Nets, generator: torch.Generator | None = None) -> Tensor:
         """Mean distance at the scan, plus the mean depth of the free way inside the shape: [N]."""
         generator = generator or torch.Generator().manual_seed(0)
-        way = 0.03 + torch.rand(*self.points.shape[:2], 1, generator=generator).to(self.points)
-        free = self.points + way * self.towards[:, None]
+        way = torch.rand(*self.points.shape[:2], 1, generator=generator).to(self.points.device)
+        free = self.points + (way + 0.03) * self.towards[:, None]
         free = free / free.norm(dim=-1, keepdim=True).clamp(min=1)
-        distance = nets(torch.cat([self.points, free], dim=1), per_net=True)[..., 0]
-        on, before = distance.chunk(2, dim=1)
+        on, before = nets(torch.cat([self.points, free], 1), per_net=True)[..., 0].chunk(2, dim=1)
         return on.abs().mean(1) + (-before).clamp(min=0).mean(1)
 
     def _eikonal(self, nets: Nets, generator: torch.Generator, step: float = 1e-2) -> Tensor:
         """Mean squared deviation of the slope from what it should be, by central differences."""
         x = 2 * torch.rand(len(nets), self.samples, 1, 3, generator=generator) - 1
         x = x + step * torch.cat([torch.eye(3), -torch.eye(3)])  # [N, samples, 6, 3]
-        answers = nets(x.flatten(1, 2).to(self.points), per_net=True)
+        answers = nets(x.flatten(1, 2).to(self.points.device), per_net=True)
         ahead, behind = answers.view(*x.shape[:2], 2, 3).unbind(2)
         slope = ((ahead - behind) / (2 * step)).norm(dim=-1)
         expected = 1 - ((ahead + behind).mean(-1) / (2 * self.limit)).square()

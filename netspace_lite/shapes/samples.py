@@ -238,12 +238,12 @@ def load_deepsdf(path, samples: int = 20_000, seed: int = 0) -> Samples:
     rng, half, halves = np.random.default_rng(seed), samples // 2, []
     for name, rows in load_arrays(path, ("neg", "pos")).items():
         if np.shape(rows)[1:] != (4,) or rows.dtype.kind != "f":
-            raise ValueError(f"{path}: {name} should be floats [rows, 4]: x, y, z and sdf of each")
+            raise ValueError(f"{path}: {name} should be floats x, y, z, sdf, not {np.shape(rows)}")
         good = rows[np.isfinite(rows.astype(np.float32)).all(1)]
         if len(good) == 0:
             raise ValueError(f"{path} has no usable row in {name}: both sides are needed")
         if dropped := len(rows) - len(good):
-            warnings.warn(f"{path}: dropped {dropped} rows with NaN or infinity", stacklevel=2)
+            warnings.warn(f"{path}: dropped {dropped} rows with NaN or infinity", stacklevel=3)
         halves.append(good[rng.choice(len(good), half, replace=len(good) < half)])
     rows = torch.from_numpy(np.concatenate(halves).astype(np.float32))[None]
     return Samples(rows[..., :3], rows[..., 3])

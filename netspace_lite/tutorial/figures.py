@@ -56,7 +56,8 @@ def preps(preps: Tensor, titles: Sequence[str]) -> np.ndarray:
         limit = float(np.quantile(abs(prep), 0.99))
         colours = ax.pcolormesh(prep, cmap="RdBu", vmin=-limit, vmax=limit, rasterized=True)
         ax.figure.colorbar(colours, ax=ax, ticks=[-limit, 0, limit], format="%.2g")
-        ax.set(title=title, xlabel="value in chunk")
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("value in chunk")
         ax.invert_yaxis()
     axes[0, 0].set_ylabel("chunk")
     return axes[0]

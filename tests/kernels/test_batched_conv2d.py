@@ -16,6 +16,7 @@ CASES = {
     "lenet": (2, 3, 3, 6, 12, 12, (5, 5), 2, 0),
     "shortcut": (2, 2, 16, 18, 6, 6, (1, 1), 2, 0),
     "uneven": (2, 2, 2, 3, 9, 6, (3, 2), (3, 1), (0, 1)),
+    "wide steps": (2, 2, 3, 2, 11, 10, (2, 3), (3, 4), (2, 1)),
 }
 
 
@@ -166,17 +167,14 @@ def test_finite_differences(assert_gradient):
 
 x, w, b = torch.randn(4, 2, 3, 8, 8), torch.randn(2, 5, 3, 3, 3), torch.randn(2, 5)
 BAD = {
-    "rank": ((x[0, 0], w, b), r"rank 4 \(shared\) or 5 \(per net\), got x \[3, 8, 8\]"),
-    "nets": (
-        (torch.randn(4, 3, 3, 8, 8), w, b),
-        r"holds 3 nets but weight \[2, 5, 3, 3, 3\] holds",
-    ),
-    "channels": ((torch.randn(4, 2, 1, 8, 8), w, b), r"has 1 values on axis -3 .* takes 3"),
-    "bias": ((x, w, b[:1]), r"bias \[1, 5\] must be \[2, 5\]"),
-    "dtype": ((x, w.double(), b), "one floating dtype"),
-    "rows": ((x, w.transpose(3, 4), b), "contiguously in its row"),
-    "no nets": ((x[:, :0], w[:0], b[:0]), "at least one net"),
-    "no samples": ((x[:0], w, b), "at least one net, one sample"),
+    "rank": ((x[0, 0], w, b), r"x \[3, 8, 8\] must be \[B, C, H, W\] or \[B, N, C, H, W\]"),
+    "nets": ((torch.randn(4, 3, 3, 8, 8), w, b), r"x \[4, 3, 3, 8, 8\] must be .* where N = 2"),
+    "channels": ((torch.randn(4, 2, 1, 8, 8), w, b), r"x \[4, 2, 1, 8, 8\] must be .* C = 3"),
+    "bias": ((x, w, b[:1]), r"bias \[1, 5\] must be \[N, O\] .* N = 2"),
+    "dtype": ((x, w.double(), b), "must be torch.float64 on cpu, .* got torch.float32"),
+    "rows": ((x, w.transpose(3, 4), b), "must be contiguous"),
+    "no nets": ((x[:, :0], w[:0], b[:0]), "no axis empty"),
+    "no samples": ((x[:0], w, b), r"x \[0, 2, 3, 8, 8\] must be .* no axis empty"),
     "too large": (
         (x[..., :2], w, b),
         r"kernel \[3, 3\] .* does not fit images x \[4, 2, 3, 8, 2\]",
@@ -197,5 +195,5 @@ def test_opcheck(device):
     x = torch.randn(2, 2, 3, 5, 5, device=device, requires_grad=True)
     w = torch.randn(2, 4, 3, 3, 3, device=device, requires_grad=True)
     b = torch.randn(2, 4, device=device, requires_grad=True)
-    args = (x, w, b, [2, 2], [1, 1], 1, 0.1, "ieee")
-    torch.library.opcheck(torch.ops.netspace_lite.batched_conv2d.default, args)
+    args = (x, w, b, [2, 2], [1, 1], 1, 0.1, 1.0, "ieee")
+    torch.library.opcheck(torch.ops.netspace_lite.layer.default, args)

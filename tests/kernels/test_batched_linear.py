@@ -103,16 +103,25 @@ def test_result_is_sample_major(device):
 
 x, w, b = torch.randn(2, 3, 4), torch.randn(2, 5, 4), torch.randn(2, 5)
 BAD = {
-    "rank": ((x[0, 0], w, b), r"rank 3 and an input of rank 2 .* got x \[4\] and weight \[2, 5, 4"),
-    "nets": ((torch.randn(3, 3, 4), w, b), r"x \[3, 3, 4\] holds 3 nets but weight \[2, 5, 4\]"),
-    "inner": ((torch.randn(2, 3, 7), w, b), r"x \[2, 3, 7\] has 7 values .* \[2, 5, 4\] takes 4"),
-    "bias": ((x, w, b[:, :4]), r"bias \[2, 4\] must be \[2, 5\]"),
-    "dtype": ((x.double(), w, b), r"share one device and one floating dtype: x \[2, 3, 4\] torch"),
-    "integers": ((x.long(), w.long(), b.long()), "one floating dtype"),
-    "device": ((x, w.to("meta"), b), "w.* on meta"),
-    "rows": ((x, w.mT.contiguous().mT, b), r"\[2, 5, 4\] \(strides .* contiguously in its row"),
-    "no nets": ((x[:0], w[:0], b[:0]), "at least one net"),
-    "no samples": ((x[:, :0], w, b), r"x \[2, 0, 4\] .* at least one"),
+    "rank": (
+        (x[0, 0], w, b),
+        r"x \[4\] must be \[B, I\] or \[N, B, I\] .* where N = 2",
+    ),
+    "nets": ((torch.randn(3, 3, 4), w, b), r"x \[3, 3, 4\] must be .* where N = 2, O = 5, I = 4"),
+    "inner": ((torch.randn(2, 3, 7), w, b), r"x \[2, 3, 7\] must be .* I = 4"),
+    "bias": ((x, w, b[:, :4]), r"bias \[2, 4\] must be \[N, O\] .* N = 2, O = 5"),
+    "dtype": (
+        (x.double(), w, b),
+        "must be torch.float32 on cpu, .* got torch.float64",
+    ),
+    "integers": (
+        (x.long(), w.long(), b.long()),
+        r"weight .* must be floating, got torch.int64",
+    ),
+    "device": ((x.to("meta"), w, b), "x .* must be torch.float32 on cpu, .* on meta"),
+    "rows": ((x, w.mT.contiguous().mT, b), r"weight \[2, 5, 4\] \(strides .* must be contiguous"),
+    "no nets": ((x[:0], w[:0], b[:0]), r"weight \[0, 5, 4\] .* no axis empty"),
+    "no samples": ((x[:, :0], w, b), r"x \[2, 0, 4\] .* no axis empty"),
     "activation": ((x, w, b, "relu"), "activation must be one of .* not 'relu'"),
     "slope": ((x, w, b, "leaky_relu", -1), "must not be negative"),
 }
@@ -135,9 +144,8 @@ def test_opcheck(device, activation):
     x = torch.randn(2, 3, 4, device=device, requires_grad=True)
     w = torch.randn(2, 5, 4, device=device, requires_grad=True)
     b = torch.randn(2, 5, device=device, requires_grad=True)
-    act = ACTIVATIONS.index(activation)
-    args = (x, w, b, act, 0.1, 2.0, "ieee")
-    torch.library.opcheck(torch.ops.netspace_lite.batched_linear.default, args)
+    args = (x, w, b, [1, 1], [0, 0], ACTIVATIONS.index(activation), 0.1, 2.0, "ieee")
+    torch.library.opcheck(torch.ops.netspace_lite.layer.default, args)
 
 
 def test_torch_func_composes():

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from netspace_lite.kernels import backend, chunk_pack, chunk_unpack
-from netspace_lite.kernels.backend import INTERPRETED
 from netspace_lite.kernels.chunk_pack import chunk_pack_reference, chunk_unpack_reference
 from torch import nn
 
@@ -26,13 +25,6 @@ def some_nets(device):
     """Three nets of different architectures: odd sizes, a scalar, one that fills the PRep."""
     shapes = [[(30, 40), (5,), ()], [(7, 7), (3, 1, 2)], [(T * L,)]]
     return [[torch.randn(s, device=device, requires_grad=True) for s in net] for net in shapes]
-
-
-def in_bf16(x):
-    """fp32 -> bf16 as the tier does it: GPUs round, the interpreter cuts the low bits off."""
-    if INTERPRETED:
-        x = (x.contiguous().view(torch.int32) & -65536).view(torch.float32)
-    return x.bfloat16()
 
 
 def leaves_of(value):
@@ -128,7 +120,7 @@ def test_mixed_dtypes_and_cast(device):
         prep = chunk_pack(mixed, T, L, dtype=torch.float32)
         small = chunk_pack([[t.float() for t in mixed[0]]], T, L, dtype=torch.bfloat16)
     assert torch.equal(prep, chunk_pack_reference(mixed, T, L, dtype=torch.float32))
-    assert torch.equal(small, in_bf16(prep))
+    assert torch.equal(small, prep.bfloat16())
 
 
 def test_gradients_keep_each_dtype(device):
@@ -183,7 +175,9 @@ BAD_PACK = {
     "uneven stack": (([row, row[:1]], 6, 10), r"same number of nets.* \[2, 1\]"),
     "integers": (([[torch.zeros(3, dtype=torch.long)]], 2, 10), "must be floating"),
     "devices": (([[torch.zeros(3), torch.zeros(3, device="meta")]], 2, 10), "on one device"),
-    "mean": ((row, 3, 10, torch.zeros(30)), r"mean \[30\] torch.float32 must be \[3, 10\]"),
+    "mean": ((row, 3, 10, torch.zeros(30)), r"mean \[30\] must be \[T, L\] .* T = 3, L = 10"),
+    "dtype": ((row, 3, 10, torch.zeros(3, 10).double()), "mean .* must be torch.float32 on cpu"),
+    "device": ((row, 3, 10, None, torch.zeros(3, 10, device="meta")), "std .* on cpu, .* on meta"),
 }
 
 
@@ -198,8 +192,9 @@ BAD_UNPACK = {
     "too many values": ((prep, [(31,)]), r"hold 31 values but prep \[2, 3, 10\] has only 30"),
     "nets": ((prep, [[(3,)]]), r"shapes of 1 nets for prep \[2, 3, 10\]"),
     "no shapes": ((prep, []), "shapes of 0 nets"),
-    "rank": ((prep[0], [(3,)]), r"must be \[N, T, L\].* got \[3, 10\]"),
-    "strides": ((prep.mT, [(3,)]), "contiguous within a net"),
+    "rank": ((prep[0], [(3,)]), r"prep \[3, 10\] must be \[N, T, L\]"),
+    "strides": ((prep.mT, [(3,)]), "must be contiguous; only the stride between nets is free"),
+    "device": ((prep, [(3,)], torch.zeros(3, 10, device="meta")), "mean .* on cpu, .* on meta"),
 }
 
 
@@ -209,11 +204,32 @@ def test_bad_unpack(args, message):
         chunk_unpack(*args)
 
 
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_scales_of_any_strides(device, name):
+    rows, wide = torch.randn(2, T * L, device=device), torch.rand(L, 2 * T, device=device) + 0.5
+    std = wide[:, ::2].T
+    assert std.stride() == (2, 2 * T)
+    with backend(name):
+        found = chunk_pack(rows, T, L, std, std)
+        back = chunk_unpack(found, [(T * L,)], std, std)[0]
+    assert torch.equal(found, chunk_pack(rows, T, L, std.contiguous(), std.contiguous()))
+    assert torch.equal(back, chunk_unpack(found, [(T * L,)], std.clone(), std.clone())[0])
+
+
+def test_second_derivatives(device):
+    """Standardising is linear in the chunks: its gradient can be differentiated, and is zero."""
+    rows = torch.randn(2, T * L, device=device, requires_grad=True)
+    std = torch.rand(T, L, device=device) + 0.5
+    with backend("triton"):
+        prep = chunk_pack(rows, T, L, None, std)
+        (grad,) = torch.autograd.grad(prep.square().sum(), rows, create_graph=True)
+        (second,) = torch.autograd.grad(grad.sum(), rows)
+    torch.testing.assert_close(second, (2 / std.square()).flatten().expand(2, -1))
+
+
 def test_opcheck(device):
-    ops, flat = torch.ops.netspace_lite, [torch.randn(4, device=device, requires_grad=True)]
-    std = torch.rand(2, 3, device=device) + 1
-    torch.library.opcheck(
-        ops.chunk_gather.default, (flat, [1], 2, 3, None, std, True, torch.float32)
-    )
-    prep = torch.randn(1, 2, 3, device=device, requires_grad=True)
-    torch.library.opcheck(ops.chunk_scatter.default, (prep, [4], [1], None, std, False))
+    op, std = torch.ops.netspace_lite.chunk_scale.default, torch.rand(2, 3, device=device) + 1
+    prep = torch.randn(2, 2, 3, device=device, requires_grad=True)
+    used = torch.tensor([4, 6], device=device)
+    torch.library.opcheck(op, (prep, used, None, std, True, torch.float32))
+    torch.library.opcheck(op, (prep, used, std, std, False, torch.float32))

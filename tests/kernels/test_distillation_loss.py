@@ -88,13 +88,17 @@ def test_finite_differences(assert_gradient, device):
 
 z, t, labels = torch.randn(2, 3, 4), torch.randn(3, 4), torch.zeros(3, dtype=torch.long)
 BAD = {
-    "rank": ((z[0], t), r"must be \[N, B, K\] with no empty axis, got \[3, 4\]"),
-    "no samples": ((z[:, :0], t[:0]), "no empty axis"),
-    "targets": ((z, t[:, :3]), r"targets \[3, 3\] must be \[2, 3, 4\].*\[3, 4\], one for all"),
-    "labels": ((z, t, labels[:2]), r"labels \[2\] must be \[3\] or \[2, 3\]"),
-    "label dtype": ((z, t, labels.float()), "must be torch.int64"),
-    "temperature": ((z, t, None, torch.ones(3)), r"temperature \[3\] must be a number or \[2\]"),
-    "dtype": ((z, t.double()), "one floating dtype"),
+    "rank": ((z[0], t), r"logits \[3, 4\] must be \[N, B, K\] with no axis empty"),
+    "no samples": ((z[:, :0], t[:0]), "no axis empty"),
+    "targets": ((z, t[:, :3]), r"targets \[3, 3\] must be \[B, K\] or \[N, B, K\] .* B = 3, K = 4"),
+    "labels": ((z, t, labels[:2]), r"labels \[2\] must be \[B\] or \[N, B\] .* N = 2, B = 3"),
+    "label dtype": ((z, t, labels.float()), "must be torch.int64 on cpu"),
+    "label device": ((z, t, labels.to("meta")), "must be torch.int64 on cpu"),
+    "temperature": (
+        (z, t, None, torch.ones(3)),
+        r"temperature \[3\] must be .* N = 2",
+    ),
+    "dtype": ((z, t.double()), "must be torch.float32 on cpu"),
 }
 
 

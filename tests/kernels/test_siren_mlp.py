@@ -20,16 +20,45 @@ def siren_rows(nets, hidden, pad=3):
     return torch.cat([torch.randn(nets, pad), *parts], 1)
 
 
+def parameters(nets, hidden):
+    """name -> parameter of all nets, flat, so that each is compared by its own scale."""
+    h, names = hidden, ("w1", "b1", "w2", "b2", "w3", "b3")
+    parts = siren_rows(nets, hidden, 0).split([3 * h, h, h * h, h, h, 1], 1)
+    return dict(zip(names, parts, strict=True))
+
+
 @pytest.mark.parametrize("shared", [False, True], ids=["per_net", "shared"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "N{}B{}h{}".format(*s))
 def test_matches_reference(assert_matches, shape, shared):
     nets, samples, hidden = shape
-    points = torch.randn(samples, 3) if shared else torch.randn(nets, samples, 3)
     assert_matches(
-        lambda points, rows: siren_mlp(points, rows[:, 3:], hidden, precision="ieee"),
-        lambda points, rows: siren_mlp_reference(points, rows[:, 3:], hidden),
-        points=points,
-        rows=siren_rows(nets, hidden),
+        lambda points, **p: siren_mlp(
+            points, torch.cat([*p.values()], 1), hidden, precision="ieee"
+        ),
+        lambda points, **p: siren_mlp_reference(points, torch.cat([*p.values()], 1), hidden),
+        points=torch.randn(samples, 3) if shared else torch.randn(nets, samples, 3),
+        **parameters(nets, hidden),
+    )
+
+
+def test_rows_inside_longer_rows(assert_matches):
+    assert_matches(
+        lambda points, rows: siren_mlp(points, rows[:, 3:], 11, precision="ieee"),
+        lambda points, rows: siren_mlp_reference(points, rows[:, 3:], 11),
+        points=torch.randn(7, 3),
+        rows=siren_rows(3, 11),
+    )
+
+
+@pytest.mark.parametrize("hidden", [16, 20, 40, 100, 130])
+def test_every_width_on_tensor_cores(assert_matches, hidden):
+    """HP 16, 32, 64, 128 and 256 in tf32, with a small ω: tf32 rounds angles too."""
+    assert_matches(
+        lambda points, **p: siren_mlp(points, torch.cat([*p.values()], 1), hidden, 2.0, "tf32"),
+        lambda points, **p: siren_mlp_reference(points, torch.cat([*p.values()], 1), hidden, 2.0),
+        "tf32",
+        points=torch.randn(1, 35, 3),
+        **parameters(1, hidden),
     )
 
 
@@ -67,19 +96,21 @@ def test_wide_nets_run_layer_by_layer(assert_matches, hidden):
     [
         (64, torch.float32, "ieee", True),
         (65, torch.float32, "ieee", False),  # would spill registers
-        (65, torch.float32, None, False),  # PyTorch's default is ieee
+        (256, torch.float32, None, True),  # the default is tf32: the paper's nets in one kernel
         (65, torch.float32, "tf32", True),
         (65, torch.bfloat16, "ieee", True),
         (257, torch.bfloat16, "tf32", False),
     ],
 )
-def test_one_kernel_takes_what_its_registers_hold(monkeypatch, hidden, dtype, precision, fused):
+def test_one_kernel_takes_what_its_registers_hold(
+    monkeypatch, device, hidden, dtype, precision, fused
+):
     module, runs = importlib.import_module("netspace_lite.kernels.siren_mlp"), []
     real = module._siren
     monkeypatch.setattr(module, "_siren", lambda *args: runs.append(args) or real(*args))
-    rows = siren_rows(1, hidden, 0).to(dtype)
+    rows = siren_rows(1, hidden, 0).to(device, dtype)
     with backend("triton"):
-        siren_mlp(torch.randn(2, 3, dtype=dtype), rows, hidden, precision=precision)
+        siren_mlp(torch.randn(2, 3, dtype=dtype, device=device), rows, hidden, precision=precision)
     assert bool(runs) == fused
 
 
@@ -123,14 +154,14 @@ points, rows = torch.randn(5, 3), torch.randn(2, siren_params(4))
 BAD = {
     "rank": (
         (points[0], rows, 4),
-        r"expected points \[B, 3\] .* got points \[3\] and rows \[2, 41",
+        r"points \[3\] must be \[B, D\] or \[N, B, D\] .* P = 41",
     ),
-    "coordinates": ((torch.randn(5, 2), rows, 4), r"got points \[5, 2\]"),
-    "no points": ((points[:0], rows, 4), "at least one point and one net"),
-    "no nets": ((points, rows[:0], 4), "at least one point and one net"),
-    "row length": ((points, rows, 5), r"rows \[2, 41\] must hold h² \+ 6h \+ 1 = 56 values"),
-    "nets": ((torch.randn(3, 5, 3), rows, 4), r"are for 3 nets but rows \[2, 41\] hold 2"),
-    "dtype": ((points.double(), rows, 4), "one floating dtype"),
+    "coordinates": ((torch.randn(5, 2), rows, 4), r"points \[5, 2\] must be .* D = 3"),
+    "no points": ((points[:0], rows, 4), r"points \[0, 3\] must be .* no axis empty"),
+    "no nets": ((points, rows[:0], 4), r"rows \[0, 41\] must be .* no axis empty"),
+    "row length": ((points, rows, 5), r"rows \[2, 41\] must be \[N, P\] .* P = 56"),
+    "nets": ((torch.randn(3, 5, 3), rows, 4), r"points \[3, 5, 3\] must be .* N = 2"),
+    "dtype": ((points.double(), rows, 4), "must be torch.float32 on cpu"),
     "strides": ((points, torch.randn(41, 2).T, 4), "must be contiguous"),
 }
 

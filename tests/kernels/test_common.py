@@ -1,0 +1,152 @@
+"""What all ops share: precision, autocast, devices, fp64, and derivatives of derivatives."""
+
+import importlib
+
+import pytest
+import torch
+from netspace_lite.kernels import (
+    backend,
+    batched_conv2d,
+    batched_linear,
+    chunk_pack,
+    common,
+    distillation_loss,
+    siren_mlp,
+)
+from netspace_lite.kernels.siren_mlp import siren_params
+
+
+def ops(device="cpu", dtype=torch.float32):
+    """name -> (op of one tensor, that tensor): each op on small tensors."""
+    weights = [torch.randn(s, device=device, dtype=dtype) for s in ((2, 5, 4), (2, 5, 4, 3, 3))]
+    points = torch.randn(6, 3, device=device, dtype=dtype)
+    targets = torch.randn(3, 7, device=device, dtype=dtype)
+    std = torch.rand(2, 10, device=device) + 0.5
+    return {
+        "linear": (lambda x: batched_linear(x, weights[0]), torch.randn(2, 3, 4)),
+        "conv2d": (lambda x: batched_conv2d(x, weights[1]), torch.randn(3, 2, 4, 5, 5)),
+        "siren": (
+            lambda rows: siren_mlp(points, rows, 4, 1.0),
+            torch.randn(2, siren_params(4)) / 3,
+        ),
+        "loss": (lambda z: distillation_loss(z, targets), torch.randn(2, 3, 7)),
+        "pack": (lambda rows: chunk_pack(rows, 2, 10, std, std), torch.randn(2, 17)),
+    }
+
+
+NAMES = list(ops())
+
+
+@pytest.fixture
+def named_op(request, device):
+    op, x = ops(device)[request.param]
+    return request.param, op, x.to(device)
+
+
+def test_default_precision_is_one_rule():
+    """cuDNN's setting for all layers; a name is taken as it is."""
+    setting = torch.backends.cudnn.conv.fp32_precision
+    try:
+        for chosen, expected in (("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")):
+            torch.backends.cudnn.conv.fp32_precision = chosen
+            assert common.fp32_precision() == expected
+            assert common.fp32_precision("ieee") == "ieee"
+            assert common.fp32_precision("tf32") == "tf32"
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = setting
+    with pytest.raises(ValueError, match="None, 'ieee' or 'tf32', not 'fp8'"):
+        common.fp32_precision("fp8")
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "siren"])
+def test_every_layer_asks_the_rule(monkeypatch, device, name):
+    names = {"linear": "batched_linear", "conv2d": "batched_conv2d", "siren": "siren_mlp"}
+    owner, asked = importlib.import_module(f"netspace_lite.kernels.{names[name]}"), []
+    monkeypatch.setattr(owner, "fp32_precision", lambda p=None: asked.append(p) or "ieee")
+    op, x = ops(device)[name]
+    with backend("triton"):
+        op(x.to(device))
+    assert asked
+    assert set(asked) <= {None, "ieee"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("named_op", ["linear", "conv2d", "siren"], indirect=True)
+def test_autocast(device, named_op, name, dtype):
+    """Layers run in autocast's dtype, and their gradients come back in the leaves'."""
+    _, op, x = named_op
+    x.requires_grad_()
+    with backend(name), torch.autocast(device, dtype):
+        y = op(x)
+    assert y.dtype == dtype
+    y.float().square().sum().backward()
+    assert x.grad.dtype == torch.float32
+    with backend(name):
+        torch.testing.assert_close(y.float(), op(x), atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_autocast_of_losses_and_mixed_inputs(device, name):
+    """The loss is computed in fp32; a layer takes what the layer before it made."""
+    z, t = torch.randn(2, 3, 4, device=device).bfloat16(), torch.randn(3, 4, device=device)
+    x, w = torch.randn(2, 3, 4, device=device).bfloat16(), torch.randn(2, 5, 4, device=device)
+    with backend(name), torch.autocast(device, torch.bfloat16):
+        assert distillation_loss(z, t).dtype == torch.float32
+        assert batched_linear(x, w).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("named_op", NAMES, indirect=True)
+def test_launches_on_the_device_of_its_inputs(monkeypatch, named_op):
+    """With several GPUs the current one may be another than the tensors'."""
+    _, op, x = named_op
+    guarded, device_of = [], torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda t: guarded.append(t) or device_of(t))
+    with backend("triton"):
+        op(x.requires_grad_()).sum().backward()
+    assert len(guarded) == 2  # forward and backward
+    assert all(t.device == x.device for t in guarded)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("name", NAMES)
+def test_second_gpu(name):
+    op, x = ops("cuda:1")[name]
+    with torch.cuda.device(0), backend("triton"):
+        assert op(x.to("cuda:1")).device.index == 1
+
+
+def test_fp64_is_not_for_the_kernels(device):
+    """`auto` gives fp64 to PyTorch, and asking for Triton says that it would lose digits."""
+    x, w = (
+        torch.randn(2, 3, 4, device=device).double(),
+        torch.randn(2, 5, 4, device=device).double(),
+    )
+    torch.testing.assert_close(batched_linear(x, w), torch.bmm(x, w.mT))
+    with backend("triton"), pytest.raises(RuntimeError, match="chosen for fp64.*add in fp32"):
+        batched_linear(x, w)
+
+
+@pytest.mark.parametrize("named_op", [n for n in NAMES if n != "pack"], indirect=True)
+def test_once_differentiable(named_op):
+    """A second derivative through the kernels is an error, never a number that lacks a part."""
+    name, op, x = named_op
+    x.requires_grad_()
+    with backend("triton"):
+        (grad,) = torch.autograd.grad(op(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='are differentiable once.*under backend."torch"'):
+        (grad.square().sum() + x.square().sum()).backward()
+    with backend("torch"):  # the references can be differentiated as often as one likes
+        if name == "conv2d" and x.device.type == "cpu":
+            pytest.skip("the unfolded convolution of CPUs is differentiable once too")
+        (grad,) = torch.autograd.grad(op(x).square().sum(), x, create_graph=True)
+        grad.square().sum().backward()
+
+
+def test_default_precision_under_torch_compile(device):
+    """The rule is read when the graph is compiled; it breaks no graph."""
+    x, rows = torch.randn(5, 3, device=device), torch.randn(2, siren_params(4), device=device) / 3
+    with backend("triton"):
+        compiled = torch.compile(siren_mlp, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x, rows, 4), siren_mlp(x, rows, 4))

@@ -1,0 +1,369 @@
+"""Nothing forgets its device: on a pretended CUDA device the core gives what it does on the CPU."""
+
+import numpy as np
+import pytest
+import torch
+from netspace_lite.kernels import backend
+from pretend_cuda import CudaTensor, pretend_cuda
+from torch import nn
+from toy import generator, small_nets, toy_data
+
+import netspace_lite as ns
+
+NETS = small_nets()[:3]
+RECIPES = [ns.Recipe(seed, 5 - seed) for seed in range(4)]
+SMALL = ns.SpaceConfig(embedding=6, probes=5, hidden=8, chunk=64, chunk_features=4)
+STEPS = ns.Descent(steps=4, every=2)
+QUIET = {"progress": False}
+
+
+class World:
+    """Data, zoos and a space on one device, for whatever is called."""
+
+    def __init__(self, device, folder):
+        self.device, self.folder = device, folder
+        self.data = toy_data().to(device)
+        self.task, self.images, self.x = (
+            ns.ImageTask(self.data, 16),
+            self.data.val,
+            self.data.test.x,
+        )
+        self.zoos = [ns.train_zoo(net, self.task, RECIPES, **QUIET) for net in NETS]
+        self.zoo, self.seen = self.zoos[0], self.data.train.x
+        self.one = ns.NetSpace.for_zoos(self.zoo, self.seen, SMALL)
+        self.space = ns.NetSpace.for_zoos(self.zoos, self.seen, SMALL)
+        self.z, self.mixed = self.space.encode(self.zoos), ns.MixedNets(self.zoos)
+        self.teacher = self.zoo.to_module(1)
+        self.loss = ns.ImageLoss(self.data.train, self.teacher, samples=20)
+
+    def fitted(self, objective, folder=None):
+        """The space after two epochs of an objective, and its history without the seconds."""
+        space = ns.NetSpace.for_zoos(self.zoos, self.seen, SMALL)
+        validate = lambda space: ns.scores(space, self.zoos[1], self.images)  # noqa: E731
+        history = ns.fit(space, objective(space), validate, 4, epoch=2, folder=folder)
+        numbers = [v for row in history for k, v in row.items() if k != "seconds"]
+        return [space.encode(self.zoos), numbers]
+
+
+def normed():
+    layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.GroupNorm(2, 4), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(144, 3), nn.BatchNorm1d(3))
+
+
+def trained_outputs(w, module):
+    zoo = ns.train_zoo(module, w.task, [ns.Recipe(seed, 2) for seed in range(2)], **QUIET)
+    return [zoo.outputs(w.x), zoo.to_module(1)(w.x)]
+
+
+def norms(w):
+    return trained_outputs(w, normed)
+
+
+def attention(w):
+    return trained_outputs(w, Attends)
+
+
+def control_flow(w):
+    return trained_outputs(w, Decides)
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.token, self.head = nn.Parameter(torch.ones(1, 1, 8)), nn.Linear(8, 3)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=True)
+        self.register_buffer("shift", torch.ones(8))
+
+    def forward(self, x):
+        y = torch.cat([self.token.expand(len(x), -1, -1), x.squeeze(1) + self.shift], 1)
+        return self.head(self.layer(y)[:, 0])
+
+
+class Decides(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 3)
+
+    def forward(self, x):
+        y = self.linear(x.flatten(1))
+        return y if y.sum() > 0 else -y
+
+
+def described(w):
+    decoder = ns.DescribedDecoder(6, 8, ns.Largest.of(NETS)).to(w.device)
+    objective = ns.DescribedDistillation(NETS, w.z, w.loss)
+    history = ns.fit(decoder, objective, lambda decoder: {"score": 0.0}, 2, epoch=2)
+    rows = decoder.decode(w.z, NETS[1]).rows
+    return [rows, history[0]["loss"], ns.describe_layers(w.zoo.layout)]
+
+
+def saved_zoo(w):
+    w.zoo.save(w.folder / "zoo")
+    again = ns.Zoo.load(w.folder / "zoo")
+    assert again.rows.device.type == "cpu"
+    kept = ns.train_zoo(NETS[0], w.task, RECIPES, w.folder / "kept", **QUIET)
+    loaded = ns.train_zoo(NETS[0], w.task, RECIPES, w.folder / "kept", **QUIET)
+    assert kept.rows.device.type == loaded.rows.device.type == torch.device(w.device).type
+    w.zoo.export(w.folder / "net.safetensors", 2)
+    files = ns.Zoo.from_files([w.folder / "net.safetensors"], NETS[0], w.task)
+    return [
+        again.rows,
+        again.outputs(toy_data().test.x),
+        loaded.rows,
+        files.rows,
+        *files.scores.values(),
+    ]
+
+
+def saved_space(w):
+    w.space.save(w.folder / "space")
+    again = ns.NetSpace.load(w.folder / "space").to(w.device)
+    return [again.encode(w.zoos)]
+
+
+def distilled(w):
+    return w.fitted(lambda space: ns.Distillation(space, w.zoos, w.seen, nets=6, samples=5))
+
+
+def resumed(w):
+    def make(space):
+        return ns.Distillation(space, w.zoo, w.seen, nets=6, samples=5)
+
+    return [*w.fitted(make, w.folder / "fit"), *w.fitted(make, w.folder / "fit")]
+
+
+def several(w):
+    return w.fitted(lambda space: ns.combine(
+        ns.TeacherDistillation(space, w.zoos, w.loss),
+        ns.ArchitectureClassification(space, w.zoos, nets=8, translated=True),
+        ns.Interpolation(space, w.zoos, w.loss, named=8, apart=1),
+    ))  # fmt: skip
+
+
+def searched(w):
+    prior = ns.Gaussian(w.space.encode(w.zoo))
+    options = {"config": STEPS, "progress": False}
+    found = ns.optimise(w.space, w.z[:3] + 1, w.loss, w.images, prior=prior, **options)
+    accuracy = lambda nets: nets.accuracy(w.images)  # noqa: E731
+    named = ns.optimise(w.space, w.zoo, w.loss, accuracy, architecture=1, **options)
+    weights = ns.optimise_weights(w.zoo, w.loss, w.images, **options)
+    refined = ns.refine(w.space, w.zoos[1], w.seen, 3)
+    return [found.best, found.score, found.losses, named.best, named.path, named.reached,
+            weights.best, refined]  # fmt: skip
+
+
+def per_net(w):
+    x = w.seen[:40].view(4, 10, 1, 8, 8)
+    objective = ns.Distillation(w.one, w.zoo, x, per_net=True, nets=4, samples=3)
+    like = ns.LikenessLoss(w.zoo, x, per_net=True)
+    nets = w.one.decode(w.one.encode(w.zoo))
+    return [objective(w.one, generator()), like(nets, generator()), nets.outputs(x, per_net=True)]
+
+
+def answers(w):
+    zoo, mixed = w.zoo, w.mixed
+    found = [zoo(w.x), zoo.outputs(w.x), zoo.accuracy(w.images), zoo.to_module(-1)(w.x)]
+    found += [mixed(w.x), mixed.accuracy(w.images), mixed[7].rows, *zoo.state_dict(1).values()]
+    siren = ns.Nets(ns.Siren(8), ns.initial_rows(ns.Siren(8), [1, 2]).to(w.device))
+    return [*found, siren(w.x.flatten(1)[:, :3])]
+
+
+def parts(w):
+    masks = w.zoo.scores["val_accuracy"] > 30, w.zoo.finite(), [2, 0], slice(1, 3)
+    nets = [*(w.zoo[mask] for mask in masks), *w.zoo.split(1, 1), w.zoo.to("cpu").to(w.device)]
+    return [tensor for part in nets for tensor in (part.rows, part.members, part.outputs(w.x))]
+
+
+def trained(w):
+    state = ns.train_nets(NETS[0], w.task, RECIPES)
+    tuned = ns.fine_tune(w.zoo, w.task, [ns.Recipe(0, 3)] * 4)
+    found = [ns.initial_rows(NETS[0], [1, 2]), state["rows"], state["losses"], tuned.rows]
+    modules = ns.Zoo.from_modules([w.zoo.to_module(n) for n in (0, 1)], w.task)
+    return [*found, w.zoo.rows, w.zoo.losses, *w.zoo.scores.values(), modules.rows]
+
+
+def layouts(w):
+    prep = ns.to_prep(w.zoo.rows, 10, 64)
+    return [prep, ns.from_prep(prep, 587), w.zoo.layout.pack([w.teacher, w.zoo.state_dict(2)])]
+
+
+def embedded(w):
+    space, z = w.space, w.z
+    found = [z, space.encode(w.mixed), space.encode(w.teacher), space.encode(w.zoo.rows, 0)]
+    found += [w.one.encode(w.zoo.state_dict(0)), space.classify(z), space.predict(z)]
+    decoded = space.decode(z).outputs(w.x), space.decode(z[0], 1).rows, space.translate(z, 0, 2)
+    return [*found, *decoded, *ns.scores(space, w.zoos[1], w.images).values()]
+
+
+def walked(w):
+    line = ns.weight_line(w.zoo[:2], w.zoo[2:], 3)
+    drop = ns.line_drop(line.accuracy(w.images).view(2, 3))
+    drawn = [ns.sample(w.z, 5), ns.sample(w.z, 5, "mixture", components=2)]
+    return [ns.interpolate(w.z[:2], w.z[2:4], 3), line.rows, drop, *drawn, ns.Gaussian(w.z)(w.z)]
+
+
+def baselines(w):
+    zoo, nets = w.zoo, w.zoo[:2]
+    found = [ns.mean_net(zoo, nets), ns.nearest_by_weights(zoo, nets), ns.pca_nets(zoo, nets, 2)]
+    found += [ns.noisy_nets(zoo), ns.averages(zoo, 3)]
+    found += [ns.nearest_by_answers(w.z[:4], w.z[1:3], zoo)]
+    return [nets.rows for nets in found]
+
+
+def measured(w):
+    y, z = w.zoo.scores["val_accuracy"], w.z[:4]
+    found = [*ns.novelty(w.zoo, w.x).values(), *ns.novelty(w.zoo[:1], w.x, w.zoo).values()]
+    found += [ns.disagreement(w.zoo.outputs(w.x), w.zoo.outputs(w.x)), ns.weight_statistics(w.zoo)]
+    return [*found, ns.readout(z, y, z, y)[0], ns.few_shot(w.images, 2).x]
+
+
+def recognised(w):
+    """Fingerprints are the same wherever the content is."""
+    nets = ns.Nets(w.zoo.batched, torch.ones(2, 587).to(w.device))
+    things = nets.fingerprint, ns.fingerprint(w.data), ns.fingerprint({"x": [w.images.x, 1]})
+    return [int(digits, 16) % 10**6 for digits in things]
+
+
+CALLS = {  # what is called -> the public names that it shows
+    answers: "Nets Batched ImageData Images MixedNets Siren Sine",
+    parts: "Zoo",
+    trained: "train_zoo train_nets initial_rows fine_tune ImageTask Recipe",
+    layouts: "Layout to_prep from_prep",
+    saved_zoo: "",
+    norms: "fold_batchnorm Affine",
+    attention: "",
+    control_flow: "",
+    embedded: "NetSpace SpaceConfig scores compare",
+    saved_space: "",
+    distilled: "Distillation fit kl_divergence logit_scale MixedZoo",
+    resumed: "",
+    several: "TeacherDistillation ArchitectureClassification Interpolation combine ImageLoss",
+    per_net: "LikenessLoss",
+    described: "DescribedDecoder DescribedDistillation Largest describe_layers",
+    searched: "optimise optimise_weights refine Descent Search",
+    walked: "interpolate weight_line line_drop sample Gaussian",
+    baselines: "mean_net nearest_by_weights pca_nets noisy_nets averages nearest_by_answers",
+    measured: "novelty disagreement weight_statistics readout few_shot",
+    recognised: "fingerprint",
+}
+NO_TENSORS = """
+    LeNetLike ResNet VanillaCNN architecture lite_net name_of paper_net load_cifar10 load_digits
+    load_images draw_recipes Task
+"""
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    with backend("torch"):
+        with pretend_cuda():
+            cuda = World("cuda", tmp_path_factory.mktemp("cuda"))
+        return World("cpu", tmp_path_factory.mktemp("cpu")), cuda
+
+
+def plain(value):
+    return (
+        value.detach().cpu().double()
+        if isinstance(value, torch.Tensor)
+        else torch.tensor(float(value))
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*which is slower")
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_on_cuda_it_is_what_it_is_on_the_cpu(worlds, call):
+    with backend("torch"):
+        expected = call(worlds[0])
+        with pretend_cuda():
+            results = [plain(value) for value in flattened(call(worlds[1]))]
+    for result, value in zip(results, flattened(expected), strict=True):
+        torch.testing.assert_close(result, plain(value), rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def flattened(values):
+    for value in values:
+        yield from flattened(value) if isinstance(value, list) else (value,)
+
+
+def test_everything_public_is_called():
+    shown = {name for names in [*CALLS.values(), NO_TENSORS] for name in names.split()}
+    assert shown == set(ns.__all__)
+
+
+def test_results_stay_where_the_nets_are(worlds):
+    w = worlds[1]
+    for tensor in (w.zoo.rows, w.z, w.teacher.layers[0].weight, w.space.probes, w.space.mean0):
+        assert tensor.is_cuda
+    for tensor in (w.zoo.scores["val_accuracy"], w.zoo.losses, w.zoo.members):
+        assert not tensor.is_cuda
+
+
+def test_the_space_and_its_nets_move(worlds):
+    w = worlds[0]
+    with pretend_cuda(), backend("torch"):
+        space = ns.NetSpace.for_zoos(w.zoos, w.seen, SMALL).to("cuda")
+        z = space.encode([zoo.to("cuda") for zoo in w.zoos])
+        assert z.is_cuda
+        torch.testing.assert_close(z.cpu(), w.z)
+        with pytest.raises(ValueError, match="on cpu.*on cuda|device"):
+            space.encode(w.zoo)
+        with pytest.raises(ValueError, match="on cpu.*on cuda"):
+            w.zoo.to("cuda").outputs(w.x)
+
+
+MISTAKES = {
+    "mixed": lambda cuda, cpu: cuda + cpu,
+    "matrices": lambda cuda, cpu: cpu @ cuda.T,
+    "chosen": lambda cuda, cpu: torch.where(cpu > 0, cuda, cuda),
+    "joined": lambda cuda, cpu: torch.cat([cuda, cpu]),
+    "stacked scalars": lambda cuda, cpu: torch.stack([cuda.sum(), cpu.sum()]),
+    "index": lambda cuda, cpu: cpu[(cuda > 0).nonzero()[:, 0]],
+    "mask": lambda cuda, cpu: cpu[cuda > 0],
+    "written": lambda cuda, cpu: cpu.add_(cuda),
+    "written to a scalar": lambda cuda, cpu: cpu.sum().add_(cuda.sum()),
+    "CUDA scalar": lambda cuda, cpu: cpu * cuda.sum(),
+    "generator": lambda cuda, cpu: torch.randn(2, device="cuda", generator=torch.Generator()),
+    "drawn": lambda cuda, cpu: torch.multinomial(cuda.abs(), 1, generator=torch.Generator()),
+    "module": lambda cuda, cpu: nn.Linear(3, 2)(cuda),
+    "numpy": lambda cuda, cpu: cuda.numpy(),
+    "array": lambda cuda, cpu: np.asarray(cuda),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_the_pretence_fails_where_cuda_fails(mistake):
+    with pretend_cuda():
+        cuda, cpu = torch.randn(3, 3).to("cuda"), torch.randn(3, 3)
+        with pytest.raises((RuntimeError, TypeError), match="(?i)device|cpu|cuda"):
+            MISTAKES[mistake](cuda, cpu)
+
+
+ALLOWED = {
+    "CPU scalar": lambda cuda, cpu: cuda * cpu.sum(),
+    "CPU index": lambda cuda, cpu: cuda[torch.tensor([2, 0])],
+    "copied in": lambda cuda, cpu: cuda.clone().copy_(cpu),
+    "item set": lambda cuda, cpu: cuda.clone().index_put_((torch.tensor(0),), cpu.sum()),
+    "made": lambda cuda, cpu: torch.zeros(3, device="cuda") + cuda.new_tensor([1.0, 2, 3]),
+    "made like": lambda cuda, cpu: torch.tensor([1.0], device=cuda.device) + torch.ones_like(cuda),
+    "moved": lambda cuda, cpu: nn.Linear(3, 2).to(cuda.device)(cuda),
+    "to another": lambda cuda, cpu: cpu.to(cuda),
+}
+
+
+@pytest.mark.parametrize("case", ALLOWED)
+def test_the_pretence_allows_what_cuda_allows(case):
+    with pretend_cuda():
+        cuda, cpu = torch.randn(3, 3).to("cuda"), torch.randn(3, 3)
+        found = ALLOWED[case](cuda, cpu)
+        assert isinstance(found, CudaTensor)
+        assert not isinstance(found.cpu(), CudaTensor)
+
+
+def test_gradients_pass_through_the_pretence():
+    x = torch.randn(4, 3, generator=generator())
+    expected = torch.autograd.functional.jacobian(lambda x: (x.square() @ x.T).sum(1), x)
+    with pretend_cuda():
+        found = torch.autograd.functional.jacobian(
+            lambda x: (x.square() @ x.T).sum(1), x.to("cuda")
+        )
+        found = found.cpu()
+    torch.testing.assert_close(found, expected)

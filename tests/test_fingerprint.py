@@ -1,0 +1,293 @@
+"""One fingerprint for what computes the same, another for everything else."""
+
+import copy
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from toy import mlp, toy_data
+
+from netspace_lite.architectures import Siren, lite_net
+from netspace_lite.fingerprint import fingerprint, structure
+
+
+class Scaled(nn.Module):
+    """Settings in attributes and constants in the forward; `branch` makes it untraceable."""
+
+    def __init__(self, scale=2.0, buffer=0.5, branch=False, function=torch.relu, order=("a", "b")):
+        super().__init__()
+        self.scale, self.branch, self.function, self.order = scale, branch, function, order
+        self.linear = nn.Linear(4, 3)
+        self.register_buffer("shift", torch.tensor([buffer]))
+
+    def forward(self, x):
+        if self.branch and x.sum() > 0:
+            x = -x
+        return self.function(self.linear(x)) * self.scale + self.shift
+
+
+class Plus(Scaled):
+    def forward(self, x):
+        return self.linear(x) + 1
+
+
+class Minus(Scaled):
+    def forward(self, x):
+        return self.linear(x) - 1
+
+
+class Cubes(Siren):
+    def forward(self, points):
+        return self.layers(points) ** 3
+
+
+class Branches(Scaled):
+    def forward(self, x):
+        return self.linear(x) if x.sum() > 0 else self.linear(x) + 1
+
+
+class OtherBranches(Scaled):
+    def forward(self, x):
+        return self.linear(x) if x.sum() > 0 else self.linear(x) + 2
+
+
+class ThroughHelper(nn.Module):
+    """Untraceable, and its parts are computed by a helper of its own."""
+
+    def __init__(self, helper):
+        super().__init__()
+        self.linear, self.helper = nn.Linear(4, 3), helper
+
+    def forward(self, x):
+        return self.helper(self.linear(x)) if x.sum() > 0 else x
+
+
+def edited(step, branch=False):
+    """A class of one name whose forward somebody edits, with a constant from outside."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        if branch:
+
+            def forward(self, x):
+                return step(self.linear(x)) if x.sum() > 0 else x
+        else:
+
+            def forward(self, x):
+                return step(self.linear(x))
+
+    return Own()
+
+
+def times(factor):
+    return lambda x: x * factor
+
+
+def attention(**changes):
+    return nn.TransformerEncoderLayer(8, **{"nhead": 2, "dim_feedforward": 8} | changes)
+
+
+DIFFER = {
+    "activation": (mlp(nn.ReLU()), mlp(nn.Tanh())),
+    "slope": (mlp(nn.LeakyReLU(0.1)), mlp(nn.LeakyReLU(0.2))),
+    "GELU's formula": (mlp(nn.GELU()), mlp(nn.GELU(approximate="tanh"))),
+    "width": (mlp(nn.ReLU()), mlp(nn.ReLU(), hidden=6)),
+    "dropout": (nn.Sequential(nn.Dropout(0.1)), nn.Sequential(nn.Dropout(0.2))),
+    "stride": (nn.Conv2d(2, 2, 3, 1), nn.Conv2d(2, 2, 3, 2)),
+    "padding mode": (nn.Conv2d(2, 2, 3, 1, 1), nn.Conv2d(2, 2, 3, 1, 1, padding_mode="circular")),
+    "groups of the same shapes": (nn.GroupNorm(2, 8), nn.GroupNorm(4, 8)),
+    "batch norm's momentum": (nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=0.5)),
+    "frequency": (Siren(8), Siren(8, omega=20.0)),
+    "a forward of its own": (Siren(8), Cubes(8)),
+    "a constant in the forward": (Scaled(2.0), Scaled(3.0)),
+    "a buffer": (Scaled(buffer=0.5), Scaled(buffer=0.7)),
+    "the forward's code": (Plus(), Minus()),
+    "a function it was given": (Scaled(function=torch.relu), Scaled(function=torch.tanh)),
+    "a constant, untraced": (Scaled(2.0, branch=True), Scaled(3.0, branch=True)),
+    "the code, untraced": (Branches(), OtherBranches()),
+    "a helper, untraced": (ThroughHelper(lambda x: x + 1), ThroughHelper(lambda x: x + 2)),
+    "an edited forward": (edited(torch.relu), edited(torch.tanh)),
+    "an edited method": (edited(lambda x: x.square()), edited(lambda x: x.exp())),
+    "an edited constant": (edited(times(2)), edited(times(3))),
+    "an edited order": (edited(lambda x: 2 * x.relu()), edited(lambda x: (2 * x).relu() + 0)),
+    "an edited function, untraced": (edited(torch.relu, True), edited(torch.tanh, True)),
+    "an edited method, untraced": (edited(lambda x: x.square(), True), edited(torch.exp, True)),
+    "an edited constant, untraced": (edited(times(2), True), edited(times(3), True)),
+    "numbers of heads": (attention(nhead=2), attention(nhead=4)),
+    "an encoder's activation": (attention(), attention(activation="gelu")),
+    "an encoder's order": (attention(), attention(norm_first=True)),
+    "directions read": (nn.GRU(4, 4), nn.GRU(4, 4, batch_first=True)),
+    "depth": (lite_net("ResNet8", (1, 8, 8), 3), lite_net("ResNet14", (1, 8, 8), 3)),
+}
+
+
+@pytest.mark.parametrize("case", DIFFER)
+def test_modules_that_compute_something_else_are_told_apart(case):
+    one, other = DIFFER[case]
+    assert structure(one) != structure(other)
+    assert structure(one) == structure(copy.deepcopy(one))
+
+
+def tied():
+    net = mlp(nn.ReLU(), 4, 4, 4)
+    net[2].weight = net[0].weight
+    return net
+
+
+SAME = {
+    "new weights": (
+        lambda: lite_net("LeNetLike", (1, 8, 8), 3),
+        lambda: lite_net("LeNetLike", (1, 8, 8), 3),
+    ),
+    "evaluation mode": (lambda: attention(), lambda: attention().eval()),
+    "running statistics": (
+        lambda: nn.Sequential(nn.BatchNorm1d(3)),
+        lambda: _trained(nn.Sequential(nn.BatchNorm1d(3))),
+    ),
+    "tied weights": (tied, tied),
+    "untraceable": (lambda: Branches(), lambda: Branches()),
+    "defined again": (lambda: edited(times(2)), lambda: edited(times(2))),
+    "defined again, untraceable": (lambda: edited(times(2), True), lambda: edited(times(2), True)),
+}
+
+
+def _trained(net):
+    net(torch.randn(5, 3))
+    return net
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_weights_and_modes_leave_the_structure_alone(case):
+    one, other = (make() for make in SAME[case])
+    assert structure(one) == structure(other)
+    mode = other.training
+    structure(other)
+    assert other.training == mode
+
+
+def test_tied_weights_are_not_untied_ones():
+    assert structure(tied()) != structure(mlp(nn.ReLU(), 4, 4, 4))
+
+
+SCRIPT = """
+import torch
+from torch import nn
+from netspace_lite.architectures import Siren, lite_net
+from netspace_lite.fingerprint import fingerprint, structure
+nets = Siren(8), lite_net("ResNet8", (1, 8, 8), 3), nn.TransformerEncoderLayer(8, 2), nn.GRU(2, 3)
+things = {"b": {3, 1, 2}, "a": torch.arange(3)}, nn.functional.relu, frozenset("xyz")
+print(*map(structure, nets), fingerprint(*things, lambda x: {1, 2, "x"} and x))
+"""
+
+
+def test_another_process_finds_the_same():
+    """Nothing depends on addresses or on the order of sets, which change from run to run."""
+    command, options = [sys.executable, "-c", SCRIPT], {"stdout": subprocess.PIPE, "text": True}
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(command, env=env | {"PYTHONHASHSEED": seed}, **options) for seed in "12"
+    ]
+    one, other = (process.communicate(timeout=100)[0] for process in processes)
+    assert one == other
+    assert len(one.split()) == 5
+
+
+@dataclass
+class Settings:
+    size: int
+    values: torch.Tensor
+    _cache: int = 0
+
+
+class Plain:
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
+
+
+class Slotted:
+    __slots__ = ("a",)
+
+    def __init__(self, a):
+        self.a = a
+
+
+class Linked:
+    def __init__(self):
+        self.self = self
+
+
+def closing_over(value):
+    return lambda x: x + value
+
+
+def loss_one(x):
+    return x.square().mean()
+
+
+def loss_two(x):
+    return x.abs().mean()
+
+
+def calls(function):
+    return lambda x: function(x) + 1
+
+
+ONE = torch.arange(6.0)
+THINGS = {
+    "values": (ONE, ONE + 1e-6),
+    "order": (ONE, ONE.flip(0)),
+    "dtype": (ONE, ONE.double()),
+    "shape": (ONE, ONE.view(2, 3)),
+    "number": (1, 2),
+    "number and text": (1, "1"),
+    "attributes": (Plain(a=1), Plain(a=2)),
+    "slots": (Slotted(1), Slotted(2)),
+    "names": (Plain(a=1), Plain(b=1)),
+    "nested": (Plain(a=[{"x": ONE}]), Plain(a=[{"x": -ONE}])),
+    "dataclass": (Settings(3, ONE), Settings(3, ONE + 1)),
+    "closure": (closing_over(ONE), closing_over(ONE + 1)),
+    "code": (loss_one, loss_two),
+    "code called": (calls(loss_one), calls(loss_two)),
+    "method": (Settings(1, ONE).__eq__, Settings(2, ONE).__eq__),
+    "partial": (partial(F.leaky_relu, negative_slope=0.1), partial(F.leaky_relu)),
+    "library function": (F.relu, F.gelu),
+    "weights": (nn.Linear(2, 3), nn.Linear(2, 3)),
+    "images": (toy_data(), toy_data(per_class=41)),
+    "grouping": ([[1], [2, 3]], [[1, 2], [3]]),
+    "keys": ({"a": 1, "b": 2}, {"a": 2, "b": 1}),
+    "default": (lambda x, a=1: x * a, lambda x, a=2: x * a),
+    "constant": (lambda x: x + 1, lambda x: x + 2),
+    "generator": (torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)),
+}
+
+
+@pytest.mark.parametrize("case", THINGS)
+def test_things_are_told_apart_by_their_content(case):
+    one, other = THINGS[case]
+    assert fingerprint(one) != fingerprint(other)
+    assert fingerprint(one) == fingerprint(one)
+
+
+def test_what_does_not_matter_does_not_count():
+    assert fingerprint(Settings(3, ONE)) == fingerprint(Settings(3, ONE.clone(), _cache=7))
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert fingerprint(closing_over(ONE)) == fingerprint(closing_over(ONE.clone()))
+    assert fingerprint(ONE.view(2, 3).T) == fingerprint(ONE.view(2, 3).T.contiguous())
+    assert fingerprint(toy_data()) == fingerprint(toy_data())
+
+
+def test_cycles_end():
+    assert fingerprint(Linked()) == fingerprint(Linked())
+
+
+def test_an_object_may_say_itself_what_it_is():
+    assert fingerprint(Plain(fingerprint="x", a=1)) == fingerprint(Plain(fingerprint="x", a=2))

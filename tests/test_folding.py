@@ -1,0 +1,98 @@
+"""Folded batch norms compute what they did, in evaluation mode, for any module."""
+
+import pytest
+import torch
+from torch import nn
+
+from netspace_lite.architectures import ResNet, describe
+from netspace_lite.folding import Affine, fold_batchnorm
+from netspace_lite.layout import Layout
+
+
+def _trained_batchnorm_net():
+    """A ResNet whose running statistics are not those of its initialisation."""
+    torch.manual_seed(0)
+    net = ResNet((3, 16, 16), 5, channels=(4, 4, 8, 8), batch_norm=True)
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.weight, 1, 0.3)
+            nn.init.normal_(layer.bias)
+    for _ in range(3):
+        net(torch.randn(32, 3, 16, 16))
+    return net.eval()
+
+
+def test_folding_batch_norm_changes_nothing_but_the_parameters():
+    net = _trained_batchnorm_net()
+    folded = fold_batchnorm(net)
+    x = torch.randn(8, 3, 16, 16)
+    torch.testing.assert_close(folded(x), net(x), rtol=1e-4, atol=1e-5)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    plain = ResNet((3, 16, 16), 5, channels=(4, 4, 8, 8))
+    assert Layout.of(folded) == Layout.of(plain)
+    assert describe(folded) == describe(plain)
+
+
+def normed(norm, *after):
+    """A batch norm with statistics and scales of its own, between other layers."""
+    torch.manual_seed(0)
+    nn.init.normal_(norm.running_mean)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    if norm.affine:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    return nn.Sequential(*after[:1], norm, *after[1:]).eval()
+
+
+class TwoReaders(nn.Module):
+    """The convolution's output is read by the norm and by a skip."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), normed(nn.BatchNorm2d(3))[0]
+
+    def forward(self, x):
+        y = self.conv(x)
+        return y + self.norm(y)
+
+
+class Branching(nn.Module):
+    """Its forward can't be traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3), normed(nn.BatchNorm2d(3))[0]
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.norm(y) if y.mean() > 0 else self.norm(-y)
+
+
+FOLDED = {  # module, shape of one input, how many Affine are left
+    "after a convolution": (normed(nn.BatchNorm2d(4), nn.Conv2d(3, 4, 3)), (3, 5, 6), 0),
+    "after a linear layer": (normed(nn.BatchNorm1d(4), nn.Linear(3, 4)), (3,), 1),
+    "tokens of a linear layer": (normed(nn.BatchNorm1d(5), nn.Linear(3, 4)), (5, 3), 1),
+    "after a 1-D convolution": (normed(nn.BatchNorm1d(4), nn.Conv1d(3, 4, 3)), (3, 7), 0),
+    "after an activation": (normed(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3)), (3, 5, 5), 1),
+    "first of all": (normed(nn.BatchNorm1d(3)), (3,), 1),
+    "without scales": (normed(nn.BatchNorm2d(3, affine=False), nn.ReLU()), (3, 5, 5), 1),
+    "two readers": (TwoReaders().eval(), (3, 5, 5), 1),
+    "not traceable": (Branching().eval(), (3, 5, 5), 1),
+}
+
+
+@pytest.mark.parametrize("case", FOLDED)
+def test_every_batch_norm_can_be_folded(case):
+    net, shape, left = FOLDED[case]
+    folded, x = fold_batchnorm(net), torch.randn(6, *shape)
+    torch.testing.assert_close(folded(x), net(x), rtol=1e-4, atol=1e-5)
+    assert sum(isinstance(m, Affine) for m in folded.modules()) == left
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in folded.modules())
+
+
+def test_folding_leaves_the_module_itself_alone():
+    net = _trained_batchnorm_net().train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    fold_batchnorm(net)
+    assert net.training
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

@@ -1,0 +1,181 @@
+"""Nets as data: parts of them, plain modules out of them, several architectures side by side."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from toy import generator, mlp, random_nets, small_nets, toy_data
+
+from netspace_lite.architectures import lite_net
+from netspace_lite.nets import MixedNets, Nets
+
+
+class Tied(nn.Module):
+    """Tied weights, and a buffer that is a setting of the architecture."""
+
+    def __init__(self, shift=0.5):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.register_buffer("shift", torch.full((4,), shift))
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x) + self.shift))
+
+
+@pytest.fixture(scope="module")
+def nets():
+    return random_nets(lite_net("LeNetLike", (1, 8, 8), 10), 5, scale=0.1)
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    groups = [random_nets(net, 3, seed) for seed, net in enumerate(small_nets()[:3])]
+    return MixedNets(groups, torch.randperm(9, generator=generator()).split(3))
+
+
+def test_blocks_of_nets_and_samples_change_nothing():
+    nets = random_nets(lite_net("LeNetLike", (1, 8, 8), 10), 40, scale=0.1)
+    x, per_net = torch.randn(11, 1, 8, 8), torch.randn(40, 11, 1, 8, 8)
+    torch.testing.assert_close(nets.outputs(x, samples=4), nets(x).detach(), rtol=1e-4, atol=1e-5)
+    found = nets.outputs(per_net, per_net=True, samples=4)
+    torch.testing.assert_close(found, nets(per_net, True).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_net_leaves_the_batch_as_a_plain_module_and_as_a_file(nets, tmp_path):
+    x = torch.randn(6, 1, 8, 8)
+    together = nets.logits(x)
+    torch.testing.assert_close(nets.to_module(3)(x), together[3], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(nets[-1].to_module()(x), together[4], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(nets.to_module(-1)(x), together[4], rtol=1e-4, atol=1e-5)
+    nets.export(tmp_path / "deep" / "net.safetensors", 2)
+    module = lite_net("LeNetLike", (1, 8, 8), 10)
+    module.load_state_dict(load_file(tmp_path / "deep" / "net.safetensors"))
+    torch.testing.assert_close(module(x), together[2], rtol=1e-4, atol=1e-5)
+
+
+def test_modules_with_buffers_and_tied_weights_leave_too(tmp_path):
+    nets, x = random_nets(Tied(), 3), torch.randn(6, 4)
+    assert nets.layout.size == 16 + 4 + 4
+    module = nets.to_module(1)
+    torch.testing.assert_close(module(x), nets.outputs(x)[1])
+    assert module.second.weight is module.first.weight
+    assert not module.training
+    nets.export(tmp_path / "net.safetensors", 1)
+    other = Tied(shift=7.0)
+    other.load_state_dict(load_file(tmp_path / "net.safetensors"))
+    torch.testing.assert_close(other(x), nets.outputs(x)[1])
+
+
+def test_a_module_taken_out_is_its_own(nets):
+    before = nets.rows.clone()
+    with torch.no_grad():
+        for parameter in nets.to_module(1).parameters():
+            parameter.zero_()
+        for value in nets.state_dict(1).values():
+            value.zero_()
+    assert torch.equal(nets.rows, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_modules_have_the_dtype_of_their_nets(dtype):
+    nets = random_nets(Tied(), 2)
+    nets = Nets(nets.batched, nets.rows.to(dtype))
+    assert nets.to_module(0)(torch.ones(1, 4, dtype=dtype)).dtype == dtype
+
+
+def test_accuracy_counts_right_answers():
+    class Images:
+        x = torch.eye(3)
+        y = torch.tensor([0, 1, 0])
+
+    nets = Nets(nn.Sequential(nn.Linear(3, 3, bias=False)), torch.eye(3).flatten()[None])
+    assert nets.accuracy(Images).item() == pytest.approx(200 / 3)
+
+
+INDICES = {
+    "number": (2, [2]),
+    "from the end": (-1, [4]),
+    "slice": (slice(1, 4), [1, 2, 3]),
+    "list": ([4, 0], [4, 0]),
+    "mask": (torch.tensor([True, False, True, False, False]), [0, 2]),
+    "places": (torch.tensor([3, 3]), [3, 3]),
+    "one place": (torch.tensor(3), [3]),
+}
+
+
+@pytest.mark.parametrize("case", INDICES)
+def test_parts_of_nets_are_nets(nets, case):
+    index, expected = INDICES[case]
+    assert torch.equal(nets[index].rows, nets.rows[expected])
+    assert nets[index].batched is nets.batched
+
+
+def test_parts_pass_gradients_on(nets):
+    rows = nets.rows.clone().requires_grad_()
+    Nets(nets.batched, rows)[1:3](torch.ones(1, 1, 8, 8)).sum().backward()
+    assert (rows.grad.abs().sum(1) > 0).tolist() == [False, True, True, False, False]
+
+
+def test_nets_iterate_as_nets_of_one(nets):
+    assert [len(net) for net in nets] == [1] * 5
+    assert torch.equal(torch.cat([net.rows for net in nets]), nets.rows)
+
+
+def test_any_nets_split_into_disjoint_parts(nets):
+    parts = nets.split(1, 1, seed=3)
+    assert [len(part) for part in parts] == [3, 1, 1]
+    together = torch.cat([part.rows for part in parts])
+    assert torch.equal(together.sort(0).values, nets.rows.sort(0).values)
+    assert torch.equal(parts[1].rows, nets.split(1, 1, seed=3)[1].rows)
+    with pytest.raises(ValueError, match=r"can't hold out 3 \+ 2 of 5"):
+        nets.split(3, 2)
+    with pytest.raises(ValueError, match="can't hold out -1"):
+        nets.split(-1, 2)
+    with pytest.raises(ValueError, match="can't hold out 0"):  # a group without nets is none
+        nets.split(0, 2)
+
+
+def test_finite_nets_are_told_from_others(nets):
+    rows = nets.rows.clone()
+    rows[1, 7], rows[3, 0] = torch.nan, torch.inf
+    assert Nets(nets.batched, rows).finite().tolist() == [True, False, True, False, True]
+
+
+def test_the_fingerprint_knows_weights_and_architecture(nets):
+    again = Nets(lite_net("LeNetLike", (1, 8, 8), 10), nets.rows.clone())
+    assert again.fingerprint == nets.fingerprint
+    assert nets[:2].fingerprint != nets[1:3].fingerprint
+    relu, tanh = (random_nets(mlp(f), 2) for f in (nn.ReLU(), nn.Tanh()))
+    assert relu.fingerprint != tanh.fingerprint
+
+
+def test_nets_say_what_they_are(nets, mixed):
+    assert repr(nets) == "Nets(5 × LeNetLike, 5,750 parameters each)"
+    assert repr(mixed) == "MixedNets(3 × LeNetLike, 3 × VanillaCNN, 3 × ResNet8)"
+
+
+def test_rows_of_another_size_are_refused(nets):
+    with pytest.raises(ValueError, match=r"should be \[N, 5750\]"):
+        Nets(nets.module, torch.zeros(2, 7))
+
+
+def test_mixed_nets_keep_their_order(mixed):
+    images = toy_data().val
+    outputs, accuracy = mixed.outputs(images.x), mixed.accuracy(images)
+    for n, net in enumerate(mixed):
+        torch.testing.assert_close(outputs[n], net.outputs(images.x)[0])
+        torch.testing.assert_close(mixed(images.x)[n], net(images.x)[0])
+        assert accuracy[n] == net.accuracy(images)[0]
+        assert mixed.architectures[n] in repr(net)
+    assert len(mixed) == 9
+    assert torch.equal(mixed[-1].rows, mixed[8].rows)
+    with pytest.raises(IndexError):
+        mixed[9]
+
+
+def test_mixed_nets_need_every_place_once(mixed):
+    with pytest.raises(ValueError, match="need as many places each"):
+        MixedNets(mixed.groups[:2], [torch.arange(3), torch.arange(3)])
+    with pytest.raises(ValueError, match="at least one group"):
+        MixedNets([])

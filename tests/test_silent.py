@@ -1,0 +1,228 @@
+"""Inputs that once gave a wrong answer without a word: each is right now, or refused."""
+
+import pytest
+import torch
+from torch import nn
+from toy import generator, mlp, random_nets, small_nets, toy_data
+
+from netspace_lite import (
+    Batched,
+    Distillation,
+    ImageTask,
+    LeNetLike,
+    Nets,
+    NetSpace,
+    Recipe,
+    Siren,
+    SpaceConfig,
+    Zoo,
+    draw_recipes,
+    fit,
+    initial_rows,
+    refine,
+    sample,
+    scores,
+    train_zoo,
+)
+
+CONFIG = SpaceConfig(embedding=6, probes=8, hidden=8, chunk=32)
+DATA = toy_data()
+RECIPES = [Recipe(seed, 3) for seed in range(4)]
+
+
+def flat(activation):
+    return nn.Sequential(nn.Flatten(), *mlp(activation, 64))
+
+
+def zoo_of(net, folder=None, task=None, recipes=RECIPES):
+    return train_zoo(net, task or ImageTask(DATA, 16), recipes, folder, progress=False)
+
+
+@pytest.fixture(scope="module")
+def zoo():
+    return zoo_of(flat(nn.ReLU()))
+
+
+def test_a_zoo_of_relu_nets_is_not_loaded_for_tanh(tmp_path):
+    zoo_of(flat(nn.ReLU()), tmp_path)
+    with pytest.raises(ValueError, match="choose another folder"):
+        zoo_of(flat(nn.Tanh()), tmp_path)
+    with pytest.raises(ValueError, match="compute something else"):
+        Zoo.load(tmp_path, flat(nn.Tanh()))
+
+
+def fitted(zoo, folder, *, inputs=DATA.train.x, images=DATA.val, seed=0, **options):
+    space = NetSpace.for_zoos(zoo, DATA.train.x, CONFIG, seed)
+    objective = Distillation(space, zoo, inputs, **{"nets": 4, "samples": 4} | options)
+    fit(space, objective, lambda space: scores(space, zoo, images), 2, epoch=1, folder=folder)
+
+
+FITS = {
+    "another zoo": lambda zoo: {"zoo": zoo_of(flat(nn.ReLU()), recipes=draw_recipes(4, seed=9))},
+    "fewer of its nets": lambda zoo: {"zoo": zoo[:3]},
+    "other inputs": lambda zoo: {"inputs": DATA.train.x + 1},
+    "another setting": lambda zoo: {"samples": 5},
+    "another loss": lambda zoo: {"loss": lambda outputs, targets, scale: outputs.mean((1, 2))},
+    "other images to validate on": lambda zoo: {"images": DATA.test},
+    "another seed of the space": lambda zoo: {"seed": 1},
+}
+
+
+@pytest.mark.parametrize("change", FITS)
+def test_a_fit_of_something_else_is_not_loaded(zoo, change, tmp_path):
+    fitted(zoo, tmp_path)
+    fitted(zoo, tmp_path)  # the very same is
+    with pytest.raises(ValueError, match="choose another folder"):
+        fitted(**{"zoo": zoo, "folder": tmp_path} | FITS[change](zoo))
+
+
+def test_dropout_is_off_in_every_answer():
+    net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 3), nn.Dropout(0.5)).train()
+    rows = initial_rows(net, [1, 2])
+    nets, plain = Nets(net, rows), Nets(nn.Sequential(*net[::2]), rows)
+    torch.testing.assert_close(nets.outputs(DATA.val.x), plain.outputs(DATA.val.x))
+    torch.testing.assert_close(nets(DATA.val.x), plain(DATA.val.x))
+    assert torch.equal(nets.accuracy(DATA.val), plain.accuracy(DATA.val))
+    spaces = [NetSpace.for_zoos(n, DATA.train.x, CONFIG) for n in (nets, plain)]
+    torch.testing.assert_close(spaces[0].encode(nets), spaces[1].encode(plain))
+    torch.testing.assert_close(spaces[0].encode([net, net]), spaces[0].encode([net.eval()] * 2))
+
+
+def test_two_architectures_of_one_layout_are_told_apart():
+    relu, tanh = (random_nets(flat(f), 3, scale=0.3) for f in (nn.ReLU(), nn.Tanh()))
+    space = NetSpace.for_zoos([relu, tanh], DATA.train.x, CONFIG)
+    assert [space.index(nets) for nets in (relu, tanh)] == [0, 1]
+    assert [space.index(nets.to_module()) for nets in (relu, tanh)] == [0, 1]
+    torch.testing.assert_close(space.encode(tanh), space.encode(tanh.rows, 1))
+    assert (space.encode(tanh) - space.encode(tanh.rows, 0)).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="compute something else|architecture"):
+        space.encode(relu, 1)
+    with pytest.raises(ValueError, match="not one of this space"):
+        NetSpace.for_zoos(relu, DATA.train.x, CONFIG).encode(tanh)
+
+
+def test_one_nan_net_does_not_spoil_the_embeddings_of_others(zoo):
+    rows = zoo.rows.clone()
+    rows[2, 5] = torch.nan
+    with pytest.raises(ValueError, match=r"nets \[2\] are not finite"):
+        NetSpace.for_zoos(Nets(zoo.batched, rows), DATA.train.x, CONFIG)
+    space = NetSpace.for_zoos(zoo, DATA.train.x, CONFIG)
+    with pytest.raises(ValueError, match=r"nets \[2\] are not finite"):
+        space.encode(rows)
+    with pytest.warns(UserWarning, match=r"nets \[2\] are not finite.*left out"):
+        assert Zoo(zoo.batched, rows).members.tolist() == [0, 1, 3]
+
+
+def test_a_nan_score_is_never_the_best(zoo):
+    space = NetSpace.for_zoos(zoo, DATA.train.x, CONFIG)
+    given, states = iter([float("nan"), 1.0, 0.5]), []
+
+    def validate(space):
+        states.append(space.encode(zoo))
+        return {"score": next(given)}
+
+    objective = Distillation(space, zoo, DATA.train.x, nets=4, samples=4)
+    fit(space, objective, validate, 3, epoch=1)
+    assert torch.equal(space.encode(zoo), states[1])
+
+
+def test_refining_decodes_nets_as_the_architecture_they_are():
+    zoos = [random_nets(net, 4, scale=0.3) for net in small_nets()[:2]]
+    space = NetSpace.for_zoos(zoos, DATA.train.x, CONFIG)
+    before = scores(space, zoos[1], DATA.val)["agreement"]
+    z = refine(space, zoos[1], DATA.train.x, 60)
+    decoded = space.decode(z, 1)
+    agreement = (
+        (decoded.outputs(DATA.val.x).argmax(-1) == zoos[1].outputs(DATA.val.x).argmax(-1))
+        .float()
+        .mean()
+    )
+    assert float(agreement) * 100 > before
+    torch.testing.assert_close(z, refine(space, zoos[1], DATA.train.x, 60, z=space.encode(zoos[1])))
+
+
+def test_a_siren_with_its_own_forward_is_not_run_by_the_stock_kernel():
+    class Scaled(Siren):
+        def forward(self, points):
+            return 10 * self.layers(points)
+
+    x, rows = torch.randn(5, 3), initial_rows(Siren(8), [1, 2])
+    torch.testing.assert_close(Batched(Scaled(8))(rows, x), 10 * Batched(Siren(8))(rows, x))
+    changed = Siren(8)
+    changed.layers[1].omega = 5.0
+    expected = torch.stack([changed_answer(changed, row, x) for row in rows])
+    torch.testing.assert_close(Batched(changed)(rows, x), expected)
+
+
+def changed_answer(module, row, x):
+    nn.utils.vector_to_parameters(row, module.parameters())
+    return module(x).detach()
+
+
+def test_modules_with_buffers_leave_a_zoo():
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+            self.register_buffer("shift", torch.ones(3))
+
+        def forward(self, x):
+            return self.linear(x) + self.shift
+
+    nets, x = random_nets(Shifted(), 2), torch.randn(5, 4)
+    torch.testing.assert_close(nets.to_module(1)(x), nets.outputs(x)[1])
+
+
+@pytest.mark.filterwarnings("ignore:Raises runs")
+def test_a_failing_self_check_leaves_the_module_in_training_mode():
+    class Raises(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x):
+            if x.sum() > 0:
+                raise RuntimeError("no such inputs")
+            return self.linear(x)
+
+    module = Raises().train()
+    with pytest.raises(RuntimeError, match="no such inputs"):
+        Batched(module)(random_nets(module, 2).rows, torch.ones(2, 4))
+    assert module.training
+
+
+def test_a_partial_epoch_is_averaged_over_its_own_steps(zoo):
+    space = NetSpace.for_zoos(zoo, DATA.train.x, CONFIG)
+
+    def objective(space, generator):
+        return space.decoder.hidden.weight.sum() * 0 + 4.0
+
+    history = fit(space, objective, lambda space: {"score": 0.0}, 5, epoch=4)
+    assert [row["loss"] for row in history] == [4.0, 4.0]
+
+
+def test_sampling_takes_all_that_an_estimator_draws():
+    class Copies:
+        def fit(self, x):
+            self.x = x
+
+        def sample(self, n):
+            return self.x[:n]
+
+    z = torch.randn(9, 4, generator=generator())
+    torch.testing.assert_close(sample(z, 5, Copies()), z[:5], rtol=1e-4, atol=1e-4)
+
+
+def test_zoos_of_several_architectures_share_no_seeds():
+    streams = [draw_recipes(100, seed=0, stream=name) for name in ("LeNetLike", "ResNet8", "")]
+    assert len({recipe.seed for recipes in streams for recipe in recipes}) == 300
+    assert draw_recipes(5, stream="LeNetLike") == draw_recipes(5, stream="LeNetLike")
+    assert draw_recipes(5, seed=1, stream="x") != draw_recipes(5, seed=2, stream="x")
+
+
+def test_held_out_nets_share_neither_start_nor_order_with_training_nets():
+    """One architecture twice: another stream is another initialisation and order."""
+    net = LeNetLike((1, 8, 8), 3, channels=(4,), hidden=(8,), kernel=3)
+    one, other = (draw_recipes(20, stream=name) for name in ("a", "b"))
+    starts = [initial_rows(net, [r.seed for r in recipes]) for recipes in (one, other)]
+    assert torch.cdist(*starts).min() > 0.1

@@ -1,0 +1,297 @@
+"""The space: what it embeds and decodes, its architectures, round trips through a folder."""
+
+import pytest
+import torch
+from torch import nn
+from toy import CLASSES, IMAGE, generator, mlp, random_nets, small_nets, toy_data
+
+from netspace_lite.architectures import LeNetLike, lite_net
+from netspace_lite.layout import Layout
+from netspace_lite.nets import Nets
+from netspace_lite.space import NetSpace, SpaceConfig, normalised_answers
+from netspace_lite.zoo import ImageTask, Recipe, Zoo, initial_rows, train_zoo
+
+CONFIG = SpaceConfig(embedding=16, probes=8, weights=False, hidden=16)
+CONFIGS = {
+    "weights and probes": SpaceConfig(embedding=16, probes=6, hidden=16, chunk=64),
+    "weights only": SpaceConfig(embedding=16, probes=0, hidden=16, chunk=64),
+    "probes only": SpaceConfig(embedding=16, probes=6, hidden=16, weights=False),
+    "learned probes": SpaceConfig(embedding=16, probes=6, hidden=16, learn_probes=True),
+}
+
+
+@pytest.fixture(scope="module")
+def data():
+    return toy_data()
+
+
+@pytest.fixture(scope="module")
+def zoos(data):
+    recipes = [Recipe(seed, 10 - seed) for seed in range(6)]
+    return [train_zoo(net, ImageTask(data, 32), recipes, progress=False) for net in small_nets()]
+
+
+@pytest.fixture
+def space(zoos, data):
+    return NetSpace.for_zoos(zoos, data.train.x, CONFIG)
+
+
+def one(zoos, data, config=CONFIG):
+    return NetSpace.for_zoos(zoos[0], data.train.x, config)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_encoder_takes_nets_rows_modules_and_state_dicts_alike(zoos, data, name):
+    space, zoo = one(zoos, data, CONFIGS[name]), zoos[0]
+    z = space.encode(zoo[:3])
+    assert z.shape == (3, 16)
+    modules = [zoo.to_module(n) for n in range(3)]
+    for nets in (zoo.rows[:3], modules, [m.state_dict() for m in modules]):
+        torch.testing.assert_close(space.encode(nets), z)
+    torch.testing.assert_close(space.encode(modules[1]), z[1:2])
+    torch.testing.assert_close(space.encode(modules[1].state_dict()), z[1:2])
+
+
+def test_a_decoded_net_answers_the_same_in_the_batch_and_as_a_module(zoos, data):
+    space = one(zoos, data)
+    nets, x = space.decode(space.encode(zoos[0][:4])), data.test.x[:20]
+    together = nets.logits(x)
+    for n in range(4):
+        torch.testing.assert_close(nets.to_module(n)(x), together[n], rtol=1e-4, atol=1e-4)
+
+
+def test_the_decoder_starts_near_the_best_net_of_the_zoo(space, zoos):
+    for bias, zoo in zip(space.decoder.bias, zoos, strict=True):
+        assert torch.equal(bias, zoo.rows[int(zoo.scores["val_accuracy"].argmax())])
+
+
+def test_probe_answers_ignore_permuted_hidden_units_and_shifted_logits(zoos, data):
+    state = zoos[0].state_dict(0)
+    order = torch.randperm(8, generator=generator())
+    state["layers.3.weight"] = state["layers.3.weight"][order]
+    state["layers.3.bias"] = state["layers.3.bias"][order]
+    state["layers.5.weight"] = state["layers.5.weight"][:, order]
+    state["layers.5.bias"] = state["layers.5.bias"] + 3
+    probing, reading = (one(zoos, data, CONFIGS[f"{what} only"]) for what in ("probes", "weights"))
+    torch.testing.assert_close(
+        probing.encode(state), probing.encode(zoos[0][0]), rtol=1e-3, atol=1e-4
+    )
+    assert (reading.encode(state) - reading.encode(zoos[0][0])).abs().max() > 1e-2
+
+
+def test_answers_are_normalised_by_hand():
+    outputs = torch.tensor([[[1.0, 3.0], [10.0, 12.0]]])  # centred: ∓1 twice, scale 1
+    expected = torch.tensor([[-1.0, 1.0, -1.0, 1.0, 0.0]])
+    torch.testing.assert_close(normalised_answers(outputs), expected)
+    scaled = normalised_answers(5 * outputs)
+    torch.testing.assert_close(scaled[:, :-1], expected[:, :-1])
+    assert scaled[0, -1].item() == pytest.approx(torch.tensor(5.0).log().item())
+
+
+def test_names_tell_depths_and_repeats_apart(space):
+    assert space.architectures == ["LeNetLike", "VanillaCNN", "ResNet8", "ResNet14"]
+    wider = LeNetLike(IMAGE, CLASSES, channels=(8,), hidden=(8,), kernel=3)
+    twice = NetSpace([small_nets()[0], wider], torch.randn(8, *IMAGE), CONFIG)
+    assert twice.architectures == ["LeNetLike", "LeNetLike-2"]
+
+
+def test_index_finds_architectures_in_every_form(space, zoos):
+    for a, (name, net, zoo) in enumerate(zip(space.architectures, small_nets(), zoos, strict=True)):
+        assert [space.index(form) for form in (a, name, net, zoo)] == [a] * 4
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        (None, r"architecture None, .* this space, which holds LeNetLike \(\d+\), VanillaCNN"),
+        ("AlexNet", "architecture 'AlexNet'"),
+        (7, "architecture 7"),
+        (-1, "architecture -1"),
+        (nn.Linear(2, 3), "a Linear of 9 parameters.* is not one of this space"),
+    ],
+)
+def test_index_says_what_there_is(space, architecture, message):
+    with pytest.raises(ValueError, match=message):
+        space.index(architecture)
+
+
+def test_a_second_architecture_leaves_the_first_initialisation_alone(zoos, data):
+    state = one(zoos, data).state_dict()
+    assert not [key for key in state if "offset" in key or "classifier" in key]
+    two = NetSpace.for_zoos([zoos[0], zoos[1]], data.train.x, CONFIG)
+    assert torch.equal(state["encoder.answers.weight"], two.encoder.answers.weight)
+
+
+def test_one_architecture_has_nothing_to_classify(zoos, data):
+    space = one(zoos, data)
+    assert isinstance(space.decode(torch.zeros(2, 16)), Nets)
+    with pytest.raises(ValueError, match="one architecture only, LeNetLike"):
+        space.classify(torch.zeros(2, 16))
+
+
+def test_encode_takes_mixed_zoos_in_order(space, zoos):
+    z = space.encode(zoos)
+    assert z.shape == (24, 16)
+    torch.testing.assert_close(z[6:12], space.encode(zoos[1], "VanillaCNN"))
+    torch.testing.assert_close(z[18:20], space.encode([zoos[3].to_module(n) for n in (0, 1)]))
+    torch.testing.assert_close(z[:6], space.encode(zoos[0].rows, 0))
+    with pytest.raises(ValueError, match="encode each kind apart"):
+        space.encode([zoos[2].to_module(1), zoos[0].to_module(4)])
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_decode_by_prediction_equals_decode_by_name(zoos, data, weights):
+    config = SpaceConfig(embedding=16, probes=8, weights=weights, hidden=16)
+    space = NetSpace.for_zoos(zoos, data.train.x, config)
+    z = torch.randn(40, 16, generator=generator()) * 5
+    with torch.no_grad():
+        mixed, predicted = space.decode(z), space.predict(z)
+        assert len(predicted.unique()) > 1
+        outputs = mixed(data.val.x)
+        for n, a in enumerate(predicted.tolist()):
+            expected = space.decode(z[n], a)
+            assert mixed.architectures[n] == space.architectures[a]
+            torch.testing.assert_close(mixed[n].rows, expected.rows)
+            torch.testing.assert_close(outputs[n], expected(data.val.x)[0])
+    torch.testing.assert_close(mixed.outputs(data.val.x), outputs)
+    again = space.encode(mixed)  # in the mixed order, not group by group
+    torch.testing.assert_close(again[0], space.encode(mixed[0])[0])
+    assert mixed.accuracy(data.val).shape == (40,)
+
+
+def test_decoding_passes_gradients_to_every_embedding(space, data):
+    z = (torch.randn(10, 16, generator=generator()) * 5).requires_grad_()
+    space.decode(z)(data.val.x).square().sum().backward()
+    assert (z.grad.abs().sum(1) > 0).all()
+
+
+def test_translation_keeps_answers_apart_from_form(space, zoos):
+    z = space.encode(zoos[0])
+    moved = space.translate(z, "LeNetLike", "ResNet8")
+    with torch.no_grad():
+        torch.testing.assert_close(moved, space.encoder(space.features(zoos[0].rows, 0), 2))
+    torch.testing.assert_close(space.translate(moved, 2, 0), z)
+    assert torch.equal(space.translate(z, 1, 1), z)
+
+
+def test_a_new_space_has_its_architectures_in_a_row(space):
+    offset = space.encoder.offset.detach()
+    assert torch.equal(space.predict(offset), torch.arange(4))
+    way = torch.lerp(offset[:1], offset[3:], torch.linspace(0, 1, 100)[:, None])
+    assert space.predict(way).diff().sum() == 3
+    assert (space.predict(way).diff() >= 0).all()
+
+
+def test_unseen_architectures_start_at_their_modules_own_values(zoos, data):
+    modules = small_nets()
+    ends = [zoos[3], zoos[0]]  # any order: each finds its module
+    space = NetSpace.for_zoos(ends, data.train.x, CONFIG, modules=modules)
+    best = zoos[3].rows[zoos[3].scores["val_accuracy"].argmax()]
+    assert torch.equal(space.decoder.bias[3], best)
+    row = Layout.of(modules[1]).pack([modules[1]])[0]
+    assert torch.equal(space.decoder.bias[1], row)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_space_saves_and_loads(zoos, data, name, tmp_path):
+    space = one(zoos, data, CONFIGS[name])
+    space.save(tmp_path)
+    again = NetSpace.load(tmp_path)
+    z = space.encode(zoos[0])
+    assert torch.equal(again.encode(zoos[0]), z)
+    assert torch.equal(again.decode(z).rows, space.decode(z).rows)
+
+
+def test_mixed_spaces_come_back(space, zoos, tmp_path):
+    space.save(tmp_path)
+    loaded = NetSpace.load(tmp_path)
+    assert torch.equal(loaded.predict(space.encode(zoos)), space.predict(space.encode(zoos)))
+
+
+def test_unregistered_modules_come_back_with_their_modules(data, tmp_path):
+    relu, tanh = (nn.Sequential(nn.Flatten(), *mlp(f, 64)) for f in (nn.ReLU(), nn.Tanh()))
+    space = NetSpace([relu, tanh], data.train.x, CONFIG)
+    space.save(tmp_path)
+    z = torch.randn(2, 16)
+    again = NetSpace.load(tmp_path, modules=[relu, tanh])
+    assert torch.equal(again.decode(z, 1).rows, space.decode(z, 1).rows)
+    with pytest.raises(ValueError, match="decorate its class"):
+        NetSpace.load(tmp_path)
+    for modules in ([tanh, relu], [relu], [relu, tanh, relu]):
+        with pytest.raises(ValueError, match="space|module|architecture"):
+            NetSpace.load(tmp_path, modules=modules)
+
+
+@pytest.mark.parametrize("weights", [False, True], ids=["probes", "weights and probes"])
+def test_a_users_module_joins(zoos, data, weights):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(64), nn.Linear(64, CLASSES)
+
+        def forward(self, x):
+            return self.linear(self.norm(x.flatten(1)))
+
+    own = Nets(Own(), initial_rows(Own(), range(4)))
+    config = SpaceConfig(embedding=16, probes=8, weights=weights, hidden=16)
+    space = NetSpace.for_zoos([zoos[0], own], data.train.x, config)
+    assert space.architectures == ["LeNetLike", "Own"]
+    assert space.decode(space.encode([zoos[0], own])).outputs(data.val.x).isfinite().all()
+
+
+def test_the_same_seed_gives_the_same_space(zoos, data):
+    spaces = [NetSpace.for_zoos(zoos[0], data.train.x, CONFIG, seed=s) for s in (0, 0, 1)]
+    one, two, other = (space.encode(zoos[0]) for space in spaces)
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+
+
+def test_nets_that_are_not_finite_are_named(zoos, data):
+    space, rows = one(zoos, data), zoos[0].rows.clone()
+    rows[[1, 4], 3] = torch.nan
+    broken = Nets(zoos[0].batched, rows)
+    modules = [broken.to_module(n) for n in range(6)]
+    for nets in (broken, rows, modules, [m.state_dict() for m in modules]):
+        with pytest.raises(ValueError, match=r"1, 4"):
+            space.encode(nets)
+    with pytest.raises(ValueError, match=r"1, 4"):
+        NetSpace.for_zoos(broken, data.train.x, CONFIG)
+
+
+def test_a_zoo_of_one_net_makes_a_space(zoos, data):
+    space = NetSpace.for_zoos(zoos[0][:1], data.train.x, CONFIGS["weights and probes"])
+    z = space.encode(zoos[0][:1])
+    assert z.isfinite().all()
+    assert space.decode(z[0]).outputs(data.val.x).isfinite().all()
+
+
+def test_wrong_input_is_refused_in_a_sentence(zoos, data):
+    space, net = one(zoos, data), small_nets()[0]
+    other = lite_net("LeNetLike", IMAGE, 7)
+    with pytest.raises(ValueError, match="is not one of this space, which holds LeNetLike"):
+        space.encode(random_nets(other, 2))
+    with pytest.raises(ValueError, match=rf"\[N, {Layout.of(net).size}\] .*not \[2, 5\]"):
+        space.encode(torch.zeros(2, 5))
+    with pytest.raises(ValueError, match=r"embeddings should be \[N, 16\], not \[2, 9\]"):
+        space.decode(torch.zeros(2, 9))
+    with pytest.raises(ValueError, match="weights=True, or probes > 0"):
+        NetSpace([net], data.train.x, SpaceConfig(probes=0, weights=False))
+    with pytest.raises(ValueError, match="no nets|at least one"):
+        space.encode([])
+    with pytest.raises(ValueError, match="no inputs|at least one|inputs"):
+        NetSpace([net], data.train.x[:0], CONFIG)
+    with pytest.raises(ValueError, match="answer|output|classes"):
+        NetSpace([net, LeNetLike(IMAGE, 4, (4,), (8,), 3)], data.train.x, CONFIG)
+
+
+def test_modules_of_batch_norms_are_folded_on_the_way_in(data, tmp_path):
+    """What is encoded as a module is what a zoo of it holds."""
+    layers = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(108, CLASSES)
+    net = nn.Sequential(*layers)
+    net(torch.randn(9, *IMAGE))
+    zoo = Zoo.from_modules([net.eval()])
+    space = NetSpace.for_zoos(zoo, data.train.x, CONFIG)
+    torch.testing.assert_close(space.encode(net), space.encode(zoo))
+    assert NetSpace([net], data.train.x, CONFIG).index(zoo) == space.index(net) == 0
+    space.save(tmp_path)
+    assert torch.equal(NetSpace.load(tmp_path, [net]).encode(net), space.encode(net))
