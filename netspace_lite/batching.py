@@ -205,6 +205,10 @@ def _plain_operations():
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+class _CantCarryNets(TypeError):
+    """A graph has a step that no batched layer knows."""
+
+
 class _Mode:
     """A module in training or evaluation on one device in one dtype: its graph and ways to run it.
 
@@ -216,6 +220,8 @@ class _Mode:
         root = nn.Sequential(self.module)  # a bare layer has a name in it, and options are left out
         try:
             self.graph = _trace(root)
+        except _CantCarryNets as error:
+            self.graph = str(error)
         except Exception as error:  # tracing runs the user's code on proxies
             self.graph = f"it can't be traced ({str(error).partition(chr(10))[0]})"
         self.parts, first = dict(root.named_modules()), {}
@@ -271,16 +277,16 @@ class _Tracer(fx.Tracer):
 def _trace(root: nn.Sequential) -> fx.Graph:
     """The graph of what is in ``root``, without identities and with activations in their layers.
 
-    Raises TypeError for what can't carry many nets.
+    Raises _CantCarryNets naming the step that can't carry many.
     """
     graph = _Tracer().trace(root)
     for node in reversed(list(graph.nodes)):
         named = node.op in ("get_attr", "call_module")
         part = operator.attrgetter(node.target)(root) if named else None
         if isinstance(part, nn.Parameter):
-            raise TypeError(f"it reads {node.target[2:]!r} outside the layers that carry many nets")
+            raise _CantCarryNets(f"it reads {node.target[2:]!r} outside layers of many nets")
         if getattr(part, "padding_mode", "zeros") != "zeros":
-            raise TypeError(f"{part} pads in a way that no batched layer knows")
+            raise _CantCarryNets(f"{part} pads in a way that no batched layer knows")
         if type(part) is nn.Identity:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)

@@ -96,7 +96,7 @@ def load_arrays(path, names) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"there is no {path}: give an .npz with {', '.join(names)}")
     try:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            found = {name: file[name] for name in names if name in file}
+            found = {name: np.asarray(file[name]) for name in names if name in file}
     except Exception as error:  # zip, zlib and headers fail in many ways, each on its own terms
         pickled = "pickle" in str(error).lower()
         why = "holds pickled objects, which are never loaded" if pickled else "is damaged"
