@@ -211,7 +211,7 @@ def optimise_weights(
 
 
 def refine(
-    space: NetSpace, nets: Nets, like, steps: int = 50, *, z: Tensor | None = None, lr=0.05, seed=0
+    space: NetSpace, nets: Nets, like, steps: int = 50, *, z: Tensor | None = None, lr=0.2, seed=0
 ) -> Tensor:
     """Embeddings [N, E] polished until the decoded nets answer more like ``nets``.
 
