@@ -12,72 +12,31 @@ says where ours loses.
 import argparse
 import platform
 import time
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from . import batched_conv2d, batched_linear, chunk_pack, siren_mlp
-from .cpu import nets_per_block
+from netspace_lite import Batched, LeNetLike, Siren, lite_net, paper_net
 
-
-class Sine(nn.Module):
-    """sin(30 · x)."""
-
-    def forward(self, x):
-        return torch.sin(30 * x)
-
-
-def siren(hidden):
-    """3 → hidden → hidden → 1."""
-    layers = nn.Linear(3, hidden), Sine(), nn.Linear(hidden, hidden), Sine(), nn.Linear(hidden, 1)
-    return nn.Sequential(*layers)
-
-
-def cnn(image, convolutions, *linear):
-    """(inputs, outputs, kernel, stride, padding) a convolution; widths of linear layers from 2."""
-    layers = [layer for c in convolutions for layer in (nn.Conv2d(*c), nn.LeakyReLU())]
-    features = nn.Sequential(*layers, nn.Flatten())(torch.zeros(1, *image)).shape[1]
-    layers.append(nn.Flatten())
-    for inputs, outputs in pairwise((features, *linear)):
-        layers += [nn.Linear(inputs, outputs), nn.LeakyReLU()]
-    return nn.Sequential(*layers[:-1])
-
+from . import chunk_pack
 
 DIGITS, CIFAR = (1, 8, 8), (3, 32, 32)
 QUICK = {  # name -> (make one module, input, nets, samples): lite sizes, then the paper's
-    "LeNetLike lite": (
-        lambda: cnn(DIGITS, [(1, 6, 3, 2, 1), (6, 16, 3, 2, 1)], 64, 10), DIGITS, 160, 64),
+    "LeNetLike lite": (lambda: lite_net("LeNetLike", DIGITS, 10), DIGITS, 160, 64),
     "LeNetLike, 16 and 16 channels": (
-        lambda: cnn(DIGITS, [(1, 16, 3, 2, 1), (16, 16, 3, 2, 1)], 64, 10), DIGITS, 160, 64),
-    "SIREN lite, 64": (lambda: siren(64), (3,), 64, 1024),
+        lambda: LeNetLike(DIGITS, 10, (16, 16), (64,), 3), DIGITS, 160, 64),
+    "SIREN lite, 64": (lambda: Siren(64), (3,), 64, 1024),
 }  # fmt: skip
 CASES = QUICK | {
-    "LeNetLike paper": (
-        lambda: cnn(CIFAR, [(3, 6, 5, 2), (6, 16, 5, 2)], 120, 84, 10), CIFAR, 8, 128),
-    "SIREN paper, 256": (lambda: siren(256), (3,), 4, 5000),
-}  # fmt: skip
-
-
-def ours(module, rows, x):
-    """The nets with packed rows `[N, P]` on x `[N, B, ...]`, through the kernels' public ops."""
-    if isinstance(module[1], Sine):
-        return siren_mlp(x, rows, module[0].out_features)
-    x, start, layers = x.transpose(0, 1), 0, list(module)
-    for layer, after in zip(layers, [*layers[1:], None], strict=True):
-        if isinstance(layer, nn.Flatten):
-            x = x.flatten(2).transpose(0, 1)
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            end = start + layer.weight.numel()
-            w = rows[:, start:end].unflatten(1, layer.weight.shape)
-            b, start = rows[:, end : end + len(layer.bias)], end + len(layer.bias)
-            act = "leaky_relu" if after else None
-            conv = isinstance(layer, nn.Conv2d)
-            x = (batched_conv2d(x, w, b, layer.stride, layer.padding, act) if conv
-                 else batched_linear(x, w, b, act))  # fmt: skip
-    return x
+    "VanillaCNN lite": (lambda: lite_net("VanillaCNN", DIGITS, 10), DIGITS, 64, 64),
+    "ResNet8 lite": (lambda: lite_net("ResNet8", DIGITS, 10), DIGITS, 32, 64),
+    "LeNetLike paper": (lambda: paper_net("LeNetLike"), CIFAR, 8, 128),
+    "VanillaCNN paper": (lambda: paper_net("VanillaCNN"), CIFAR, 8, 128),
+    "ResNet8 paper": (lambda: paper_net("ResNet8"), CIFAR, 4, 32),
+    "SIREN paper, 256": (lambda: Siren(256), (3,), 4, 5000),
+}
 
 
 def ways_of(make, size, nets, samples, device, backward, compiled):
@@ -86,7 +45,7 @@ def ways_of(make, size, nets, samples, device, backward, compiled):
     rows = torch.stack([nn.utils.parameters_to_vector(m.parameters()) for m in modules])
     rows, module = rows.detach().to(device), modules[0].to(device)
     params = stack_module_state([m.to(device) for m in modules])[0]
-    block = nets_per_block(x[0]) if device.type == "cpu" else nets
+    batched = Batched(module)
 
     def finish(y):
         if backward:
@@ -100,15 +59,14 @@ def ways_of(make, size, nets, samples, device, backward, compiled):
             net = {k: fresh(v[n]) for k, v in params.items()}
             finish(functional_call(module, net, (x[n],)))
 
-    def blocks():
-        for row, part in zip(rows.split(block), x.split(block), strict=True):
-            finish(ours(module, fresh(row), part))
+    def from_rows():
+        finish(batched(fresh(rows), x, per_net=True))
 
     def with_all(call):
         return lambda: finish(call({k: fresh(v) for k, v in params.items()}, x))
 
     call = vmap(lambda p, x: functional_call(module, p, (x,)))
-    ways = {"loop": loop, "vmap": with_all(call), "ours": blocks}
+    ways = {"loop": loop, "vmap": with_all(call), "ours": from_rows}
     return ways | ({"compiled": with_all(torch.compile(call))} if compiled else {})
 
 
