@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Protocol
 
 import numpy as np
@@ -266,9 +267,11 @@ def _read_checkpoint(path: Path, module: nn.Module) -> nn.Module:
         state = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
         for key in ("state_dict", "model_state_dict", "model"):  # how training scripts wrap it
             state = state[key] if isinstance(state.get(key), dict) else state
-        loaded.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
+        wrapped = "" if hasattr(module, "module") else "module."  # by DistributedDataParallel
+        loaded.load_state_dict({k.removeprefix(wrapped): v for k, v in state.items()})
     except Exception as error:  # readers and modules fail in many ways, each on its own terms
-        why = str(error) or repr(error)
+        pickled = isinstance(error, UnpicklingError)  # PyTorch's own advice would be to load it
+        why = "it holds pickled objects, never loaded" if pickled else str(error) or repr(error)
         raise ValueError(f"{path} is no state dict of {name_of(module)}: {why}") from error
     return loaded
 
