@@ -6,12 +6,11 @@ the generator, encodes, decodes, and compares what the decoded nets answer with 
 ``loss(nets, generator) -> [N]``, such as `netspace_lite.explore.ImageLoss` with any teacher.
 """
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import combinations
-from math import cos, inf, isnan, nan, pi
+from math import cos, inf, isfinite, isnan, nan, pi
 from statistics import fmean
 
 import torch
@@ -174,11 +173,8 @@ class Distillation:
         zoos, several = self.pool.zoos, len(self.pool.zoos) > 1
         if per_net and several:
             raise ValueError(f"inputs per net need one zoo, not {len(zoos)}: share the inputs")
-        sources, options = (
-            MixedNets(zoos) if several else zoos[0],
-            {"loss": loss, "samples": samples},
-        )
-        self.likeness = LikenessLoss(sources, inputs, per_net=per_net, **options)
+        sources = MixedNets(zoos) if several else zoos[0]
+        self.likeness = LikenessLoss(sources, inputs, per_net=per_net, loss=loss, samples=samples)
         self.nets, self.crossing = nets, crossing if several else 0
         self.chances = torch.tensor(chances or [1.0] * len(zoos)).float()
 
@@ -399,7 +395,7 @@ def _resume(folder, plan, space, optimiser, generator) -> tuple[list, dict[str, 
             plan["space"] = record["plan"]["space"]
         store.check_plan(folder, record["plan"], plan)
         history = record["history"]
-        if not all(math.isfinite(row[k]) for row in history for k in ("step", "seconds", "loss")):
+        if not all(isfinite(row[k]) for row in history for k in ("step", "seconds", "loss")):
             raise ValueError(f"{folder} holds a history with numbers that are not finite")
         best = parts.pop("best")
         space.load_state_dict(best)

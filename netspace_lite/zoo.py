@@ -92,12 +92,31 @@ class Task(Protocol):
         """Figures of trained nets, each [N] on the CPU; ``val_accuracy`` picks a zoo's best."""
 
 
+class Orders:
+    """Shuffled orders of ``count`` samples, one per seed and epoch.
+
+    An order depends on nothing else, so that training can resume; those of the current epoch are
+    kept.
+    """
+
+    def __init__(self, count: int):
+        self.count, self._kept = count, {}
+
+    def __call__(self, seed: int, epoch: int) -> Tensor:
+        """[count], on the CPU."""
+        if (seed, epoch) not in self._kept:
+            self._kept = {k: v for k, v in self._kept.items() if k[1] == epoch}
+            generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+            self._kept[seed, epoch] = torch.randperm(self.count, generator=generator)
+        return self._kept[seed, epoch]
+
+
 class ImageTask:
     """Classify images: mini-batches of ``batch`` training images, cross-entropy."""
 
     def __init__(self, data: ImageData, batch: int = 64):
         self.data, self.batch_size = data, min(batch, len(data.train))
-        self._orders: dict[tuple[int, int], Tensor] = {}
+        self._orders = Orders(len(data.train))
 
     device = property(lambda self: self.data.train.x.device, doc="Where nets are trained.")
 
@@ -108,18 +127,10 @@ class ImageTask:
         """
         epoch, position = divmod(step, len(self.data.train) // self.batch_size)
         first = position * self.batch_size
-        orders = [self._order(recipe.seed, epoch) for recipe in recipes]
+        orders = [self._orders(recipe.seed, epoch) for recipe in recipes]
         index = torch.stack([o[first : first + self.batch_size] for o in orders], dim=1)
+        index = index.to(self.device)
         return self.data.train.x[index].transpose(0, 1), self.data.train.y[index].T
-
-    def _order(self, seed: int, epoch: int) -> Tensor:
-        """The order of the data in one epoch; depends on nothing else, so training can resume."""
-        if (seed, epoch) not in self._orders:
-            self._orders = {k: v for k, v in self._orders.items() if k[1] == epoch}
-            generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-            order = torch.randperm(len(self.data.train), generator=generator)
-            self._orders[seed, epoch] = order.to(self.device)
-        return self._orders[seed, epoch]
 
     def schedule(self, progress: Tensor) -> Tensor:
         """Factor on each net's learning rate at ``progress`` [N] (0 to 1) of its training."""

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from torch import nn
-from toy import CLASSES, IMAGE, generator, mlp, random_nets, small_nets, toy_data
+from toy import CLASSES, IMAGE, generator, mlp, random_nets, small_nets, small_zoos, toy_data
 
 from netspace_lite.architectures import LeNetLike, lite_net
 from netspace_lite.layout import Layout
 from netspace_lite.nets import Nets
 from netspace_lite.space import NetSpace, SpaceConfig, normalised_answers
-from netspace_lite.zoo import ImageTask, Recipe, Zoo, initial_rows, train_zoo
+from netspace_lite.zoo import Zoo, initial_rows
 
 CONFIG = SpaceConfig(embedding=16, probes=8, weights=False, hidden=16)
 CONFIGS = {
@@ -27,8 +27,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def zoos(data):
-    recipes = [Recipe(seed, 10 - seed) for seed in range(6)]
-    return [train_zoo(net, ImageTask(data, 32), recipes, progress=False) for net in small_nets()]
+    return small_zoos(data)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toy import Interrupted, generator, interrupted, small_nets, toy_data
+from toy import Interrupted, generator, interrupted, small_nets, small_zoos, toy_data
 
 from netspace_lite.architectures import paper_net
 from netspace_lite.data import Images
@@ -27,7 +27,7 @@ from netspace_lite.training import (
     learning_rate,
     logit_scale,
 )
-from netspace_lite.zoo import ImageTask, Recipe, draw_recipes, initial_rows, train_zoo
+from netspace_lite.zoo import ImageTask, draw_recipes, initial_rows, train_zoo
 
 CONFIG = SpaceConfig(embedding=16, probes=8, weights=False, hidden=16)
 SMALL = SpaceConfig(embedding=8, probes=6, hidden=16, chunk=64)
@@ -46,8 +46,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def zoos(data):
-    recipes = [Recipe(seed, 10 - seed) for seed in range(6)]
-    return [train_zoo(net, ImageTask(data, 32), recipes, progress=False) for net in small_nets()]
+    return small_zoos(data)
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,14 @@ from netspace_lite import (
     Batched,
     ImageData,
     Images,
+    ImageTask,
     Layout,
     LeNetLike,
     Nets,
+    Recipe,
     ResNet,
     VanillaCNN,
+    train_zoo,
 )
 
 IMAGE, CLASSES = (1, 8, 8), 3
@@ -42,6 +45,12 @@ def small_nets():
         ResNet(IMAGE, CLASSES, 8, **resnet),
         ResNet(IMAGE, CLASSES, 14, **resnet),
     ]
+
+
+def small_zoos(data):
+    """Six briefly trained nets of each of `small_nets`."""
+    recipes = [Recipe(seed, 10 - seed) for seed in range(6)]
+    return [train_zoo(net, ImageTask(data, 32), recipes, progress=False) for net in small_nets()]
 
 
 def random_nets(module, count, seed=0, scale=1.0):

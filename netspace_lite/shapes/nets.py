@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..batching import BLOCK
 from ..nets import Nets
-from ..zoo import Recipe
+from ..zoo import Orders, Recipe
 from .meshes import mesh_from_grid, within
 from .samples import Samples
 
@@ -54,7 +54,8 @@ class ShapeTask:
         if test is not None and len(test) != len(samples):
             raise ValueError(f"test samples of {len(test)} shapes can't score {len(samples)} nets")
         self.samples, self.test, self.batch_size = samples, test or samples, batch
-        self._half, self._orders = samples.sdf.shape[1] // 2, {}
+        self._half = samples.sdf.shape[1] // 2  # inside, and as many outside
+        self._orders = Orders(self._half)
         if batch % 2 or not 2 <= batch <= 2 * self._half:
             raise ValueError(f"batch should be an even number from 2 to {2 * self._half}: {batch}")
 
@@ -69,18 +70,10 @@ class ShapeTask:
             raise ValueError(f"net {members.max()} has no shape: there are {len(self.samples)}")
         size = self.batch_size // 2
         epoch, position = divmod(step, self._half // size)
-        orders = [self._order(r.seed, epoch)[position * size :][:size] for r in recipes]
+        orders = [self._orders(r.seed, epoch)[position * size :][:size] for r in recipes]
         inside, shape = torch.stack(orders), members[:, None]
         index = torch.cat([inside, inside + self._half], dim=1)  # [N, B]
         return self.samples.points[shape, index], self.samples.sdf[shape, index]
-
-    def _order(self, seed: int, epoch: int) -> Tensor:
-        """The order of a half of the samples in one epoch, so that training can resume."""
-        if (seed, epoch) not in self._orders:
-            self._orders = {k: v for k, v in self._orders.items() if k[1] == epoch}
-            generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-            self._orders[seed, epoch] = torch.randperm(self._half, generator=generator)
-        return self._orders[seed, epoch]
 
     def schedule(self, progress: Tensor) -> Tensor:
         """Factor on each net's learning rate at ``progress`` [N] (0 to 1): up, then a cosine."""
