@@ -3,12 +3,15 @@
 Each function draws on ``ax`` (or on new axes) and returns the axes. Tensors may be on any device.
 """
 
+import sys
 from collections.abc import Sequence
+from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from torch import Tensor
 
@@ -18,12 +21,36 @@ KINDS, MARKS = (BLUE, ORANGE, GREEN, PINK, SKY, RED), "os^DvP"  # one per archit
 
 
 def use_style() -> None:
-    """Plain axes, readable sizes, small files; call it once at the top of a notebook."""
+    """Plain axes, readable sizes; in a notebook sharp pictures that are described in words.
+
+    Call it once at the top of a notebook.
+    """
     plt.rcParams.update({
         "figure.dpi": 80, "figure.constrained_layout.use": True, "font.size": 11,
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
         "axes.prop_cycle": plt.cycler(color=[*KINDS, GREY]),
     })  # fmt: skip
+    if "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()):
+        plt.switch_backend(plt.get_backend())  # it brings a format of its own, so it goes first
+        shell.display_formatter.formatters["image/png"].for_type(Figure, _sharp)
+
+
+def _sharp(figure: Figure) -> tuple[str, dict]:
+    """A PNG of twice the pixels, and its metadata: size on the page, and alt text."""
+    png, metadata = sys.modules["IPython"].core.pylabtools.retina_figure(figure, base64=True)
+    return png, metadata | {"alt": describe(figure)}
+
+
+def describe(figure: Figure) -> str:
+    """A figure in words, for who can't see it: panels, titles, axes, curves, bars and values."""
+    words = [figure.get_label() or f"panels: {sum(ax.has_data() for ax in figure.axes)}"]
+    for ax in figure.axes:
+        axes = " over ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))
+        names = cycle([name.get_text() for name in ax.get_yticklabels()] if ax.containers else [])
+        bars = [f"{name} {value.get_text()}" for name, value in zip(names, ax.texts, strict=False)]
+        shown = ", ".join(ax.get_legend_handles_labels()[1] + bars)
+        words.append(": ".join(filter(None, (ax.get_title(), axes, shown))))
+    return "; ".join(dict.fromkeys(filter(None, words)))
 
 
 def _axes(ax: Axes | None, width=5.5, height=3.8, **labels) -> Axes:
@@ -39,13 +66,14 @@ def _numpy(values) -> np.ndarray:
 def images(x: Tensor, titles: Sequence = (), columns: int = 10) -> np.ndarray:
     """A row of images x [B, C, H, W], each scaled to its own range, with titles."""
     rows = -(-len(x) // columns)
-    _, axes = plt.subplots(rows, columns, figsize=(0.95 * columns, 1.15 * rows), squeeze=False)
-    for ax in axes.flat:
-        ax.axis("off")
+    figure, axes = plt.subplots(rows, columns, figsize=(0.95 * columns, 1.15 * rows), squeeze=False)
+    figure.set_label(f"images: {len(x)}")
     for n, (ax, picture) in enumerate(zip(axes.flat, _numpy(x), strict=False)):
         scaled = (picture - picture.min()) / (np.ptp(picture) + 1e-8)
         ax.imshow(scaled.transpose(1, 2, 0).squeeze(), cmap="gray_r")
         ax.set_title(titles[n] if n < len(titles) else "", fontsize=11)
+    for ax in axes.flat:
+        ax.axis("off")
     return axes
 
 
@@ -96,12 +124,10 @@ def space_map(
     kinds = np.zeros(len(z), int) if kinds is None else _numpy(kinds)
     flat, size = pca.transform(_numpy(z)), 9 if len(z) > 500 else 22
     for k in np.unique(kinds):
-        dots = {"color": KINDS[k]} if values is None else {"c": _numpy(values)[kinds == k]}
-        limits = {} if values is None else {"vmin": values.min(), "vmax": values.max()}
-        name = names[k] if names else None
-        drawn = ax.scatter(
-            *flat[kinds == k].T, size, marker=MARKS[k], lw=0, label=name, **dots, **limits
-        )
+        look, name = {"color": KINDS[k]}, names[k] if names else None
+        if values is not None:
+            look = {"c": _numpy(values)[kinds == k], "vmin": values.min(), "vmax": values.max()}
+        drawn = ax.scatter(*flat[kinds == k].T, size, marker=MARKS[k], lw=0, label=name, **look)
     if values is not None:
         ax.figure.colorbar(drawn, ax=ax, label=label)
     if path is not None:
