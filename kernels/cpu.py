@@ -22,7 +22,8 @@ CHANNELS = 8  # fp32 channels in the blocks of oneDNN's layouts (nChw8c, nChw16c
 GROWTH = 4  # unfolding may make images this many times larger before moving them costs the gain
 BLOCK_BYTES = 4 << 20  # unfolded images of this many bytes stay in the second-level caches
 
-BLOCK_INPUTS = 512 << 10  # bytes of inputs that the nets of one block have between them
+BLOCK_INPUTS = 2 << 20  # bytes of inputs that the nets of one block have between them
+ALONE = 512 << 10  # bytes of inputs from which one net fills the caches
 MOST_NETS = 32
 
 
@@ -33,7 +34,8 @@ def nets_per_block(inputs) -> int:
     in the caches. One net on a hundred CIFAR images fills the caches alone, and PyTorch's dense
     convolution is faster than its grouped one: then the answer is 1, a loop.
     """
-    return max(1, min(MOST_NETS, BLOCK_INPUTS // (inputs.numel() * inputs.element_size())))
+    size = inputs.numel() * inputs.element_size()
+    return 1 if size > ALONE else min(MOST_NETS, BLOCK_INPUTS // size)
 
 
 def prefers_unfolding(x, weight, output_size) -> bool:
@@ -132,6 +134,7 @@ class _Window:
     def unfold(self, x):
         """[n, C, H, W, B] -> [n, C·kh·kw, H'·W'·B]."""
         n, channels, _, _, samples = x.shape
+        x = x.contiguous()  # turned once here, not again in every place of the window
         cols = x.new_empty(n, channels, *self.kernel, self.height, self.width, samples)
         for in_window, in_image in self.meetings:
             place, seen = cols[in_window], x[in_image]

@@ -129,7 +129,7 @@ def test_nets_per_block():
     """Many small nets share a block, large inputs are one net's own."""
     assert nets_per_block(torch.zeros(64, 1, 8, 8)) == 32
     assert nets_per_block(torch.zeros(128, 3, 32, 32)) == 1
-    assert nets_per_block(torch.zeros(64, 1, 16, 16)) == 8
+    assert nets_per_block(torch.zeros(64, 1, 28, 28)) == 10
 
 
 def test_torch_func_composes():

@@ -85,6 +85,21 @@ def test_reference_equals_modules():
         torch.testing.assert_close(y[n], nn.functional.leaky_relu(net(x[n]), 0.2))
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+def test_what_lies_samples_innermost_stays_so(bias):
+    """As `cpu.py` leaves images: outputs and gradients lie alike, and nobody turns them."""
+    x, weight = torch.randn(3, 7, 5).double(), torch.randn(3, 4, 7).double()
+    bias = torch.randn(3, 4).double() if bias else None
+    inner, outer = x.mT.detach().requires_grad_(), x.mT.contiguous().requires_grad_()
+    found, expected = (batched_linear_reference(x, weight, bias) for x in (inner, outer))
+    torch.testing.assert_close(found, expected)
+    grad, wanted = (
+        torch.autograd.grad(y.sum(), x)[0] for y, x in ((found, inner), (expected, outer))
+    )
+    torch.testing.assert_close(grad, wanted)
+    assert found.stride(1) == grad.stride(1) == 1
+
+
 def test_finite_differences(assert_gradient):
     """The kernel's own gradient against differences of its own outputs."""
     assert_gradient(
