@@ -78,7 +78,7 @@ class DescribedDecoder(nn.Module):
 
     def __init__(self, embedding: int, hidden: int = 128, largest: Largest | None = None, seed=0):
         super().__init__()
-        self.embedding, self.largest = embedding, largest or Largest()
+        self.embedding, self.largest, self._seed = embedding, largest or Largest(), seed
         c, k, outputs = self.largest.channels, self.largest.kernel, self.largest.outputs
         self.shapes = {
             "convolution": (c, c, k, k), "pointwise": (c, c, 1, 1),
@@ -93,6 +93,8 @@ class DescribedDecoder(nn.Module):
             self.mix = nn.Sequential(nn.Linear(hidden, hidden), nn.LeakyReLU())
             make = {kind: nn.Linear(hidden, prod(shape)) for kind, shape in self.shapes.items()}
             self.make = nn.ModuleDict(make)
+
+    seed = property(lambda self: self._seed, doc="Of the initialisation, and of `fit`.")
 
     def forward(self, z: Tensor, layout: Layout) -> Tensor:
         """z: [N, E] -> rows [N, P]."""

@@ -21,6 +21,7 @@ from . import store
 from .fingerprint import fingerprint
 from .kernels import distillation_loss
 from .nets import MixedNets, Nets
+from .processes import agreed, average, rank, share
 from .progress import progress_bar
 from .space import NetSpace
 
@@ -183,6 +184,7 @@ class Distillation:
         n, target = self.pool.draw(self.nets, generator, group), self.pool.present[group]
         crossed = round(self.nets * self.crossing)
         n[:crossed] = self.pool.draw(crossed, generator)
+        n = share(n)
         nets = space.decode(self.pool.encode(space, n, target), target)
         losses = self.likeness(nets, generator, n)
         if not (good := losses.isfinite().cpu()).all():
@@ -304,7 +306,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 def fit(
     space: NetSpace, objective: Objective, validate: Callable[[NetSpace], dict[str, float]],
-    steps: int = 4000, *, lr: float = 2e-3, epoch: int = 250, seed: int = 0, folder=None,
+    steps: int = 4000, *, lr: float = 2e-3, epoch: int = 250, folder=None,
     log: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Train ``space`` in place and leave it in its best state.
@@ -312,6 +314,7 @@ def fit(
     After every ``epoch`` steps ``validate`` scores the space, ``log`` is given the row of numbers,
     and the state with the highest *first* score is kept (NaN counts as the lowest). With ``folder``
     every epoch is saved there and the same call resumes, bit for bit; a finished fit is loaded.
+    Draws follow ``space.seed``; several processes (`netspace_lite.processes`) share each step.
 
     Returns the history: one dict of step, seconds, mean loss of the epoch and scores per epoch.
     Raises ValueError naming the step whose loss is not finite, and if ``folder`` holds the fit of
@@ -321,8 +324,8 @@ def fit(
         raise ValueError(f"a fit takes at least one step and epoch, not {steps} steps of {epoch}")
     learned = (p for p in space.parameters() if p.requires_grad)
     optimiser = torch.optim.AdamW(learned, lr, fused=True)  # one pass over memory, not ten
-    generator = torch.Generator().manual_seed(seed)
-    plan = {"steps": steps, "lr": lr, "epoch": epoch, "seed": seed}
+    plan = {"steps": steps, "lr": lr, "epoch": epoch, "seed": getattr(space, "seed", 0)}
+    generator = torch.Generator().manual_seed(plan["seed"])
     history, best = [], {}
     if folder is not None:
         plan |= {"objective": fingerprint(objective), "validation": fingerprint(validate)}
@@ -336,7 +339,7 @@ def fit(
                 optimiser.param_groups[0]["lr"] = learning_rate(step, steps, lr)
                 losses.append(_descend(space, objective, generator, optimiser, step))
                 bar.update()
-            if not (found := {name: float(value) for name, value in validate(space).items()}):
+            if not (found := agreed({k: float(v) for k, v in validate(space).items()})):
                 raise ValueError("validate returned no score: a dict of at least one is needed")
             row = {"step": step + 1, "seconds": time.monotonic() - started, "loss": fmean(losses)}
             name, score = next(iter(found.items()))
@@ -348,8 +351,7 @@ def fit(
             log(history[-1])
             if step + 1 == steps:
                 space.load_state_dict(best)
-            if folder is not None:
-                _checkpoint(folder, plan, space, optimiser, generator, history, best)
+            _checkpoint(folder, plan, space, optimiser, generator, history, best)
     space._begun = None
     return history
 
@@ -364,16 +366,20 @@ def _descend(space, objective, generator, optimiser, step: int) -> float:
         raise ValueError(f"step {step}: {error}") from error
     optimiser.zero_grad()
     loss.backward()
+    loss = average(loss, optimiser.param_groups[0]["params"])
     nn.utils.clip_grad_norm_(space.parameters(), 1.0)
     optimiser.step()
     return loss.item()
 
 
 def _checkpoint(folder, plan, space, optimiser, generator, history, best) -> None:
+    if folder is None or rank() > 0:
+        return
     parts = {"space": space.state_dict(), "best": best, "random": {"state": generator.get_state()}}
     parts |= optimiser.state_dict()["state"]  # of each parameter, by number
     tensors = {f"{part}/{k}": v for part, state in parts.items() for k, v in state.items()}
-    record = {"plan": plan, "history": history, "result": fingerprint(space)}
+    finished = history[-1]["step"] == plan["steps"]
+    record = {"plan": plan, "history": history, "result": fingerprint(space) if finished else ""}
     store.save(folder, "fit", record, tensors)
 
 

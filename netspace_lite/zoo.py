@@ -29,9 +29,11 @@ from .fingerprint import fingerprint, structure
 from .folding import fold_batchnorm
 from .layout import Layout
 from .nets import Nets
+from .processes import portion, rank, wait, world
 from .progress import progress_bar
 
 CHECKPOINT_SECONDS = 60  # an interruption loses at most this much training
+ADAM = ("momentum", "variance")  # AdamW's part of a state
 LOG_STEPS = 50  # steps between rows of numbers for a logger
 SUFFIXES = (".safetensors", ".pt", ".pth")
 Make = nn.Module | Callable[[], nn.Module]
@@ -389,7 +391,7 @@ def train_nets(
             source = torch.cuda if device.type == "cuda" else torch.default_generator
             source.manual_seed(seeds[0] + 1_000_003 * step)
             n = sum(length > step for length in lengths)  # nets still in training
-            names = "rows", "running", "momentum", "variance"
+            names = "rows", "running", *ADAM
             rows, running, *adam = (state[name][:n] for name in names)
             weights = rows.detach().requires_grad_()
             x, y = task.batch(recipes[:n], members[:n], step)
@@ -437,6 +439,8 @@ def train_zoo(
     With ``folder`` the work can be interrupted: blocks, the one in training every
     CHECKPOINT_SECONDS, are kept there and the same call goes on, bit for bit. A folder that holds
     this very zoo is loaded. Batch norms see each net's own batches and are folded at the end.
+    Several processes (`netspace_lite.processes`) train blocks each, bit for bit the same zoo; its
+    ``seconds`` are added up over them.
 
     Args:
         make: a module, or a factory such as ``lambda: MyNet(10)``, see `initial_rows`.
@@ -447,70 +451,117 @@ def train_zoo(
         progress: show a bar that counts training steps.
         log: called with ``block``, ``step``, ``nets``, ``loss`` and ``seconds`` every 50 steps.
 
-    Raises ValueError if ``folder`` holds another zoo, naming what differs.
+    Raises ValueError if ``folder`` holds another zoo, naming what differs, and if several processes
+    are given none.
     """
     if not recipes or block < 1:
         raise ValueError("no recipes, or none in a block: give one per net, as draw_recipes(500)")
+    if folder is None and world() > 1:
+        raise ValueError("no folder: several processes train a zoo in one that all of them see")
     batched = _template(make)
     plan = {"architecture": batched.fingerprint, "task": fingerprint(task), "block": block}
     plan["initialisation"] = fingerprint(initial_rows(make, [recipes[0].seed]))
     plan["recipes"] = fingerprint(recipes)
-    if folder is not None and store.exists(folder, "zoo"):
-        with store.reading(folder):
-            store.check_plan(folder, store.load(folder, "zoo")[0]["about"], plan)
-        return Zoo.load(folder, batched.module).to(_device(task))
-    order = torch.tensor([recipe.steps for recipe in recipes]).argsort(descending=True, stable=True)
-    states = []
-    with progress_bar(sum(recipe.steps for recipe in recipes), "training nets", progress) as bar:
-        for number, members in enumerate(order.split(block)):
-            chosen = [recipes[n] for n in members]
-            state = _begin(batched, make, chosen, folder, number, plan)
-            bar.update(sum(min(recipe.steps, int(state["step"])) for recipe in chosen))
-            on_step = _watcher(chosen, folder, number, plan, bar, log)
-            states.append(train_nets(batched, task, chosen, state, on_step, members))
-    batched, rows, losses = _finished(batched, states, order.argsort())
-    about = plan | {"seconds": sum(s["seconds"].item() for s in states)}
-    zoo = Zoo(batched, rows, None, recipes, losses, None, about).scored(task)
-    if folder is not None:
-        zoo.save(folder)
-        for number in range(len(states)):
-            store.delete(folder, f"block-{number}")
-    return zoo
+    if folder is None or not store.exists(folder, "zoo"):
+        blocks = _Blocks(make, batched, task, recipes, folder, plan, log)
+        states = blocks.train(portion(blocks.costs), progress)
+        wait()  # until every block is in the folder
+        if rank() == 0:
+            zoo = blocks.finish(states if world() == 1 else blocks.train(range(len(blocks.costs))))
+        wait()  # until the zoo is
+        if rank() == 0:
+            return zoo
+    with store.reading(folder):
+        store.check_plan(folder, store.load(folder, "zoo")[0]["about"], plan)
+    return Zoo.load(folder, batched.module).to(_device(task))
 
 
-def _begin(batched, make, recipes, folder, number: int, plan: dict) -> dict[str, Tensor]:
-    """The state that a block starts from: new nets, or its checkpoint."""
-    rows, steps = initial_rows(make, [recipe.seed for recipe in recipes]), recipes[0].steps
-    state = _state(batched, {"rows": rows}, steps)
-    if folder is not None and store.exists(folder, f"block-{number}"):
-        record, found = store.load(folder, f"block-{number}")
-        store.check_plan(folder, record, plan)
-        with store.reading(folder):
-            state = {k: found[k].reshape(v.shape).to(v.dtype) for k, v in state.items()}
-        if not 0 <= state["step"] <= steps:
-            raise ValueError(
-                f"{folder} holds a block at step {state['step']} of {steps}: delete it"
+@dataclass
+class _Blocks:
+    """The blocks of a zoo, each in training or trained; kept in ``folder`` if there is one."""
+
+    make: Make
+    batched: Batched
+    task: Task
+    recipes: list[Recipe]
+    folder: Path | str | None
+    plan: dict
+    log: Callable | None
+
+    def __post_init__(self):
+        steps = torch.tensor([recipe.steps for recipe in self.recipes])
+        self.order = steps.argsort(descending=True, stable=True)
+        self.members = self.order.split(self.plan["block"])
+        self.costs = [int(steps[n].sum()) for n in self.members]
+
+    def train(self, numbers: Sequence[int], progress: bool = False) -> list[dict[str, Tensor]]:
+        """The final states of these blocks, each trained from where it is."""
+        states = []
+        with progress_bar(sum(self.costs[n] for n in numbers), "training nets", progress) as bar:
+            for number in numbers:
+                members = self.members[number]
+                chosen = [self.recipes[n] for n in members]
+                state = self.begin(number, chosen)
+                bar.update(sum(min(recipe.steps, int(state.get("step", 0))) for recipe in chosen))
+                on_step = self.watcher(number, chosen, bar)
+                state = train_nets(self.batched, self.task, chosen, state, on_step, members)
+                states.append(_without_adam(state))
+        return states
+
+    def begin(self, number: int, recipes: list[Recipe]) -> dict[str, Tensor]:
+        """The state that a block starts from: new nets, or its checkpoint."""
+        if self.folder is None or not store.exists(self.folder, f"block-{number}"):
+            return {"rows": initial_rows(self.make, [recipe.seed for recipe in recipes])}
+        record, found = store.load(self.folder, f"block-{number}")
+        store.check_plan(self.folder, record, self.plan)
+        with store.reading(self.folder):
+            rows, steps = (
+                found["rows"].view(len(recipes), self.batched.layout.size),
+                recipes[0].steps,
             )
-    return state
+            start = _state(self.batched, {"rows": rows}, steps)
+            found = {name: start[name] for name in ADAM} | found
+            state = {k: found[k].reshape(v.shape).to(v.dtype) for k, v in start.items()}
+        if not 0 <= state["step"] <= steps:
+            what = f"{self.folder} holds a block at step {state['step']} of {steps}"
+            raise ValueError(f"{what}: delete it")
+        return state
+
+    def watcher(self, number: int, recipes: list[Recipe], bar) -> Callable:
+        """What happens after each step of a block: the bar, the log, now and then a checkpoint."""
+        saved = time.monotonic()
+
+        def on_step(state):
+            nonlocal saved
+            step = int(state["step"])
+            nets, done = sum(recipe.steps >= step for recipe in recipes), step == recipes[0].steps
+            bar.update(nets)
+            if self.log is not None and (done or step % LOG_STEPS == 0):
+                row = {"block": number, "step": step, "nets": nets}
+                row["loss"] = state["losses"][:nets, step - 1].mean().item()
+                self.log(row | {"seconds": state["seconds"].item()})
+            if self.folder and (done or time.monotonic() - saved > CHECKPOINT_SECONDS):
+                kept = _without_adam(state) if done else state
+                store.save(self.folder, f"block-{number}", self.plan, kept)
+                saved = time.monotonic()
+
+        return on_step
+
+    def finish(self, states: list[dict[str, Tensor]]) -> Zoo:
+        """The zoo of all blocks' final states, scored; it takes their place in the folder."""
+        batched, rows, losses = _finished(self.batched, states, self.order.argsort())
+        about = self.plan | {"seconds": sum(state["seconds"].item() for state in states)}
+        zoo = Zoo(batched, rows, None, self.recipes, losses, None, about).scored(self.task)
+        if self.folder is not None:
+            zoo.save(self.folder)
+            for number in range(len(states)):
+                store.delete(self.folder, f"block-{number}")
+        return zoo
 
 
-def _watcher(recipes, folder, number: int, plan: dict, bar, log) -> Callable:
-    """What happens after each step of a block: the bar, the log, now and then a checkpoint."""
-    saved = time.monotonic()
-
-    def on_step(state):
-        nonlocal saved
-        step = int(state["step"])
-        nets, done = sum(recipe.steps >= step for recipe in recipes), step == recipes[0].steps
-        bar.update(nets)
-        if log is not None and (done or step % LOG_STEPS == 0):
-            row = {"block": number, "step": step, "nets": nets, "seconds": state["seconds"].item()}
-            log(row | {"loss": state["losses"][:nets, step - 1].mean().item()})
-        if folder is not None and (done or time.monotonic() - saved > CHECKPOINT_SECONDS):
-            store.save(folder, f"block-{number}", plan, state)
-            saved = time.monotonic()
-
-    return on_step
+def _without_adam(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What of a block's state counts once it is trained, a third of the bytes."""
+    return {name: value for name, value in state.items() if name not in ADAM}
 
 
 def _finished(batched: Batched, states: list[dict], order: Tensor):

@@ -50,9 +50,9 @@ def test_lines_are_counted_as_said():
 @pytest.mark.parametrize(
     ("files", "limit"),
     [
-        (list(LIBRARY.glob("*.py")), 2250),  # 1,600 is the aim
+        (list(LIBRARY.glob("*.py")), 2385),  # 1,600 is the aim; 135 are for several processes
         (list((LIBRARY / "shapes").rglob("*.py")), 460),
-        (list((LIBRARY / "tutorial").rglob("*.py")), 350),
+        (list((LIBRARY / "tutorial").rglob("*.py")), 395),
     ],
     ids=["core", "shapes", "tutorial"],
 )
@@ -83,6 +83,6 @@ def test_no_function_has_more_than_eight_parameters():
             count = len([a for a in named if a not in ("self", "cls")])
             if count > 8:
                 many[name] = count
-    allowed = {"fit", "__init__"}  # of Distillation: three positions, the rest by keyword
+    allowed = {"__init__"}  # of Distillation: three positions, the rest by keyword
     assert {name.split()[1] for name in many} == allowed
     assert set(many.values()) == {9}

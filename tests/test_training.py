@@ -72,8 +72,8 @@ def validation(zoo, images):
     return lambda space: scores(space, zoo[:8], images)
 
 
-def fitted(zoo, data, steps=6, config=SMALL, **options):
-    space = make(zoo, data, config)
+def fitted(zoo, data, steps=6, config=SMALL, seed=0, **options):
+    space = make(zoo, data, config, seed)
     objective, validate = distillation(space, zoo, data), validation(zoo, data.val)
     return space, fit(space, objective, validate, steps, **{"epoch": 2} | options)
 

@@ -1,8 +1,12 @@
 """The zoos and spaces that several notebooks need; trained here where ``build/`` lacks them."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
 import netspace_lite as ns
+from netspace_lite import shapes
 
 from . import Settings
 
@@ -31,7 +35,7 @@ def single_space(settings: Settings, data: ns.ImageData, name: str = "space", **
     size, config = settings.sizes.fit, {"chunk": settings.sizes.zoo.chunk, **config}
     train, val, test = single_zoo(settings, data).split(size.val, size.test, settings.seed)
     space = ns.NetSpace.for_zoos(train, data.train.x, ns.SpaceConfig(**config), settings.seed)
-    kept = {"epoch": size.epoch, "seed": settings.seed, "folder": settings.folder(name)}
+    kept = {"epoch": size.epoch, "folder": settings.folder(name)}
     objective = ns.Distillation(space, train, data.train.x)
     history = ns.fit(space, objective, lambda s: ns.scores(s, val, data.val), size.steps, **kept)
     return Chapter(space, train, val, test, history)
@@ -63,6 +67,46 @@ def several_space(settings: Settings, data: ns.ImageData) -> Chapter:
     instances = ns.Distillation(space, train, data.train.x, chances=size.chances)
     naming = ns.ArchitectureClassification(space, train, translated=True)
     objective = ns.combine(instances, naming, weights=(1, 0.1))
-    kept = {"epoch": size.epoch, "seed": settings.seed, "folder": settings.folder("mixed/space")}
+    kept = {"epoch": size.epoch, "folder": settings.folder("mixed/space")}
     validate, steps = lambda s: agreements(s, val, data.val), size.instance_steps
     return Chapter(space, train, val, test, ns.fit(space, objective, validate, steps, **kept))
+
+
+def shape_samples(settings: Settings) -> tuple[shapes.Samples, shapes.Samples]:
+    """Points about the chairs of the shapes notebook: to train on, and fresh ones for scores."""
+    size = settings.sizes.shapes
+    chairs = shapes.draw_chairs(size.shapes, settings.seed)
+    samples = shapes.sample_chairs(chairs, size.samples, seed=0, far=size.far)
+    fresh = shapes.sample_chairs(chairs, 2048, seed=1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    samples, fresh = (shapes.level_off(s, size.limit).to(device) for s in (samples, fresh))
+    return samples, fresh
+
+
+def shape_scores(val: ns.Zoo, fresh: shapes.Samples) -> Callable[[ns.NetSpace], dict[str, float]]:
+    """How well a space knows held-out shapes, for `fit`."""
+    points = fresh.points[val.members]
+
+    def validate(space):
+        found = shapes.agreement(space, val, points)
+        return {"held-out nets, % within 0.01": float(found.mean())}
+
+    return validate
+
+
+def shape_space(settings: Settings) -> Chapter:
+    """The zoo and the space of the shapes notebook, which writes the same out."""
+    size, (samples, fresh) = settings.sizes.shapes, shape_samples(settings)
+    recipes = shapes.shape_recipes(size.shapes, settings.seed, size.steps, size.lr)
+    task = shapes.ShapeTask(samples, size.batch, test=fresh)
+    net, folder = ns.Siren(size.hidden, size.omega), settings.folder("shapes")
+    zoo = ns.train_zoo(net, task, recipes, folder)
+    train, val, test = zoo.split(*size.held_out, seed=settings.seed)
+    config = ns.SpaceConfig(weights=False, probes=512, embedding=128, hidden=512)
+    points = samples.points[train.members]  # [N, S, 3]
+    space = ns.NetSpace.for_zoos(train, points.flatten(0, 1), config, settings.seed)
+    like = {"per_net": True, "loss": shapes.squared_error, "nets": 64, "samples": 64}
+    objective = ns.Distillation(space, train, points[:, ::4], **like)
+    kept = {"epoch": size.epoch, "folder": settings.folder("shape-space")}
+    history = ns.fit(space, objective, shape_scores(val, fresh), size.fit_steps, lr=1e-3, **kept)
+    return Chapter(space, train, val, test, history)

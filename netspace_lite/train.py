@@ -1,0 +1,47 @@
+"""Train what the notebooks load, with one process or many of one or more machines.
+
+``torchrun --nproc-per-node=2 -m netspace_lite.train single``, or ``python -m`` in one process. What
+is finished is loaded, what was interrupted goes on. Settings come from the environment, as in the
+notebooks, and so do folders.
+"""
+
+import os
+from argparse import ArgumentParser
+
+from .processes import rank, together, wait
+from .tutorial import Settings, chapters
+
+SPACES = {
+    "single": lambda *given: [
+        chapters.single_space(*given),
+        chapters.single_space(*given, "space-weights-only", probes=0),
+    ],
+    "several": lambda *given: [chapters.several_space(*given)],
+    "shapes": lambda settings, _: [chapters.shape_space(settings)],
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train the zoo and the spaces of notebook 1 and 2, of the mixed zoo, or of shapes."""
+    parser = ArgumentParser("python -m netspace_lite.train", description=main.__doc__)
+    parser.add_argument("what", choices=SPACES)
+    what = parser.parse_args(arguments).what
+    try:
+        settings = Settings.from_environment()
+    except ValueError as error:
+        parser.error(str(error))
+    with together():
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local:  # the first of each machine may have to download the images
+            wait()
+        data = None if what == "shapes" else settings.load_data()
+        if not local:
+            wait()
+        for space, *_, history in SPACES[what](settings, data):
+            if rank() == 0:
+                scores = ", ".join(f"{name} {value:.4g}" for name, value in history[-1].items())
+                print(f"{space.architectures}: {scores}")
+
+
+if __name__ == "__main__":
+    main()
