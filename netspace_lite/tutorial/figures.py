@@ -43,7 +43,8 @@ def _sharp(figure: Figure) -> tuple[str, dict]:
 
 def describe(figure: Figure) -> str:
     """A figure in words, for who can't see it: panels, titles, axes, curves, bars and values."""
-    words = [figure.get_label() or f"panels: {sum(ax.has_data() for ax in figure.axes)}"]
+    panels = sum(ax.has_data() and ax.get_label() != "<colorbar>" for ax in figure.axes)
+    words = [figure.get_label() or f"panels: {panels}"]
     for ax in figure.axes:
         axes = " over ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))
         names = cycle([name.get_text() for name in ax.get_yticklabels()] if ax.containers else [])
