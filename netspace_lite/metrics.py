@@ -116,7 +116,7 @@ def novelty(nets: Nets, x: Tensor, zoo: Nets | None = None) -> dict[str, Tensor]
         zoo: the nets they could be copies of; None: each other.
 
     Returns ``function`` [N], the `disagreement` in percent, and ``weights`` [N], the Euclidean
-    distance. A copy of a zoo net has 0 in both.
+    distance; on the CPU, as accuracies are. A copy of a zoo net has 0 in both.
     """
     others = nets if zoo is None else zoo
     distances = {
@@ -126,7 +126,7 @@ def novelty(nets: Nets, x: Tensor, zoo: Nets | None = None) -> dict[str, Tensor]
     if zoo is None:
         for distance in distances.values():
             distance.fill_diagonal_(torch.inf)
-    return {name: distance.min(1).values for name, distance in distances.items()}
+    return {name: distance.min(1).values.cpu() for name, distance in distances.items()}
 
 
 def averages(zoo: Nets, n: int, of: int = 2, seed: int = 0) -> Nets:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 CUDA, META = torch.device("cuda:0"), torch.device("meta")
+PRETENDED = ("cuda", "meta")
 MOVES = {aten.copy_.default, aten.copy.default, aten._to_copy.default, aten.fill_.Tensor}
 INDEXING = {aten.index.Tensor, aten._unsafe_index.Tensor}
 INDEXING |= {aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
@@ -62,6 +63,9 @@ class CudaTensor(torch.Tensor):
     def tolist(self):
         return self.values_on_cpu.tolist()
 
+    def __format__(self, how):
+        return format(self.values_on_cpu.detach(), how) if self.dim() == 0 else repr(self)
+
     def __repr__(self, **options):
         return f"{self.values_on_cpu!r} on a pretended cuda:0"
 
@@ -75,7 +79,9 @@ def inner(value):
     if isinstance(value, CudaTensor):
         return value.values_on_cpu
     return (
-        torch.device("cpu") if isinstance(value, torch.device) and value.type == "meta" else value
+        torch.device("cpu")
+        if isinstance(value, torch.device) and value.type in PRETENDED
+        else value
     )
 
 
@@ -106,7 +112,7 @@ def run(func, args, kwargs):
         return CUDA
     device = kwargs.get("device")
     given = any(isinstance(t, CudaTensor) for t in tree_leaves((args, kwargs)))
-    to_cuda = given if device is None else torch.device(device).type in ("cuda", "meta")
+    to_cuda = given if device is None else torch.device(device).type in PRETENDED
     check(func, args, kwargs, to_cuda)
     out = func(*tree_map(inner, args), **tree_map(inner, kwargs))
     if func is aten.copy_.default:
@@ -126,7 +132,7 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         device = kwargs.get("device")
-        pretended = device is not None and torch.device(device).type == "meta"
+        pretended = device is not None and torch.device(device).type in PRETENDED
         if pretended or any(isinstance(t, CudaTensor) for t in tree_leaves((args, kwargs))):
             return run(func, args, kwargs)
         return func(*args, **kwargs)
@@ -141,6 +147,8 @@ class Names(TorchFunctionMode):
             return func(*args, **kwargs)
         if name == "cuda":
             return args[0].to(META)
+        if name in ("__getitem__", "__setitem__"):
+            args = args[0], _index(args[1]), *args[2:]
         if name in ("tensor", "as_tensor", "new_tensor") and len(args) <= 2:
             source = args[0] if name == "new_tensor" else None
             device = kwargs.pop("device", source.device if source is not None else None)
@@ -152,6 +160,13 @@ class Names(TorchFunctionMode):
             )
             return made if device is None else made.to(_meta(device))
         return func(*map(_meta, args), **{key: _meta(value) for key, value in kwargs.items()})
+
+
+def _index(value):
+    """Lists as tensors on the CPU, which C++ would send to the tensor's own device."""
+    if isinstance(value, tuple):
+        return tuple(map(_index, value))
+    return torch.tensor(value) if isinstance(value, list) else value
 
 
 def _item(value):

@@ -1,5 +1,9 @@
 """Nothing forgets its device: on a pretended CUDA device the core gives what it does on the CPU."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -293,7 +297,9 @@ def test_results_stay_where_the_nets_are(worlds):
     w = worlds[1]
     for tensor in (w.zoo.rows, w.z, w.teacher.layers[0].weight, w.space.probes, w.space.mean0):
         assert tensor.is_cuda
-    for tensor in (w.zoo.scores["val_accuracy"], w.zoo.losses, w.zoo.members):
+    with pretend_cuda(), backend("torch"):  # figures are drawn beside one another
+        figures = [*ns.novelty(w.zoo, w.x).values(), w.zoo.accuracy(w.images)]
+    for tensor in (w.zoo.scores["val_accuracy"], w.zoo.losses, w.zoo.members, *figures):
         assert not tensor.is_cuda
 
 
@@ -340,6 +346,8 @@ def test_the_pretence_fails_where_cuda_fails(mistake):
 ALLOWED = {
     "CPU scalar": lambda cuda, cpu: cuda * cpu.sum(),
     "CPU index": lambda cuda, cpu: cuda[torch.tensor([2, 0])],
+    "list": lambda cuda, cpu: cuda[[2, 0]] + cuda[1, [0, 2, 1]],
+    "inside of a function": lambda cuda, cpu: torch.pca_lowrank(cuda, 2)[0],
     "copied in": lambda cuda, cpu: cuda.clone().copy_(cpu),
     "item set": lambda cuda, cpu: cuda.clone().index_put_((torch.tensor(0),), cpu.sum()),
     "made": lambda cuda, cpu: torch.zeros(3, device="cuda") + cuda.new_tensor([1.0, 2, 3]),
@@ -356,6 +364,9 @@ def test_the_pretence_allows_what_cuda_allows(case):
         found = ALLOWED[case](cuda, cpu)
         assert isinstance(found, CudaTensor)
         assert not isinstance(found.cpu(), CudaTensor)
+        if case == "list":
+            values = cuda.cpu()
+            torch.testing.assert_close(found.cpu(), values[[2, 0]] + values[1, [0, 2, 1]])
 
 
 def test_gradients_pass_through_the_pretence():
@@ -367,3 +378,12 @@ def test_gradients_pass_through_the_pretence():
         )
         found = found.cpu()
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here make gpu would do all its work")
+def test_make_gpu_says_that_there_is_no_gpu():
+    folder, here = Path(__file__).parents[1], Path(sys.executable).parent
+    command = ["make", "-o", ".venv/.ready", f"BIN={here}", "gpu"]  # without installing anything
+    said = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert said.returncode != 0
+    assert said.stderr.startswith("make gpu needs a GPU that PyTorch can use, and there is none.")
