@@ -1,14 +1,18 @@
-"""The explorer draws what a space decodes, as a still picture and with sliders."""
+"""The explorer draws what a space decodes, still and with sliders; pictures come with words."""
 
+import base64
 import builtins
 
 import matplotlib
 import matplotlib.pyplot as plt
+import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 from torch import nn
 
 from netspace_lite import Images, Nets, NetSpace, SpaceConfig
+from netspace_lite.tutorial import figures
 from netspace_lite.tutorial.explorer import explorer, inspect
 
 matplotlib.use("agg")
@@ -81,3 +85,30 @@ def test_without_widgets_the_explorer_says_so(space, images, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match="ipywidgets"):
         explorer(space, torch.randn(9, 6), torch.arange(9.0), images)
+
+
+def test_pictures_say_in_words_what_they_show():
+    ax = figures.bars({"ours": 86.9, "mean net": 8.46}, "agreement (%)")
+    assert figures.describe(ax.figure) == "panels: 1; agreement (%): ours 86.9, mean net 8.5"
+    z, values = torch.randn(9, 6), torch.arange(9.0)
+    axes = plt.subplots(1, 2)[1]
+    figures.space_map(z, values, "accuracy", axes[0]).set_title("map")
+    figures.curves(range(3), {"a": torch.rand(3), "b": torch.rand(3)}, "step", "loss", ax=axes[1])
+    found = figures.describe(axes[0].figure).split("; ")
+    assert (found[0], found[2], found[3]) == ("panels: 2", "loss over step: a, b", "accuracy")
+    assert found[1].startswith("map: second (")
+    pictures = figures.images(torch.rand(3, 1, 4, 4), ["x", "y", "z"], columns=2)
+    assert figures.describe(pictures[0, 0].figure) == "images: 3; x; y; z"
+    plt.close("all")
+
+
+def test_in_a_notebook_pictures_are_sharp_and_have_alt_text():
+    drawn = "figures.bars({'ours': 86.94}, 'agreement (%)');"
+    lines = "from netspace_lite.tutorial import figures", "figures.use_style()", drawn
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("\n".join(lines))])
+    NotebookClient(book, kernel_name="python3", extra_arguments=["--log-level=ERROR"]).execute()
+    (output,) = book.cells[0].outputs
+    about = output.metadata["image/png"]
+    width = int.from_bytes(base64.b64decode(output.data["image/png"])[16:20])
+    assert about["alt"] == "panels: 1; agreement (%): ours 86.9"
+    assert width // 2 == about["width"]
