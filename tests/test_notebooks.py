@@ -73,6 +73,12 @@ def test_the_first_text_says_what_to_know_and_what_is_to_come(book):
 
 
 @EACH
+def test_readers_are_asked_to_predict_before_they_see(book):
+    asked = r"\*\*(Before you (run|read) [^*]+|Predict first):\*\* [^\n]*\?"
+    assert re.search(asked, "\n".join(texts(book)))
+
+
+@EACH
 def test_the_last_text_sums_up_and_sets_exercises_with_folded_hints(book):
     last = texts(book)[-1]
     assert last.startswith("## Remember this\n\n- ")
@@ -219,6 +225,7 @@ def said(kind, data=None, **more):
             test_the_last_text_sums_up_and_sets_exercises_with_folded_hints,
             replaced("\n4. ", "\n5. "),
         ),
+        (test_readers_are_asked_to_predict_before_they_see, replaced("?", ".")),
         (test_the_last_text_leads_on, replaced("**Next:** [6", "**Next:** [7")),
         (test_links_within_the_repository_resolve, replaced("(02_embed", "(02_imbed")),
         (test_links_within_the_repository_resolve, replaced("[notebook 2](", "[notebook 3](")),
