@@ -102,7 +102,7 @@ def loss(nets, samples, classes, rows, size=4) -> Count:
     """`distillation_loss` with per-net targets and labels, `rows` samples a program."""
     values, programs = nets * samples * classes, nets * ceil(samples / rows)
     return Count(
-        needed_bytes=3 * size * values + 8 * samples + 4 * nets,
+        needed_bytes=3 * size * values + 8 * samples + 4 * (nets + programs),
         loaded_bytes=3 * size * values + 8 * nets * samples + 8 * programs,
         needed_products=0,
         issued_products=0,
