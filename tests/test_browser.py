@@ -1,4 +1,4 @@
-"""JupyterLab in a real browser: a notebook runs, its diagram is drawn, its sliders move a picture.
+"""JupyterLab in a real browser: a notebook shows its diagram, runs, and its sliders move a picture.
 
 Spoken to over WebDriver's plain HTTP, so nothing but a Chromium and its driver is needed.
 """
@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -39,7 +40,7 @@ FLAGS = """
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key that WebDriver gives elements
 LEFT, RIGHT = "\ue012", "\ue014"  # arrow keys
 TOKEN = "of-this-test"
-DIAGRAM = '```mermaid\nflowchart LR\n    f["net f"] --> z(["z [E]"])\n```'
+DIAGRAM = Path(__file__).parents[1] / "notebooks" / "diagrams" / "training.svg"
 SPACE = """
 import torch
 from torch import nn
@@ -159,11 +160,15 @@ def browser(tmp_path):
 def test_a_slider_of_the_explorer_changes_the_picture(tmp_path, lab, browser):
     book = nbformat.v4.new_notebook()
     book.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    book.cells = [nbformat.v4.new_markdown_cell(DIAGRAM), nbformat.v4.new_code_cell(SPACE)]
+    book.cells = [
+        nbformat.v4.new_markdown_cell(f"![method]({DIAGRAM.name})"),
+        nbformat.v4.new_code_cell(SPACE),
+    ]
     nbformat.write(book, tmp_path / "explore.ipynb")
+    shutil.copy(DIAGRAM, tmp_path)
     browser.open(f"{lab}/lab/tree/explore.ipynb?token={TOKEN}")
-    drawn = "return document.querySelectorAll('.jp-RenderedMermaid img').length"
-    wait(lambda: browser.script(drawn) == 1, "the diagram")
+    width = "return document.querySelector('img[alt=method]')?.naturalWidth"
+    wait(lambda: browser.script(width), "the diagram")
     ready = "return document.querySelector('.jp-NotebookPanel [data-status=idle]') !== null"
     wait(lambda: browser.script(ready), "the kernel")
     browser.script("window.jupyterapp.commands.execute('notebook:run-all-cells'); return true")
