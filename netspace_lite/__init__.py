@@ -12,7 +12,7 @@ from .architectures import (
     LeNetLike, ResNet, Sine, Siren, VanillaCNN, architecture, lite_net, name_of, paper_net,
 )  # fmt: skip
 from .batching import Batched
-from .data import ImageData, Images, few_shot, load_cifar10, load_digits, load_images
+from .data import ImageData, Images, blends, few_shot, load_cifar10, load_digits, load_images
 from .described import DescribedDecoder, DescribedDistillation, Largest, describe_layers
 from .explore import (
     Descent, Gaussian, ImageLoss, LikenessLoss, Search, interpolate, optimise, optimise_weights,
@@ -26,6 +26,7 @@ from .metrics import (
     noisy_nets, novelty, pca_nets, readout, scores, weight_statistics,
 )  # fmt: skip
 from .nets import MixedNets, Nets
+from .optimiser import Muon
 from .space import NetSpace, SpaceConfig
 from .training import (
     ArchitectureClassification, Distillation, Interpolation, MixedZoo, TeacherDistillation,

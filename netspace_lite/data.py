@@ -172,6 +172,18 @@ def _split(name, x, y, x_test, y_test, seed, val=0.2) -> ImageData:
     return ImageData(name, *parts, classes=int(y.max()) + 1)
 
 
+def blends(x: Tensor, seed: int = 0) -> Tensor:
+    """The inputs [S, ...], and as many mixtures of two of them each in random shares: [2·S, ...].
+
+    For comparing what nets answer, which takes no labels, on more than their training images
+    (mixup, Zhang et al. 2018, without its mixed labels).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    others = torch.randperm(len(x), generator=generator).to(x.device)
+    share = torch.rand(len(x), *[1] * (x.dim() - 1), generator=generator).to(x)
+    return torch.cat([x, torch.lerp(x, x[others], share)])
+
+
 def few_shot(images: Images, per_class: int, seed: int = 0) -> Images:
     """``per_class`` random images of each class, class by class; ValueError if one has fewer."""
     generator = torch.Generator().manual_seed(seed)

@@ -21,6 +21,7 @@ from .folding import fold_batchnorm
 from .kernels import chunk_pack
 from .layout import Layout, check_rows
 from .nets import MixedNets, Nets
+from .paper import ConvDecoder, ConvEncoder
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class SpaceConfig:
     weights: bool = True  # whether the encoder reads the weights
     learn_probes: bool = False  # train the probes too; slower, since nets answer them every step
     hidden: int = 256  # width of the decoder's hidden layer
+    parts: str = "ours"  # or "paper": the authors' encoder and decoder, see `netspace_lite.paper`
 
 
 @dataclass
@@ -126,6 +128,10 @@ class NetSpace(nn.Module):
         config, answers = self.config, 0
         if not (config.weights or config.probes):
             raise ValueError("an encoder needs weights=True, or probes > 0, to read anything")
+        if config.parts not in ("ours", "paper"):
+            raise ValueError(f"parts should be 'ours' or 'paper', not {config.parts!r}")
+        if config.parts == "paper" and (config.probes or len(modules) > 1):
+            raise ValueError("the paper's parts read one architecture's weights: pass probes=0")
         self.batched = [Batched(fold_batchnorm(module)) for module in modules]
         if not self.batched or len({b.fingerprint for b in self.batched}) < len(self.batched):
             raise ValueError("no architectures, or two that compute the same: give each one once")
@@ -144,8 +150,12 @@ class NetSpace(nn.Module):
                 if len(set(sizes)) > 1:
                     raise ValueError(f"architectures give {sizes} outputs on the probes: not alike")
                 answers = sizes[0] + 1
-            self.encoder = Encoder(config, chunks, answers)
-            self.decoder = Decoder(config, bases)
+            if config.parts == "paper":
+                self.encoder = ConvEncoder(config.embedding)
+                self.decoder = ConvDecoder(config.embedding, chunks[0], config.chunk, bases[0])
+            else:
+                self.encoder = Encoder(config, chunks, answers)
+                self.decoder = Decoder(config, bases)
             if len(self.batched) > 1:  # says which architecture z stands for: the nearest, at first
                 offset = self.encoder.offset
                 self.classifier = nn.Linear(config.embedding, len(self.batched))
@@ -316,7 +326,7 @@ class NetSpace(nn.Module):
             known = record["architectures"]
             modules = modules or [build(description) for description in known]
             config = SpaceConfig(**record["config"])
-            inputs = state.get("probes", state["decoder.hidden.weight"])  # for their dtype
+            inputs = state.get("probes", state["decoder.bias.0"])  # for their dtype
             space = cls(modules, inputs, config, record["seed"])
             if [b.fingerprint for b in space.batched] != [about["fingerprint"] for about in known]:
                 names = ", ".join(about["name"] for about in known)

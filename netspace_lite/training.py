@@ -21,6 +21,7 @@ from . import store
 from .fingerprint import fingerprint
 from .kernels import distillation_loss
 from .nets import MixedNets, Nets
+from .optimiser import Muon
 from .processes import agreed, average, rank, share
 from .progress import progress_bar
 from .space import NetSpace
@@ -322,8 +323,7 @@ def fit(
     """
     if min(steps, epoch) < 1:
         raise ValueError(f"a fit takes at least one step and epoch, not {steps} steps of {epoch}")
-    learned = (p for p in space.parameters() if p.requires_grad)
-    optimiser = torch.optim.AdamW(learned, lr, fused=True)  # one pass over memory, not ten
+    optimiser = Muon(space, lr)
     plan = {"steps": steps, "lr": lr, "epoch": epoch, "seed": getattr(space, "seed", 0)}
     generator = torch.Generator().manual_seed(plan["seed"])
     history, best = [], {}
@@ -409,7 +409,8 @@ def _resume(folder, plan, space, optimiser, generator) -> tuple[list, dict[str, 
         generator.set_state(parts.pop("random")["state"])
         state = {int(number): part for number, part in parts.items()}
         for number, p in enumerate(optimiser.param_groups[0]["params"]):
-            for name in ("exp_avg", "exp_avg_sq") if number in state else ():
-                state[number][name] = state[number][name].to(p).reshape(p.shape)
+            if number in state:
+                wanted, given = optimiser.initial(p), state[number]
+                state[number] = {k: given[k].to(v).reshape(v.shape) for k, v in wanted.items()}
         optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
     return history, best

@@ -8,7 +8,7 @@ import torch
 from sklearn.datasets import load_digits as sklearn_digits
 
 from netspace_lite import data as data_module
-from netspace_lite.data import Images, few_shot, load_cifar10, load_digits, load_images
+from netspace_lite.data import Images, blends, few_shot, load_cifar10, load_digits, load_images
 
 
 def arrays(shape=(8, 8), count=30, dtype=np.uint8, classes=3):
@@ -169,3 +169,18 @@ def test_a_fetched_archive_is_unpacked_once(tmp_path, monkeypatch):
     assert len(load_cifar10(val=10).test) == 20
     archive.unlink()  # the second time nothing is unpacked
     assert len(load_cifar10(val=10).test) == 20
+
+
+def test_blends_are_mixtures_of_two_after_the_inputs_themselves():
+    x = torch.randn(7, 2, 3)
+    found = blends(x, seed=3)
+    torch.testing.assert_close(found[:7], x)
+    assert torch.equal(found, blends(x, seed=3))
+    assert not torch.equal(found, blends(x, seed=4))
+    for own, mixed in zip(x, found[7:], strict=True):
+        # the share of each other input that would give this mixture, if one does
+        towards = (x - own).flatten(1)
+        share = ((mixed - own).flatten() * towards).sum(1) / towards.square().sum(1).clamp_min(1e-9)
+        left = (share[:, None] * towards - (mixed - own).flatten()).abs().amax(1)
+        assert left.min() < 1e-5
+        assert 0 <= share[left.argmin()] <= 1

@@ -145,8 +145,9 @@ def test_distillation_on_inputs_of_each_nets_own_with_another_loss(zoo, data):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_fitting_lowers_the_loss(zoo, data, name):
-    _, history = fitted(zoo, data, steps=30, config=CONFIGS[name])
-    assert history[-1]["loss"] < 0.7 * history[0]["loss"]
+    _, history = fitted(zoo, data, steps=120, config=CONFIGS[name])
+    losses = [row["loss"] for row in history]  # of two steps each, and so far from smooth
+    assert sum(losses[-20:]) < 0.3 * sum(losses[:20])
 
 
 def test_the_best_state_is_kept(zoo, data):

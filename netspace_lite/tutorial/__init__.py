@@ -33,7 +33,8 @@ class Settings:
     """What a run of the tutorial depends on.
 
     seed: of everything random (``NETSPACE_SEED``); preset: "lite" for a laptop, "smoke" to see in
-    a minute that all runs, or "paper" for the authors' sizes on CIFAR-10 (``NETSPACE_PRESET``);
+    a minute that all runs, "evening" for the paper's nets on CIFAR-10 with zoos and trainings that
+    two cores manage in three hours, "paper" for the authors' sizes (``NETSPACE_PRESET``);
     data: path of an .npz of your own images, or "" for the preset's (``NETSPACE_DATA``).
     What a preset's sizes are stands in ``presets.toml``.
     """
@@ -62,7 +63,7 @@ class Settings:
     @property
     def lite(self) -> bool:
         """Whether nets and images are those for a laptop."""
-        return self.preset != "paper"
+        return self.preset in ("lite", "smoke")
 
     @property
     def claims(self) -> bool:
@@ -76,9 +77,9 @@ class Settings:
         print(f"{'holds' if holds else 'does not hold here'}: {sentence}")
 
     def load_data(self) -> ImageData:
-        """Your own images, else digits (lite) or CIFAR-10 (paper); the split is by seed 0 always.
+        """Your own images, else the preset's: digits, or CIFAR-10 for evening and paper.
 
-        All seeds see the same images, so that figures over seeds spread by training alone. They go
+        All seeds see the same split, so that figures over seeds spread by training alone. They go
         to the GPU if there is one, and with them all that is trained on them.
         """
         if self.data:

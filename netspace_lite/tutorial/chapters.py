@@ -25,7 +25,7 @@ class Chapter(NamedTuple):
 def single_zoo(settings: Settings, data: ns.ImageData) -> ns.Zoo:
     """The zoo of notebook 1: one architecture, every net with its own length of training."""
     size = settings.sizes.zoo
-    recipes = ns.draw_recipes(size.nets, settings.seed, steps=size.steps)
+    recipes = ns.draw_recipes(size.nets, settings.seed, steps=size.steps, lr=size.lr)
     task = ns.ImageTask(data, size.batch)
     return ns.train_zoo(settings.net(size.net, data), task, recipes, settings.folder("zoo"))
 
@@ -36,7 +36,7 @@ def single_space(settings: Settings, data: ns.ImageData, name: str = "space", **
     train, val, test = single_zoo(settings, data).split(size.val, size.test, settings.seed)
     space = ns.NetSpace.for_zoos(train, data.train.x, ns.SpaceConfig(**config), settings.seed)
     kept = {"epoch": size.epoch, "folder": settings.folder(name)}
-    objective = ns.Distillation(space, train, data.train.x)
+    objective = ns.Distillation(space, train, ns.blends(data.train.x[: size.images]))
     history = ns.fit(space, objective, lambda s: ns.scores(s, val, data.val), size.steps, **kept)
     return Chapter(space, train, val, test, history)
 
@@ -64,7 +64,8 @@ def several_space(settings: Settings, data: ns.ImageData) -> Chapter:
     size, (train, val, test) = settings.sizes.several, several_zoos(settings, data)
     config = ns.SpaceConfig(weights=False, hidden=size.hidden)
     space = ns.NetSpace.for_zoos(train, data.train.x, config, settings.seed)
-    instances = ns.Distillation(space, train, data.train.x, chances=size.chances)
+    inputs = ns.blends(data.train.x[: size.images])
+    instances = ns.Distillation(space, train, inputs, chances=size.chances)
     naming = ns.ArchitectureClassification(space, train, translated=True)
     objective = ns.combine(instances, naming, weights=(1, 0.1))
     kept = {"epoch": size.epoch, "folder": settings.folder("mixed/space")}
