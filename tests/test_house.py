@@ -50,7 +50,7 @@ def test_lines_are_counted_as_said():
 @pytest.mark.parametrize(
     ("files", "limit"),
     [
-        (list(LIBRARY.glob("*.py")), 2385),  # 1,600 is the aim; 135 are for several processes
+        (list(LIBRARY.glob("*.py")), 2480),  # 1,600 is the aim; 135 for many processes, 36 for Muon, 57 for the paper's parts
         (list((LIBRARY / "shapes").rglob("*.py")), 460),
         (list((LIBRARY / "tutorial").rglob("*.py")), 395),
     ],
