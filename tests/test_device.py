@@ -71,6 +71,23 @@ def control_flow(w):
     return trained_outputs(w, Decides)
 
 
+def constants(w):
+    """A tensor that is neither a parameter nor a buffer, so nothing but `Batched` moves it."""
+    zoo = ns.Zoo(ns.Batched(Shifts()), ns.initial_rows(Shifts, [0, 1]).to(w.device))
+    found = zoo.outputs(w.x)
+    assert zoo.batched.way() == "interpreted"
+    return [found]
+
+
+class Shifts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.shift = nn.Linear(64, 3), torch.arange(3.0)
+
+    def forward(self, x):
+        return self.linear(x.flatten(1)) + self.shift
+
+
 class Attends(nn.Module):
     def __init__(self):
         super().__init__()
@@ -211,13 +228,14 @@ def baselines(w):
     found = [ns.mean_net(zoo, nets), ns.nearest_by_weights(zoo, nets), ns.pca_nets(zoo, nets, 2)]
     found += [ns.noisy_nets(zoo), ns.averages(zoo, 3)]
     found += [ns.nearest_by_answers(w.z[:4], w.z[1:3], zoo)]
-    return [nets.rows for nets in found]
+    return [tensor for nets in found for tensor in (nets.rows, nets.outputs(w.x))]
 
 
 def measured(w):
     y, z = w.zoo.scores["val_accuracy"], w.z[:4]
     found = [*ns.novelty(w.zoo, w.x).values(), *ns.novelty(w.zoo[:1], w.x, w.zoo).values()]
     found += [ns.disagreement(w.zoo.outputs(w.x), w.zoo.outputs(w.x)), ns.weight_statistics(w.zoo)]
+    found += [ns.blends(w.seen)]
     return [*found, ns.readout(z, y, z, y)[0], ns.few_shot(w.images, 2).x]
 
 
@@ -235,11 +253,12 @@ CALLS = {  # what is called -> the public names that it shows
     layouts: "Layout to_prep from_prep",
     saved_zoo: "",
     norms: "fold_batchnorm Affine",
+    constants: "",
     attention: "",
     control_flow: "",
     embedded: "NetSpace SpaceConfig scores compare",
     saved_space: "",
-    distilled: "Distillation fit kl_divergence logit_scale MixedZoo",
+    distilled: "Distillation fit kl_divergence logit_scale MixedZoo Muon",
     resumed: "",
     several: "TeacherDistillation ArchitectureClassification Interpolation combine ImageLoss",
     per_net: "LikenessLoss",
@@ -247,7 +266,7 @@ CALLS = {  # what is called -> the public names that it shows
     searched: "optimise optimise_weights refine Descent Search",
     walked: "interpolate weight_line line_drop sample Gaussian",
     baselines: "mean_net nearest_by_weights pca_nets noisy_nets averages nearest_by_answers",
-    measured: "novelty disagreement weight_statistics readout few_shot",
+    measured: "novelty disagreement weight_statistics readout few_shot blends",
     recognised: "fingerprint",
 }
 NO_TENSORS = """
