@@ -4,7 +4,7 @@ SHELL := bash
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help tutorial seeds test test-fast lint format lab bench gpu clean
+.PHONY: help tutorial seeds test test-fast lint format lab bench gpu mutate clean
 
 help:
 	@echo "make tutorial   run the notebooks in order into build/notebooks/ and print their results"
@@ -14,6 +14,7 @@ help:
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make bench      time the kernels beside a loop, vmap and torch.compile"
 	@echo "make gpu        on a machine with a GPU: tests, benchmarks and notebooks, tables in build/gpu/"
+	@echo "make mutate     leave out each move to a device in turn and see that a test turns red"
 	@echo "make lint       check style;  make format  mends it"
 
 $(READY): pyproject.toml constraints.txt
@@ -57,6 +58,9 @@ gpu: $(READY)  # a table of each: build/gpu/bench.txt, build/gpu/notebooks.txt
 	mkdir -p build/gpu
 	set -o pipefail; $(BIN)/python -m netspace_lite.kernels.bench --compile | tee build/gpu/bench.txt
 	set -o pipefail; $(BIN)/python -m netspace_lite.tutorial | tee build/gpu/notebooks.txt
+
+mutate: $(READY)
+	$(BIN)/python tests/mutate_device.py
 
 clean:
 	rm -rf build

@@ -179,7 +179,7 @@ def blends(x: Tensor, seed: int = 0) -> Tensor:
     (mixup, Zhang et al. 2018, without its mixed labels).
     """
     generator = torch.Generator().manual_seed(seed)
-    others = torch.randperm(len(x), generator=generator).to(x.device)
+    others = torch.randperm(len(x), generator=generator)
     share = torch.rand(len(x), *[1] * (x.dim() - 1), generator=generator).to(x)
     return torch.cat([x, torch.lerp(x, x[others], share)])
 
@@ -189,8 +189,8 @@ def few_shot(images: Images, per_class: int, seed: int = 0) -> Images:
     generator = torch.Generator().manual_seed(seed)
     chosen = []
     for label in images.y.unique().tolist():
-        members = (images.y == label).nonzero()[:, 0].cpu()
+        members = (images.y == label).nonzero()[:, 0]
         if len(members) < per_class:
             raise ValueError(f"class {label} has {len(members)} images, fewer than {per_class}")
         chosen.append(members[torch.randperm(len(members), generator=generator)[:per_class]])
-    return images[torch.cat(chosen).to(images.x.device)]
+    return images[torch.cat(chosen)]

@@ -143,7 +143,7 @@ class NetSpace(nn.Module):
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
             if config.probes:
-                probes = inputs[torch.randperm(len(inputs))[: config.probes].to(inputs.device)]
+                probes = inputs[torch.randperm(len(inputs))[: config.probes]]
                 self.probes = nn.Parameter(probes.clone(), requires_grad=config.learn_probes)
                 pairs = zip(self.batched, bases, strict=True)
                 sizes = [b(base[None].to(probes), probes).numel() for b, base in pairs]
