@@ -74,7 +74,7 @@ def ask(url: str, body: dict | None = None, method: str | None = None):
         return json.load(answer)
 
 
-def wait(probe, what: str, seconds: float = 120):
+def wait(probe, what: str, seconds: float = 300):
     """What ``probe()`` returns as soon as that is true; a server not up yet counts as not."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
