@@ -73,12 +73,12 @@ class DescribedDecoder(nn.Module):
         embedding: E.
         hidden: width of the layer codes.
         largest: bounds on the layers.
-        seed: of the initialisation.
+        seed: of the initialisation, and of `fit`.
     """
 
     def __init__(self, embedding: int, hidden: int = 128, largest: Largest | None = None, seed=0):
         super().__init__()
-        self.embedding, self.largest, self._seed = embedding, largest or Largest(), seed
+        self.embedding, self.largest, self.seed = embedding, largest or Largest(), seed
         c, k, outputs = self.largest.channels, self.largest.kernel, self.largest.outputs
         self.shapes = {
             "convolution": (c, c, k, k), "pointwise": (c, c, 1, 1),
@@ -93,8 +93,6 @@ class DescribedDecoder(nn.Module):
             self.mix = nn.Sequential(nn.Linear(hidden, hidden), nn.LeakyReLU())
             make = {kind: nn.Linear(hidden, prod(shape)) for kind, shape in self.shapes.items()}
             self.make = nn.ModuleDict(make)
-
-    seed = property(lambda self: self._seed, doc="Of the initialisation, and of `fit`.")
 
     def forward(self, z: Tensor, layout: Layout) -> Tensor:
         """z: [N, E] -> rows [N, P]."""

@@ -325,7 +325,7 @@ def fit(
         raise ValueError(f"a fit takes at least one step and epoch, not {steps} steps of {epoch}")
     optimiser = Muon(space, lr)
     plan = {"steps": steps, "lr": lr, "epoch": epoch, "seed": getattr(space, "seed", 0)}
-    plan["optimiser"] = "Muon"
+    plan["optimiser"] = type(optimiser).__name__
     generator = torch.Generator().manual_seed(plan["seed"])
     history, best = [], {}
     if folder is not None:

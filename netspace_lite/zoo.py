@@ -515,15 +515,12 @@ class _Blocks:
         record, found = store.load(self.folder, f"block-{number}")
         store.check_plan(self.folder, record, self.plan)
         with store.reading(self.folder):
-            rows, steps = (
-                found["rows"].view(len(recipes), self.batched.layout.size),
-                recipes[0].steps,
-            )
-            start = _state(self.batched, {"rows": rows}, steps)
+            rows = found["rows"].view(len(recipes), self.batched.layout.size)
+            start = _state(self.batched, {"rows": rows}, recipes[0].steps)
             found = {name: start[name] for name in ADAM} | found
             state = {k: found[k].reshape(v.shape).to(v.dtype) for k, v in start.items()}
-        if not 0 <= state["step"] <= steps:
-            what = f"{self.folder} holds a block at step {state['step']} of {steps}"
+        if not 0 <= state["step"] <= recipes[0].steps:
+            what = f"{self.folder} holds a block at step {state['step']} of {recipes[0].steps}"
             raise ValueError(f"{what}: delete it")
         return state
 
