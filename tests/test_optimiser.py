@@ -52,6 +52,16 @@ def test_what_is_no_wide_matrix_steps_as_torchs_adamw():
             torch.testing.assert_close(p, q)
 
 
+def test_a_matrix_over_256_on_its_shorter_side_steps_as_torchs_adamw():
+    def wide():
+        torch.manual_seed(0)
+        return nn.Linear(257, 260)
+
+    ours = steps(lambda m: [Muon(m, 1e-2)], wide()).weight
+    expected = steps(lambda m: [torch.optim.AdamW(m.parameters(), 1e-2)], wide()).weight
+    torch.testing.assert_close(ours, expected)
+
+
 def test_wide_matrices_step_nearly_as_torchs_muon():
     """Torch's has singular values between 0.7 and 1.2 from its iteration, ours have 1."""
     start = layers()[0].weight.detach().clone()
