@@ -22,129 +22,19 @@ Traffic in bytes for values of s bytes: s·N·(P + B·(I + A + K)) forward if in
 that backward, and 4·N·P for each of several splits; what is read again is in the caches.
 """
 
-import functools
-import json
-import operator
-from dataclasses import asdict, dataclass, replace
-from math import prod
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .backend import tl, triton
-from .common import (
-    ACTIVATIONS,
-    LEAKY,
-    NONE,
-    SINE,
-    act_backward,
-    act_forward,
-    autocast,
-    check,
-    fp32_precision,
-    places,
-    register,
-    tile,
-)
+from .common import act_backward, act_forward, autocast, check, fp32_precision, register
 from .layer import forward_tile, input_grad_tile, weight_grad_tile
+from .plan import SAMPLES, plan_of
 
-PROGRAMS = 512  # at least: four for each of an H100's 132 multiprocessors
-LEAST, MOST = 16, 1024  # samples of a program: a tensor core's rows; offsets in 32 bits
-# Values that a step reads and writes for one sample: those of 512 programs with 16 samples each,
-# 50 MB in fp32, are what an H100's second-level cache holds. And steps: code grows with each.
-WIDEST, LONGEST = 1536, 32
-INPUTS, OUTPUTS, NOTHING = -1, -2, -3  # where values lie that are not in scratch
-HOW = {"BLOCK": 512, "num_warps": 4, "num_stages": 2}
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step for images [C, H, W], with results [O, U, V]; a vector is an image of one pixel.
-
-    Places of values count from the start of a sample's scratch, those of weights from the row's.
-
-    Args:
-        kind: "layer" (linear or convolution), "sum" (of one or two values), "pool" (mean).
-        SH to KW: stride, padding and kernel of its window.
-        source, other: places of what it reads; `other` is a sum's second value or NOTHING.
-        out, saved: places of its results and of what `act_backward` takes, else the same.
-        weight, bias: places in the row; NOTHING if it has none.
-        act, slope, omega: the activation after it.
-        add, add_other: whether gradients of `source` and `other` join those of later steps.
-    """
-
-    kind: str
-    C: int
-    H: int
-    W: int
-    O: int
-    U: int
-    V: int
-    source: int
-    out: int
-    saved: int
-    SH: int = 1
-    SW: int = 1
-    PH: int = 0
-    PW: int = 0
-    KH: int = 1
-    KW: int = 1
-    other: int = NOTHING
-    weight: int = NOTHING
-    bias: int = NOTHING
-    act: int = NONE
-    slope: float = 0.0
-    omega: float = 1.0
-    add: bool = False
-    add_other: bool = False
-
-    @property
-    def forward_tile(self):
-        return _small(LEAST * self.U * self.V, self.O, self.C * self.KH * self.KW)
-
-    @property
-    def input_tile(self):
-        return _small(LEAST * self.H * self.W, self.C, self.O * self.KH * self.KW)
-
-    @property
-    def weight_tile(self):
-        return _small(self.O, self.C * self.KH * self.KW, LEAST * self.U * self.V)
-
-
-def _small(rows, cols, inner):
-    """BM, BN and BK of a product [rows, inner] @ [inner, cols]: a tile for four warps."""
-    shape = tile(rows, cols, exact=True)
-    return shape["BM"], shape["BN"], 16 if inner <= 16 else shape["BK"]
-
-
-@dataclass(frozen=True, eq=False)  # compared by identity, at every launch: `_plan` makes each once
-class Plan:
-    """All steps of a net of P parameters that takes I values a sample and hands on A."""
-
-    steps: tuple[Step, ...]
-    inputs: int
-    values: int
-    parameters: int
-    answer: tuple[int, ...]
-
-    @property
-    def outputs(self) -> int:
-        """K, the values of one answer."""
-        return prod(self.answer)
-
-    @functools.cached_property
-    def text(self) -> str:
-        """What an op can be told."""
-        return json.dumps(asdict(self))
-
-
-@functools.cache
-def _plan(text: str) -> Plan:
-    def frozen(values):
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-
-    plan = json.loads(text)
-    return Plan(**frozen(plan | {"steps": [Step(**frozen(step)) for step in plan["steps"]]}))
+PROGRAMS = 384  # at least: three for each of an H100's 132 multiprocessors
+MOST = 1024  # samples of a program: offsets in 32 bits
+# Three programs share a multiprocessor's registers. That hides more than loading ahead would in
+# loops of a few steps, which takes registers besides.
+HOW = {"BLOCK": 512, "num_warps": 4, "num_stages": 1, "maxnreg": 168}
 
 
 def net(x, rows, plan, precision=None) -> torch.Tensor:
@@ -170,134 +60,6 @@ def net(x, rows, plan, precision=None) -> torch.Tensor:
     keep = torch.is_grad_enabled() and rows.requires_grad
     out = _net(x.contiguous(), rows, plan.text, keep, fp32_precision(precision))[0]
     return out.unflatten(2, plan.answer)
-
-
-# ------------------------------------------------------------------------------------------ plans
-
-
-def translate(graph, parts, weights, parameters, image) -> Plan | None:
-    """The plan of a traced module, or None where it has none: then it runs layer by layer.
-
-    A plan knows linear layers, convolutions as `is_plain` says, leaky ReLU and ReLU, what the graph
-    fuses into layers, sums of two values, mean pools without overlap, and flattening. Each
-    parameter takes part once, and sizes stay within WIDEST and LONGEST.
-
-    Args:
-        graph: an `fx.Graph` of one input, with activations fused in `node.meta["fused"]`.
-        parts: its modules by name.
-        weights: name of a parameter in the graph -> where it starts in a row.
-        parameters: P.
-        image: shape of one sample.
-    """
-    values, steps, used, size = {}, [], {}, 0  # node -> place and shape; where in a row -> how much
-    for node in graph.nodes:
-        part = parts[node.target] if node.op == "call_module" else None
-        sources = [values.get(source) for source in node.all_input_nodes]
-        if node.op == "placeholder":
-            values[node] = INPUTS, tuple(image)
-            continue
-        if not sources or None in sources:
-            return None
-        (source, shape), *others = sources
-        if node.op == "output":
-            covered = sum(used.values()) == parameters
-            return _finished(steps, (source, shape), prod(image), parameters) if covered else None
-        if _flattens(node, part):
-            values[node] = source, (prod(shape),)
-            continue
-        does, result = _does(node, part, shape, [other for _, other in others])
-        if does is None:
-            return None
-        follows = steps and steps[-1].out == source and len(node.all_input_nodes[0].users) == 1
-        if does["kind"] == "sum" and not others and follows and steps[-1].act == NONE:
-            steps[-1] = replace(steps[-1], act=does["act"], slope=does["slope"])
-            values[node] = source, shape
-            continue
-        for name, parameter in part.named_parameters() if does["kind"] == "layer" else ():
-            does[name] = weights.get(f"{node.target}.{name}")
-            if does[name] is None or does[name] in used:
-                return None
-            used[does[name]] = parameter.numel()
-        out = size + prod(result) * (does.get("act") == SINE)  # a sine's angles lie before it
-        steps.append(Step(source=source, out=out, saved=size, **does))
-        if others:
-            steps[-1] = replace(steps[-1], other=others[0][0])
-        values[node], size = (out, result), out + prod(result)
-    return None
-
-
-def is_plain(part: nn.Module | None) -> bool:
-    """Whether the kernels know this convolution."""
-    plain = type(part) is nn.Conv2d and type(part.padding) is tuple
-    return plain and part.groups == 1 and set(part.dilation) == {1}
-
-
-def _flattens(node, part) -> bool:
-    """Whether a step only says that a sample's values are now a vector."""
-    if type(part) is nn.Flatten:
-        return (part.start_dim, part.end_dim) == (1, -1)
-    return node.target in ("flatten", torch.flatten) and node.args[1:] == (1,) and not node.kwargs
-
-
-def _does(node, part, shape, others):
-    """What a step does, as fields of `Step`, and its result's shape; (None, None) if unknown."""
-    channels, height, width = shape if len(shape) == 3 else (prod(shape), 1, 1)
-    does = {"kind": "layer", "C": channels, "H": height, "W": width}
-    fused = node.meta.get("fused", {})
-    does["act"] = ACTIVATIONS.index(fused.get("activation"))
-    does |= {name: float(fused[name]) for name in ("slope", "omega") if name in fused}
-    if type(part) is nn.Linear and len(shape) == 1:
-        return does | {"O": part.out_features, "U": 1, "V": 1}, (part.out_features,)
-    if len(shape) == 3 and (window := _window(part, height, width)):
-        out = part.out_channels if is_plain(part) else channels
-        u, v = (places(*side) for side in zip((height, width), *window, strict=True))
-        names = "KH", "KW", "SH", "SW", "PH", "PW"
-        does |= dict(zip(names, (n for pair in window for n in pair), strict=True))
-        kind = "layer" if is_plain(part) else "pool"
-        return does | {"kind": kind, "O": out, "U": u, "V": v}, (out, u, v)
-    does |= {"kind": "sum", "O": channels, "U": height, "V": width}
-    if type(part) in (nn.LeakyReLU, nn.ReLU):
-        slope = getattr(part, "negative_slope", 0.0)
-        return (does | {"act": LEAKY, "slope": slope}, shape) if slope >= 0 else (None, None)
-    if node.target in (operator.add, torch.add) and others == [shape] and not node.kwargs:
-        return does, shape
-    return None, None
-
-
-def _window(part, height, width):
-    """Kernel, stride and padding of a convolution or of a mean pool without overlap; else None."""
-    if is_plain(part):
-        return part.kernel_size, part.stride, part.padding
-    if type(part) is nn.AdaptiveAvgPool2d and part.output_size in (1, (1, 1)):
-        return (height, width), (height, width), (0, 0)
-    if type(part) is nn.AvgPool2d and not part.ceil_mode and not part.divisor_override:
-        kernel, stride, padding = (
-            (n, n) if isinstance(n, int) else tuple(n)
-            for n in (part.kernel_size, part.stride, part.padding)
-        )
-        return (kernel, stride, padding) if kernel == stride and padding == (0, 0) else None
-    return None
-
-
-def _finished(steps, result, inputs, parameters) -> Plan | None:
-    """The plan of these steps, whose last one makes the result; None if it's none or too large."""
-    place, shape = result
-    read = {s.source for s in steps} | {s.other for s in steps}
-    unread = {s.out for s in steps} - read
-    widest = max((s.C * s.H * s.W + s.O * s.U * s.V for s in steps), default=0)
-    if unread != {place} or len(steps) > LONGEST or widest > WIDEST:
-        return None
-    last = steps.pop()
-    steps.append(replace(last, out=OUTPUTS, saved=OUTPUTS if last.saved == place else last.saved))
-    later = set()
-    for i, step in reversed(list(enumerate(steps))):
-        add, add_other = step.source in later, step.other in later
-        steps[i] = replace(step, add=add, add_other=add_other)
-        later |= {step.source, step.other}
-    return Plan(tuple(steps), inputs, place, parameters, shape)
-
-
-# ---------------------------------------------------------------------------------------- kernels
 
 
 @triton.jit
@@ -347,8 +109,6 @@ def _forward_step(
                 if step.other != -3:
                     other = _at(step.other, x, out, scratch, b)
                     z += tl.load(other + at, mask=at < size, other=0).to(tl.float32)
-            if step.act == 2:
-                tl.store(saved + at, z.to(y.dtype.element_ty), mask=at < size)
             z = act_forward(z, step.slope, step.omega, step.act)
             tl.store(y + at, z.to(y.dtype.element_ty), mask=at < size)
 
@@ -424,15 +184,14 @@ def _forward_kernel(
     begin = tl.program_id(0) % splits * part
     end = tl.minimum(begin + part, B)
     for start in range(begin, end, few):
-        b = tl.minimum(few, end - start)
-        sample = n * B + start
+        b, sample = tl.minimum(few, end - start), n * B + start
         kept = sample if KEEP else tl.program_id(0).to(tl.int64) * few
+        inputs = x + n * xn + tl.cast(start, tl.int64) * PLAN.inputs
+        answers, values = out + sample * PLAN.outputs, scratch + kept * PLAN.values
         for i in tl.static_range(len(PLAN.steps)):
             _forward_step(
-                x + n * xn + tl.cast(start, tl.int64) * PLAN.inputs, rows + n * rn,
-                out + sample * PLAN.outputs, scratch + kept * PLAN.values,
-                b, PLAN.steps[i], PRECISION, BLOCK,
-            )  # fmt: skip
+                inputs, rows + n * rn, answers, values, b, PLAN.steps[i], PRECISION, BLOCK
+            )
             tl.debug_barrier()  # what this step wrote is there before the next one reads it
 
 
@@ -445,41 +204,35 @@ def _backward_kernel(
     splits = tl.cdiv(B, part)
     n, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
     start = split * part
-    b = tl.minimum(part, B - start)
-    sample = n * B + start
+    b, sample = tl.minimum(part, B - start), n * B + start
     x += n * xn + tl.cast(start, tl.int64) * PLAN.inputs
+    rows += n * rn
     parts += (split * nets + n) * PLAN.parameters
+    out += sample * PLAN.outputs
+    g += sample * PLAN.outputs
+    scratch += sample * PLAN.values
+    grads += sample * PLAN.values
     for i in tl.static_range(len(PLAN.steps) - 1, -1, -1):
         if PLAN.steps[i].kind == "layer":
-            _layer_backward(
-                x, rows + n * rn, out + sample * PLAN.outputs, scratch + sample * PLAN.values,
-                g + sample * PLAN.outputs, grads + sample * PLAN.values, parts,
-                b, PLAN.steps[i], PRECISION,
-            )  # fmt: skip
+            _layer_backward(x, rows, out, scratch, g, grads, parts, b, PLAN.steps[i], PRECISION)
         else:
-            _other_backward(
-                x, out + sample * PLAN.outputs, scratch + sample * PLAN.values,
-                g + sample * PLAN.outputs, grads + sample * PLAN.values, b, PLAN.steps[i], BLOCK,
-            )  # fmt: skip
+            _other_backward(x, out, scratch, g, grads, b, PLAN.steps[i], BLOCK)
         tl.debug_barrier()  # what this step wrote is there before the one before it reads it
 
 
-# --------------------------------------------------------------------------------------- launches
-
-
 def _part(nets, samples):
-    """Samples of a program: as many as leave work for the whole device, within LEAST and MOST."""
-    splits = min(triton.cdiv(samples, LEAST), triton.cdiv(PROGRAMS, nets))
+    """Samples of a program: as many as leave work for the whole device, within SAMPLES and MOST."""
+    splits = min(triton.cdiv(samples, SAMPLES), triton.cdiv(PROGRAMS, nets))
     return triton.cdiv(samples, max(splits, triton.cdiv(samples, MOST)))
 
 
 def _few(part, keep):
     """Samples that a program takes through the net at a time."""
-    return part if keep else min(part, LEAST)
+    return part if keep else min(part, SAMPLES)
 
 
 def _empty(x, rows, plan, keep, precision):
-    plan, nets, samples = _plan(plan), len(rows), x.shape[-2]
+    plan, nets, samples = plan_of(plan), len(rows), x.shape[-2]
     part = _part(nets, samples)
     kept = samples if keep else triton.cdiv(samples, part) * _few(part, keep)
     out = rows.new_empty(nets, samples, plan.outputs)
@@ -494,7 +247,7 @@ def launch_forward(
     (nets, samples, _), part = out.shape, _part(len(rows), x.shape[-2])
     _forward_kernel[(nets * triton.cdiv(samples, part),)](
         x, rows, out, scratch, samples, part, _few(part, keep), x.stride(0) if x.ndim == 3 else 0,
-        rows.stride(0), PLAN=_plan(plan), KEEP=keep, PRECISION=precision, **HOW,
+        rows.stride(0), PLAN=plan_of(plan), KEEP=keep, PRECISION=precision, **HOW,
     )  # fmt: skip
     return out, scratch
 
@@ -513,7 +266,7 @@ def launch_backward(
     _backward_kernel[(nets * splits,)](
         g.contiguous(), x, rows, out, scratch, torch.empty_like(scratch), parts, nets, samples,
         part, x.stride(0) if x.ndim == 3 else 0, rows.stride(0),
-        PLAN=_plan(plan), PRECISION=precision, **HOW,
+        PLAN=plan_of(plan), PRECISION=precision, **HOW,
     )  # fmt: skip
     return drows if splits == 1 else parts.sum(0).to(rows.dtype)
 
@@ -522,12 +275,14 @@ _net_backward = register("net_backward", launch_backward, _empty_backward)
 
 
 def _context(ctx, inputs, output):
-    x, rows, ctx.plan, _, ctx.precision = inputs
+    x, rows, ctx.plan, ctx.kept, ctx.precision = inputs
     ctx.save_for_backward(x, rows, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, g, _):
+    if not ctx.kept:
+        raise RuntimeError("net: rows that need no gradient were given, so no values were kept.")
     return None, _net_backward(g, *ctx.saved_tensors, ctx.plan, ctx.precision), None, None, None
 
 

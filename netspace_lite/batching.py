@@ -28,7 +28,8 @@ from .folding import CONVOLUTIONS, Affine, affine, statistics
 from .kernels import backend, batched_conv2d, batched_linear, siren_mlp
 from .kernels.backend import use_triton
 from .kernels.cpu import nets_per_block
-from .kernels.net import is_plain, net, translate
+from .kernels.net import net
+from .kernels.plan import is_plain, translate
 from .layout import Layout, check_rows
 
 BLOCK = 32  # nets evaluated together: on a CPU, blocks of 16 to 80 nets fit the caches best
