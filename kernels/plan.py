@@ -81,10 +81,14 @@ def _small(rows, cols, inner):
     return shape["BM"], shape["BN"], 16 if inner <= 16 else shape["BK"]
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity, at every launch: see `plan_of`
+@dataclass(frozen=True, eq=False)  # one object for a text, see `plan_of`: quick to compare
 class Plan:
-    """All steps of a net of P parameters that takes I values a sample and hands on A."""
+    """All steps of a net of P parameters that takes I values a sample and hands on A.
 
+    Its `text` is what an op can be told.
+    """
+
+    text: str
     steps: tuple[Step, ...]
     inputs: int
     values: int
@@ -96,18 +100,12 @@ class Plan:
         """K, the values of one answer."""
         return prod(self.answer)
 
-    @functools.cached_property
-    def text(self) -> str:
-        """What an op can be told."""
-        return json.dumps(asdict(self))
-
 
 @functools.cache
 def plan_of(text: str) -> Plan:
-    """The plan that says `text`, always the same object."""
-    told = json.loads(text)
-    steps = tuple(Step(**step) for step in told["steps"])
-    return Plan(**told | {"steps": steps, "answer": tuple(told["answer"])})
+    """The plan with this text."""
+    steps, *sizes, answer = json.loads(text)
+    return Plan(text, tuple(Step(**step) for step in steps), *sizes, tuple(answer))
 
 
 def translate(graph, parts, weights, parameters, image) -> Plan | None:
@@ -143,7 +141,7 @@ def translate(graph, parts, weights, parameters, image) -> Plan | None:
         does, result = _does(node, part, shape, [other for _, other in others])
         follows = node.all_input_nodes == [last] and len(last.users) == 1
         unsafe = getattr(part, "inplace", False) and not follows
-        if does is None or unsafe or min(result) < 1 or does.get("slope", 0) < 0:
+        if does is None or unsafe or min(result, default=0) < 1 or does.get("slope", 0) < 0:
             return None
         if does["kind"] == "sum" and follows and steps[-1].act == NONE:
             steps[-1] = replace(steps[-1], act=does["act"], slope=does["slope"])
@@ -175,7 +173,7 @@ def _flattens(node, part) -> bool:
 
 
 def _does(node, part, shape, others):
-    """What a step does, as fields of `Step`, and its result's shape; None if a plan can't say it."""
+    """What a step does, as fields of `Step`, and its result's shape; None for what is unknown."""
     channels, height, width = shape if len(shape) == 3 else (prod(shape), 1, 1)
     does = {"kind": "layer", "C": channels, "H": height, "W": width}
     fused = node.meta.get("fused", {})
@@ -227,5 +225,6 @@ def _finished(steps, result, inputs, parameters) -> Plan | None:
     for i, step in reversed(list(enumerate(steps))):
         add, add_other = step.source in later, step.other in later
         steps[i] = replace(step, add=add, add_other=add_other)
-        later |= {step.source, step.other}
-    return Plan(tuple(steps), inputs, place, parameters, shape)
+        later |= {step.source, step.other} - {NOTHING}
+    sizes = inputs, place, parameters, shape
+    return plan_of(json.dumps([[asdict(step) for step in steps], *sizes]))
