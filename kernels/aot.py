@@ -23,12 +23,14 @@ from itertools import product
 
 import torch
 
+from ..architectures import lite_net
+from ..batching import Batched
 from .backend import INTERPRETED, triton
 
 # By name: the package's attributes of these names are the public functions, not the modules.
-layer, pack, siren, loss = (
+layer, net, pack, siren, loss = (
     importlib.import_module(f"{__package__}.{name}")
-    for name in ("layer", "chunk_pack", "siren_mlp", "distillation_loss")
+    for name in ("layer", "net", "chunk_pack", "siren_mlp", "distillation_loss")
 )
 
 # Kilobytes of shared memory that a block may use (CUDA C++ Programming Guide, compute capabilities)
@@ -113,7 +115,9 @@ def compile_launch(launch: Launch, archs) -> dict:
         found = [m.group(0) for m in TENSOR_CORE.finditer(ptx)]
         reports[arch] = {
             "kernel": launch.name,
-            "config": {k: v for k, v in launch.args.items() if k.isupper() and len(k) > 1},
+            "config": {
+                k: v for k, v in launch.args.items() if len(k) > 1 and k.isupper() and k != "PLAN"
+            },
             "shared": binary.metadata.shared,
             **{name: int(re.search(pattern, log).group(1)) for name, pattern in NUMBERS.items()},
             "tensor_core": {name: found.count(name) for name in sorted(set(found))},
@@ -195,6 +199,25 @@ def _siren(hidden):
     return launch
 
 
+def _net(name):
+    """A lite net on digits: inputs per net and a gradient to come, or neither; ResNets in tf32."""
+    module, image = lite_net(name, (1, 8, 8), 10), (1, 8, 8)
+
+    def launch(bias, shared, mode):
+        if name != "LeNetLike" and (mode, shared) != ("tf32", False):
+            return
+        dtype, precision = MODES[mode]
+        batched = Batched(module)
+        plan = batched._mode(torch.zeros(1), False).plan(batched.layout, torch.Size(image))
+        rows = meta(8, plan.parameters, dtype=dtype)
+        x = meta(*() if shared else (8,), 128, plan.inputs, dtype=dtype)
+        out, scratch = net.launch_forward(x, rows, plan.text, not shared, precision)
+        if not shared:
+            net.launch_backward(out, x, rows, out, scratch, plan.text, precision)
+
+    return launch
+
+
 def _loss(classes):
     def launch(bias, shared, mode):
         if mode == "ieee":  # nothing to multiply, so tf32 said it
@@ -215,7 +238,8 @@ def _pack(bias, shared, mode):
 
 
 # Between them every tile of `common.tile` for each kernel of linear layers and of convolutions, and
-# every width of `siren_mlp`; the paper's sizes first. A case launches for (bias, shared, mode).
+# every width of `siren_mlp`; the paper's sizes first; and of whole nets one without sums and pools
+# and one with them. A case launches for (bias, shared, mode).
 CASES = {
     "linear 256 to 256, sine": _linear(128, 256, 256, 2),
     "linear 24 to 24": _linear(128, 24, 24, 1),
@@ -230,6 +254,7 @@ CASES = {
     **{f"siren of width {hidden}": _siren(hidden) for hidden in (256, 128, 64, 32, 16)},
     **{f"distillation loss of {classes}": _loss(classes) for classes in (10, 200, 1000)},
     "chunk packing": _pack,
+    **{f"net {name}": _net(name) for name in ("LeNetLike", "ResNet8")},
 }
 
 
@@ -249,7 +274,7 @@ def recorded(full=False, quick=False):
         with recorded_launches() as launches:
             CASES[case](bias, shared, mode)
         for launch in launches:
-            tiles = [launch.args.get(k) for k in ("BM", "BN", "HP", "KP")]
+            tiles = [launch.args.get(k) for k in ("BM", "BN", "HP", "KP", "PLAN")]
             key = (kind, launch.name) + (() if quick else (mode, bias, shared, *tiles))
             if key not in seen:
                 seen.add(key)

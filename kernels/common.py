@@ -181,16 +181,17 @@ def programs(sets, rows, cols, tile) -> tuple:
 
 
 @triton.jit
-def place(rows, cols, BM: tl.constexpr, BN: tl.constexpr):
-    """Which set is this program's, and the rows and columns of its tile, in a grid of `programs`.
+def place(index, rows, cols, BM: tl.constexpr, BN: tl.constexpr):
+    """Which set has the tile `index`, and the tile's rows and columns, in a grid of `programs`.
 
     Tiles of one set, and in it of the same rows, run side by side and meet in the cache.
     """
     across = tl.cdiv(cols, BN)
     tiles = tl.cdiv(rows, BM) * across
-    at = tl.program_id(0) % tiles
+    share = index // tiles
+    at = index % tiles
     row = (at // across) * BM + tl.arange(0, BM)
-    return tl.program_id(0) // tiles, row, (at % across) * BN + tl.arange(0, BN)
+    return share, row, (at % across) * BN + tl.arange(0, BN)
 
 
 # Triton's interpreter multiplies the bit patterns of bf16 as integers; it is given fp32 instead,

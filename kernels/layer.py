@@ -15,9 +15,10 @@ Pointers and strides (in values):
     y, g [B, N, O, H', W']   contiguous, sample-major
     saved                    like y: the output (leaky ReLU) or the value before the sine
 
-Each program owns one tile of one net's result and walks the summed axis in steps of BK. The weight
-gradient sums over all B·H'·W' pixels into few values, so that axis is cut into `splits` parts,
-written apart and added by PyTorch: without atomics results are the same in every run.
+Each program owns one tile of one net's result and walks the summed axis in steps of BK. What it
+does there is a function of the tile's index, which `net.py` calls for one tile after the other. The
+weight gradient sums over all B·H'·W' pixels into few values, so that axis is cut into `splits`
+parts, written apart and added by PyTorch: without atomics results are the same in every run.
 
 Traffic at its least, in bytes for values of s bytes: s·(B·N·C·H·W + P + B·N·O·H'·W') forward
 (inputs once, not N times, if shared), about twice that backward. Products: 2·B·N·O·H'·W'·C·kh·kw
@@ -42,8 +43,9 @@ from .common import (
 
 
 @triton.jit
-def _forward_kernel(
-    x, w, bias, y, saved, nets, B, C, H, W, O, U, V, xb, xn, xc, xh, xw, wn, bn, slope, omega,
+def forward_tile(
+    index, x, w, bias, y, saved, nets, B, C, H, W, O, U, V, xb, xn, xc, xh, xw, wn, bn,
+    slope, omega,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -52,7 +54,7 @@ def _forward_kernel(
 
     Pixels are counted b·U·V + u·V + v, window values c·KH·KW + i·KW + j.
     """
-    n, pixel, col = place(B * U * V, O, BM, BN)
+    n, pixel, col = place(index, B * U * V, O, BM, BN)
     n = n.to(tl.int64)
     sample, spot = (pixel // (U * V)).to(tl.int64), pixel % (U * V)
     top, left = (spot // V) * SH - PH, (spot % V) * SW - PW
@@ -81,20 +83,33 @@ def _forward_kernel(
 
 
 @triton.jit
-def _input_grad_kernel(
-    g, saved, w, dx, nets, summed, B, C, H, W, O, U, V, wn, slope, omega,
+def _forward_kernel(
+    x, w, bias, y, saved, nets, B, C, H, W, O, U, V, xb, xn, xc, xh, xw, wn, bn, slope, omega,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    KH: tl.constexpr, KW: tl.constexpr, ACT: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    forward_tile(
+        tl.program_id(0), x, w, bias, y, saved, nets, B, C, H, W, O, U, V, xb, xn, xc, xh, xw,
+        wn, bn, slope, omega, SH, SW, PH, PW, KH, KW, HAS_BIAS, ACT, PRECISION, BM, BN, BK,
+    )  # fmt: skip
+
+
+@triton.jit
+def input_grad_tile(
+    index, g, saved, w, dx, nets, summed, B, C, H, W, O, U, V, wn, slope, omega,
+    SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """BM image pixels of one phase by BN channels, summed over `summed` nets (1, or all N).
 
     Pixel (y, x) met the window value (i, j) at output (y + p − i, x + p − j) / s where that is
     whole, so i is one of every s values, the same for every s-th pixel: such pixels are a phase,
-    and nothing is multiplied that the stride left out.
+    and nothing is multiplied that the stride left out. With ADD the sums join what dx holds.
     """
     tall, wide = tl.cdiv(H, SH), tl.cdiv(W, SW)
-    part, pixel, col = place(B * tall * wide, C, BM, BN)
+    part, pixel, col = place(index, B * tall * wide, C, BM, BN)
     first, down, over = (part // (SH * SW)).to(tl.int64), part // SW % SH, part % SW
     sample, spot = (pixel // (tall * wide)).to(tl.int64), pixel % (tall * wide)
     y = (down + PH * (SH - 1)) % SH + spot // wide * SH
@@ -128,12 +143,28 @@ def _input_grad_kernel(
     at = (sample * (nets // summed) + first) * C * (H * W) + y * W + x
     at = at[:, None] + (col * (H * W))[None, :]
     inside = in_image[:, None] & (col[None, :] < C)
+    if ADD:
+        acc += tl.load(dx + at, mask=inside, other=0).to(tl.float32)
     tl.store(dx + at, acc.to(dx.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _weight_grad_kernel(
-    g, saved, x, dw, db, nets, part, B, C, H, W, O, U, V, xb, xn, xc, xh, xw, slope, omega,
+def _input_grad_kernel(
+    g, saved, w, dx, nets, summed, B, C, H, W, O, U, V, wn, slope, omega,
+    SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, ACT: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    input_grad_tile(
+        tl.program_id(0), g, saved, w, dx, nets, summed, B, C, H, W, O, U, V, wn, slope, omega,
+        SH, SW, PH, PW, KH, KW, ACT, False, PRECISION, BM, BN, BK,
+    )  # fmt: skip
+
+
+@triton.jit
+def weight_grad_tile(
+    index, g, saved, x, dw, db, nets, part, B, C, H, W, O, U, V, xb, xn, xc, xh, xw,
+    slope, omega,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -143,7 +174,7 @@ def _weight_grad_kernel(
     dw [splits, N, O, C·KH·KW] and db [splits, N, O] hold the sums over each part.
     """
     window = C * KH * KW
-    share, row, col = place(O, window, BM, BN)
+    share, row, col = place(index, O, window, BM, BN)
     n, begin = (share % nets).to(tl.int64), (share // nets) * part
     i, j = (col // KW) % KH, col % KW
     step = (col // (KH * KW)) * xc + i * xh + j * xw
@@ -174,8 +205,21 @@ def _weight_grad_kernel(
     at_w = at[:, None] * window + col[None, :]
     tl.store(dw + at_w, acc.to(dw.dtype.element_ty), mask=inside)
     if HAS_BIAS:  # noqa: SIM102 - known at compile time, the other only in the program
-        if tl.program_id(0) % tl.cdiv(window, BN) == 0:
+        if index % tl.cdiv(window, BN) == 0:
             tl.store(db + at, total.to(db.dtype.element_ty), mask=row < O)
+
+
+@triton.jit
+def _weight_grad_kernel(
+    g, saved, x, dw, db, nets, part, B, C, H, W, O, U, V, xb, xn, xc, xh, xw, slope, omega,
+    SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    weight_grad_tile(
+        tl.program_id(0), g, saved, x, dw, db, nets, part, B, C, H, W, O, U, V, xb, xn, xc, xh, xw,
+        slope, omega, SH, SW, PH, PW, KH, KW, HAS_BIAS, ACT, PRECISION, BM, BN, BK,
+    )  # fmt: skip
 
 
 PART = 2048  # pixels that one program of the weight gradient adds at least: hides its start

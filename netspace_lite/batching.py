@@ -26,7 +26,10 @@ from .architectures import Sine, Siren, name_of
 from .fingerprint import structure
 from .folding import CONVOLUTIONS, Affine, affine, statistics
 from .kernels import backend, batched_conv2d, batched_linear, siren_mlp
+from .kernels.backend import use_triton
 from .kernels.cpu import nets_per_block
+from .kernels.net import net
+from .kernels.plan import is_plain, translate
 from .layout import Layout, check_rows
 
 BLOCK = 32  # nets evaluated together: on a CPU, blocks of 16 to 80 nets fit the caches best
@@ -87,6 +90,10 @@ class Batched:
             raise ValueError(f"{why}: fold_batchnorm(module) first, or train with running=[N, Q]")
         mode = self._mode(rows, running is not None)
         way = self.way(mode.training, per_net) or self._choose(mode, rows, x, per_net)
+        if way == "interpreted" and use_triton(rows) and not x.requires_grad:
+            plan = mode.plan(self.layout, x.shape[1 + per_net :])
+            if plan is not None:  # small: one launch forward, one backward
+                return net(x.flatten(1 + per_net), rows, plan)
         step, run = nets_per_block(x[0] if per_net else x), getattr(mode, way)
         if way != "interpreted" or rows.device.type != "cpu" or step >= len(rows):
             return run(self._views(rows, running), x, per_net)
@@ -224,7 +231,7 @@ class _Mode:
             self.graph = str(error)
         except Exception as error:  # tracing runs the user's code on proxies
             self.graph = f"it can't be traced ({str(error).partition(chr(10))[0]})"
-        self.parts, first = dict(root.named_modules()), {}
+        self.parts, self.plans, first = dict(root.named_modules()), {}, {}
         for part in self.parts.values():
             for name, value in vars(part).items():
                 if isinstance(value, Tensor):  # constants, also those of the trace
@@ -244,6 +251,15 @@ class _Mode:
         if self.training and not per_net:  # each net drops its own
             x, per_net = x.expand(nets, *x.shape), True
         return _Interpreter(self, views, nets).run(x, per_net)
+
+    def plan(self, layout: Layout, sample: torch.Size):
+        """How `net` takes samples of this shape through the graph; None if it can't."""
+        if sample not in self.plans:
+            at = dict(zip(layout.names, layout.offsets, strict=True))
+            weights = {name: at.get(view) for name, view in self.names.items()}
+            found = translate(self.graph, self.parts, weights, layout.size, sample)
+            self.plans[sample] = found
+        return self.plans[sample]
 
     @_plain_operations()
     def vmap(self, views: dict[str, Tensor], x: Tensor, per_net: bool) -> Tensor:
@@ -301,17 +317,11 @@ def _trace(root: nn.Sequential) -> fx.Graph:
 def _fusable(layer: nn.Module | None, activation: nn.Module) -> dict:
     """The kernels' options for ``activation`` right after ``layer``; none if it stays a step."""
     linear = isinstance(layer, nn.Linear)
-    if type(activation) is nn.LeakyReLU and (linear or _is_plain(layer)):
+    if type(activation) is nn.LeakyReLU and (linear or is_plain(layer)):
         return {"activation": "leaky_relu", "slope": activation.negative_slope}
     if type(activation) is Sine and linear:
         return {"activation": "sine", "omega": activation.omega}
     return {}
-
-
-def _is_plain(layer: nn.Module | None) -> bool:
-    """Whether the kernels know this convolution."""
-    plain = type(layer) is nn.Conv2d and type(layer.padding) is tuple
-    return plain and layer.groups == 1 and set(layer.dilation) == {1}
 
 
 class _Many:
@@ -383,7 +393,7 @@ class _Interpreter:
             samples = value.shape[many:-1]  # tokens count as samples
             out = batched_linear(value.flatten(int(many), -2), *weights, **fused)
             return out.unflatten(1, samples).transpose(0, 1)
-        if _is_plain(layer):
+        if is_plain(layer):
             return batched_conv2d(value, *weights, layer.stride, layer.padding, **fused)
         return _grouped_conv(self._many(source).apart, *weights, layer)
 

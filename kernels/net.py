@@ -1,0 +1,289 @@
+"""A whole small net as one kernel forward and one backward, for N nets at once.
+
+Layer by layer a small net is a score of launches that each take longer to start than to run. Here
+one program takes its samples through all layers of its net. What it does is a `Plan`, which the
+compiler knows: steps (layers, sums, mean pools) unrolled one after the other, each a loop over the
+tiles of `layer.py`. Between two steps values go through memory, to be read by the program that
+wrote them, so a barrier of its threads suffices, and a small net's values stay in the caches.
+
+Pointers and strides (in values), with A values a sample that steps hand on:
+    x        [N, B, I]     strides (xn, I, 1); xn = 0 if all nets share the inputs
+    rows     [N, P]        strides (rn, 1)
+    out, g   [N, B, K]     contiguous
+    scratch  [N, B, A]     a piece for each program, where one step's values follow another's
+    grads                  like scratch, for the gradients of its values
+    parts    [S, N, P]     gradients of the rows over the samples of each split
+
+Grid (N·S,): one program takes the s-th part of the samples of one net. Backward it writes its own
+places of `parts`, added by PyTorch: no atomics, the same result in every run. Forward without a
+gradient to come, programs go through their samples a few at a time, in the same scratch.
+
+Traffic in bytes for values of s bytes: s·N·(P + B·(I + A + K)) forward if inputs are per net, twice
+that backward, and 4·N·P for each of several splits; what is read again is in the caches.
+"""
+
+import torch
+from torch import Tensor
+
+from .backend import tl, triton
+from .common import act_backward, act_forward, autocast, check, fp32_precision, register
+from .layer import forward_tile, input_grad_tile, weight_grad_tile
+from .plan import SAMPLES, plan_of
+
+PROGRAMS = 384  # at least: three for each of an H100's 132 multiprocessors
+MOST = 1024  # samples of a program: offsets in 32 bits
+# Three programs share a multiprocessor's registers. That hides more than loading ahead would in
+# loops of a few steps, which takes registers besides.
+HOW = {"BLOCK": 512, "num_warps": 4, "num_stages": 1, "maxnreg": 168}
+
+
+def net(x, rows, plan, precision=None) -> torch.Tensor:
+    """The answers of N nets, forward and backward one launch each.
+
+    Args:
+        x: samples `[B, ...]` shared by all nets or `[N, B, ...]`, of `plan.inputs` values each. No
+            gradient reaches them.
+        rows: `[N, P]`, contiguous within a row.
+        plan: see `translate`.
+        precision: of fp32 products, "ieee" or "tf32"; None: see `common.fp32_precision`.
+
+    Returns:
+        `[N, B, ...]` in the rows' dtype, or in `torch.autocast`'s in its region. Differentiable
+        once.
+
+    Raises:
+        ValueError: on wrong sizes, mixed devices or dtypes, or rows that are not contiguous.
+    """
+    x, rows = autocast(x, rows)
+    tensors = {"rows": (rows, "NP"), "x": (x, "BI", "NBI")}
+    check("net", tensors, rows=("rows",), P=plan.parameters, I=plan.inputs)
+    keep = torch.is_grad_enabled() and rows.requires_grad
+    out = _net(x.contiguous(), rows, plan.text, keep, fp32_precision(precision))[0]
+    return out.unflatten(2, plan.answer)
+
+
+@triton.jit
+def _at(place: tl.constexpr, x, out, scratch, b):
+    """Where the values of a program's b samples start that lie at `place`."""
+    if place == -1:
+        return x
+    elif place == -2:
+        return out
+    else:
+        return scratch + place * b
+
+
+@triton.jit
+def _forward_step(
+    x, row, out, scratch, b, step: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One step for b samples of one net."""
+    source, y = _at(step.source, x, out, scratch, b), _at(step.out, x, out, scratch, b)
+    saved = _at(step.saved, x, out, scratch, b)
+    if step.kind == "layer":
+        BM: tl.constexpr = step.forward_tile[0]
+        BN: tl.constexpr = step.forward_tile[1]
+        for index in range(0, tl.cdiv(b * step.U * step.V, BM) * tl.cdiv(step.O, BN)):
+            forward_tile(
+                index, source, row + step.weight, row + step.bias, y, saved, 1, b,
+                step.C, step.H, step.W, step.O, step.U, step.V,
+                step.C * step.H * step.W, 0, step.H * step.W, step.W, 1, 0, 0,
+                step.slope, step.omega, step.SH, step.SW, step.PH, step.PW, step.KH, step.KW,
+                step.bias >= 0, step.act, PRECISION, BM, BN, step.forward_tile[2],
+            )  # fmt: skip
+    else:
+        size = b * step.O * step.U * step.V
+        for start in range(0, size, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            z = tl.zeros((BLOCK,), tl.float32)
+            if step.kind == "pool":
+                u, v = at // step.V % step.U, at % step.V
+                corner = at // (step.U * step.V) * (step.H * step.W)
+                corner += u * (step.KH * step.W) + v * step.KW
+                for k in range(0, step.KH * step.KW):
+                    pixel = source + corner + k // step.KW * step.W + k % step.KW
+                    z += tl.load(pixel, mask=at < size, other=0).to(tl.float32)
+                z = z / (step.KH * step.KW)
+            else:
+                z += tl.load(source + at, mask=at < size, other=0).to(tl.float32)
+                if step.other != -3:
+                    other = _at(step.other, x, out, scratch, b)
+                    z += tl.load(other + at, mask=at < size, other=0).to(tl.float32)
+            z = act_forward(z, step.slope, step.omega, step.act)
+            tl.store(y + at, z.to(y.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def _layer_backward(
+    x, row, out, scratch, g, grads, parts, b, step: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Gradients of a layer's weights, and of its inputs unless they are the net's."""
+    gradient, saved = _at(step.out, x, g, grads, b), _at(step.saved, x, out, scratch, b)
+    source = _at(step.source, x, out, scratch, b)
+    pixels = b * step.U * step.V
+    MM: tl.constexpr = step.weight_tile[0]
+    MN: tl.constexpr = step.weight_tile[1]
+    for index in range(0, tl.cdiv(step.O, MM) * tl.cdiv(step.C * step.KH * step.KW, MN)):
+        weight_grad_tile(
+            index, gradient, saved, source, parts + step.weight, parts + step.bias, 1, pixels, b,
+            step.C, step.H, step.W, step.O, step.U, step.V,
+            step.C * step.H * step.W, 0, step.H * step.W, step.W, 1, step.slope, step.omega,
+            step.SH, step.SW, step.PH, step.PW, step.KH, step.KW,
+            step.bias >= 0, step.act, PRECISION, MM, MN, step.weight_tile[2],
+        )  # fmt: skip
+    if step.source != -1:
+        BM: tl.constexpr = step.input_tile[0]
+        BN: tl.constexpr = step.input_tile[1]
+        phase = b * tl.cdiv(step.H, step.SH) * tl.cdiv(step.W, step.SW)
+        tiles = step.SH * step.SW * tl.cdiv(phase, BM) * tl.cdiv(step.C, BN)
+        for index in range(0, tiles):
+            input_grad_tile(
+                index, gradient, saved, row + step.weight, _at(step.source, x, g, grads, b), 1, 1,
+                b, step.C, step.H, step.W, step.O, step.U, step.V, 0, step.slope, step.omega,
+                step.SH, step.SW, step.PH, step.PW, step.KH, step.KW,
+                step.act, step.add, PRECISION, BM, BN, step.input_tile[2],
+            )  # fmt: skip
+
+
+@triton.jit
+def _other_backward(x, out, scratch, g, grads, b, step: tl.constexpr, BLOCK: tl.constexpr):
+    """Gradients of what a sum or a pool took, unless it is the net's inputs."""
+    gradient, saved = _at(step.out, x, g, grads, b), _at(step.saved, x, out, scratch, b)
+    size = b * step.C * step.H * step.W
+    for start in range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        pixel, inside = at, at < size
+        if step.kind == "pool":
+            u, v = at // step.W % step.H // step.KH, at % step.W // step.KW
+            pixel = at // (step.H * step.W) * (step.U * step.V) + u * step.V + v
+            inside = inside & (u < step.U) & (v < step.V)
+        z = tl.load(gradient + pixel, mask=inside, other=0).to(tl.float32) / (step.KH * step.KW)
+        s = tl.load(saved + pixel, mask=inside, other=0).to(tl.float32)
+        z = act_backward(z, s, step.slope, step.omega, step.act)
+        if step.source != -1:
+            _put(_at(step.source, x, g, grads, b) + at, z, at < size, step.add)
+        if step.other > -1:
+            _put(_at(step.other, x, g, grads, b) + at, z, at < size, step.add_other)
+
+
+@triton.jit
+def _put(pointer, value, mask, ADD: tl.constexpr):
+    if ADD:
+        value += tl.load(pointer, mask=mask, other=0).to(tl.float32)
+    tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _forward_kernel(
+    x, rows, out, scratch, B, part, few, xn, rn,
+    PLAN: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (N·⌈B/part⌉,): the answers of one net to `part` samples, `few` of them at a time."""
+    splits = tl.cdiv(B, part)
+    n = (tl.program_id(0) // splits).to(tl.int64)
+    begin = tl.program_id(0) % splits * part
+    end = tl.minimum(begin + part, B)
+    for start in range(begin, end, few):
+        b, sample = tl.minimum(few, end - start), n * B + start
+        kept = sample if KEEP else tl.program_id(0).to(tl.int64) * few
+        inputs = x + n * xn + tl.cast(start, tl.int64) * PLAN.inputs
+        answers, values = out + sample * PLAN.outputs, scratch + kept * PLAN.values
+        for i in tl.static_range(len(PLAN.steps)):
+            _forward_step(
+                inputs, rows + n * rn, answers, values, b, PLAN.steps[i], PRECISION, BLOCK
+            )
+            tl.debug_barrier()  # what this step wrote is there before the next one reads it
+
+
+@triton.jit
+def _backward_kernel(
+    g, x, rows, out, scratch, grads, parts, nets, B, part, xn, rn,
+    PLAN: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (N·⌈B/part⌉,): the gradient of one net's row over `part` samples."""
+    splits = tl.cdiv(B, part)
+    n, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
+    start = split * part
+    b, sample = tl.minimum(part, B - start), n * B + start
+    x += n * xn + tl.cast(start, tl.int64) * PLAN.inputs
+    rows += n * rn
+    parts += (split * nets + n) * PLAN.parameters
+    out += sample * PLAN.outputs
+    g += sample * PLAN.outputs
+    scratch += sample * PLAN.values
+    grads += sample * PLAN.values
+    for i in tl.static_range(len(PLAN.steps) - 1, -1, -1):
+        if PLAN.steps[i].kind == "layer":
+            _layer_backward(x, rows, out, scratch, g, grads, parts, b, PLAN.steps[i], PRECISION)
+        else:
+            _other_backward(x, out, scratch, g, grads, b, PLAN.steps[i], BLOCK)
+        tl.debug_barrier()  # what this step wrote is there before the one before it reads it
+
+
+def _part(nets, samples):
+    """Samples of a program: as many as leave work for the whole device, within SAMPLES and MOST."""
+    splits = min(triton.cdiv(samples, SAMPLES), triton.cdiv(PROGRAMS, nets))
+    return triton.cdiv(samples, max(splits, triton.cdiv(samples, MOST)))
+
+
+def _few(part, keep):
+    """Samples that a program takes through the net at a time."""
+    return part if keep else min(part, SAMPLES)
+
+
+def _empty(x, rows, plan, keep, precision):
+    plan, nets, samples = plan_of(plan), len(rows), x.shape[-2]
+    part = _part(nets, samples)
+    kept = samples if keep else triton.cdiv(samples, part) * _few(part, keep)
+    out = rows.new_empty(nets, samples, plan.outputs)
+    return out, rows.new_empty(nets, kept, plan.values)
+
+
+def launch_forward(
+    x: Tensor, rows: Tensor, plan: str, keep: bool, precision: str
+) -> tuple[Tensor, Tensor]:
+    """The answers [N, B, K], and scratch [N, B, A], which the backward takes if `keep`."""
+    out, scratch = _empty(x, rows, plan, keep, precision)
+    (nets, samples, _), part = out.shape, _part(len(rows), x.shape[-2])
+    _forward_kernel[(nets * triton.cdiv(samples, part),)](
+        x, rows, out, scratch, samples, part, _few(part, keep), x.stride(0) if x.ndim == 3 else 0,
+        rows.stride(0), PLAN=plan_of(plan), KEEP=keep, PRECISION=precision, **HOW,
+    )  # fmt: skip
+    return out, scratch
+
+
+def _empty_backward(g, x, rows, out, scratch, plan, precision):
+    return rows.new_empty(rows.shape)
+
+
+def launch_backward(
+    g: Tensor, x: Tensor, rows: Tensor, out: Tensor, scratch: Tensor, plan: str, precision: str
+) -> Tensor:
+    """The gradient [N, P] of the rows."""
+    (nets, samples, _), part = g.shape, _part(len(rows), x.shape[-2])
+    drows, splits = rows.new_empty(rows.shape), triton.cdiv(samples, part)
+    parts = drows if splits == 1 else rows.new_empty(splits, *rows.shape, dtype=torch.float32)
+    _backward_kernel[(nets * splits,)](
+        g.contiguous(), x, rows, out, scratch, torch.empty_like(scratch), parts, nets, samples,
+        part, x.stride(0) if x.ndim == 3 else 0, rows.stride(0),
+        PLAN=plan_of(plan), PRECISION=precision, **HOW,
+    )  # fmt: skip
+    return drows if splits == 1 else parts.sum(0).to(rows.dtype)
+
+
+_net_backward = register("net_backward", launch_backward, _empty_backward)
+
+
+def _context(ctx, inputs, output):
+    x, rows, ctx.plan, ctx.kept, ctx.precision = inputs
+    ctx.save_for_backward(x, rows, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, g, _):
+    if not ctx.kept:
+        raise RuntimeError("net: rows that need no gradient were given, so no values were kept.")
+    return None, _net_backward(g, *ctx.saved_tensors, ctx.plan, ctx.precision), None, None, None
+
+
+_net = register("net", launch_forward, _empty, _context, _backward)
