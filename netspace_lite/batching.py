@@ -90,10 +90,9 @@ class Batched:
             raise ValueError(f"{why}: fold_batchnorm(module) first, or train with running=[N, Q]")
         mode = self._mode(rows, running is not None)
         way = self.way(mode.training, per_net) or self._choose(mode, rows, x, per_net)
-        if way == "interpreted" and use_triton(rows) and not x.requires_grad:
-            plan = mode.plan(self.layout, x.shape[1 + per_net :])
-            if plan is not None:  # small: one launch forward, one backward
-                return net(x.flatten(1 + per_net), rows, plan)
+        whole = way == "interpreted" and use_triton(rows) and not x.requires_grad
+        if whole and (plan := mode.plan(self.layout, x.shape[1 + per_net :])):
+            return net(x.flatten(1 + per_net), rows, plan)  # small: one launch, and one backward
         step, run = nets_per_block(x[0] if per_net else x), getattr(mode, way)
         if way != "interpreted" or rows.device.type != "cpu" or step >= len(rows):
             return run(self._views(rows, running), x, per_net)
@@ -257,8 +256,7 @@ class _Mode:
         if sample not in self.plans:
             at = dict(zip(layout.names, layout.offsets, strict=True))
             weights = {name: at.get(view) for name, view in self.names.items()}
-            found = translate(self.graph, self.parts, weights, layout.size, sample)
-            self.plans[sample] = found
+            self.plans[sample] = translate(self.graph, self.parts, weights, layout.size, sample)
         return self.plans[sample]
 
     @_plain_operations()

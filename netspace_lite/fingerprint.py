@@ -50,9 +50,8 @@ def structure(module: nn.Module) -> str:
     module = copy.deepcopy(module)  # tracing leaves constants behind
     parts = [(n, type(m).__qualname__, _settings(m)) for n, m in module.named_modules()]
     first, named = {}, module.named_parameters(remove_duplicate=False)
-    layout = [
-        (n, tuple(p.shape), first.setdefault(id(p), n)) for n, p in named
-    ]  # n twice: not tied
+    # a parameter with another's name behind its shape is tied to it
+    layout = [(n, tuple(p.shape), first.setdefault(id(p), n)) for n, p in named]
     norms = statistics(module)
     constants = {n: b for n, b in module.named_buffers() if n.rpartition(".")[0] not in norms}
     own = enumerate([*module.modules(), *module.parameters()])  # in a list: which one, no values

@@ -75,9 +75,8 @@ class Encoder(nn.Module):
         self.offset = None
         if len(chunks) > 1:  # where each architecture lies, whatever its nets answer: in a row
             order = torch.arange(len(chunks))[:, None] - (len(chunks) - 1) / 2
-            self.offset = nn.Parameter(
-                8 * order * F.normalize(torch.randn(config.embedding), dim=0)
-            )
+            way = F.normalize(torch.randn(config.embedding), dim=0)
+            self.offset = nn.Parameter(8 * order * way)
 
     def forward(self, features: Features, architecture: int = 0) -> Tensor:
         z = 0 if self.offset is None else self.offset[architecture]

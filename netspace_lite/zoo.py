@@ -170,10 +170,8 @@ class Zoo(Nets):
         self.scores, self.losses, self.recipes = scores or {}, losses, recipes
         self.members = torch.arange(len(rows)) if members is None else members
         self.about = about or {}
-        parts = [
-            part for part in (*self.scores.values(), recipes, losses, members) if part is not None
-        ]
-        if any(len(part) != len(rows) for part in parts):
+        parts = *self.scores.values(), recipes, losses, members
+        if any(part is not None and len(part) != len(rows) for part in parts):
             raise ValueError(f"scores, recipes, losses or members are not of {len(rows)} nets each")
         if not (good := self.finite()).all():
             said = f"nets {self.members[~good].tolist()} are not finite"
