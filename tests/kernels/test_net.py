@@ -41,18 +41,33 @@ def pooled(pool, sides):
     )
 
 
-# module and shape of a sample
-NETS = {
-    "one layer": (nn.Linear(5, 3), (5,)),
-    "mlp": (nn.Sequential(nn.Linear(5, 40), nn.LeakyReLU(), nn.Linear(40, 3), nn.ReLU()), (5,)),
-    "sines": (nn.Sequential(nn.Linear(2, 20), Sine(3.0), nn.Linear(20, 4), Sine(2.0)), (2,)),
-    "branches": (Branches(), (6,)),
-    "pool": (pooled(nn.AvgPool2d((2, 3)), 2 * 2), (2, 9, 8)),
-    "mean": (pooled(nn.AdaptiveAvgPool2d(1), 1), (2, 7, 5)),
-    "image": (nn.Sequential(nn.Conv2d(1, 2, 3), nn.LeakyReLU(0.2), nn.Conv2d(2, 3, 2)), (1, 6, 5)),
-    **{n: (lite_net(n, DIGIT, 10), DIGIT) for n in ("LeNetLike", "VanillaCNN", "ResNet8")},
-    "ResNet14": (lite_net("ResNet14", DIGIT, 10), DIGIT),
-}
+def nets():
+    """Name -> module and shape of a sample; the same weights whichever tests run."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return {
+            "one layer": (nn.Linear(5, 3), (5,)),
+            "mlp": (
+                nn.Sequential(nn.Linear(5, 40), nn.LeakyReLU(), nn.Linear(40, 3), nn.ReLU()),
+                (5,),
+            ),
+            "sines": (
+                nn.Sequential(nn.Linear(2, 20), Sine(3.0), nn.Linear(20, 4), Sine(2.0)),
+                (2,),
+            ),
+            "branches": (Branches(), (6,)),
+            "pool": (pooled(nn.AvgPool2d((2, 3)), 2 * 2), (2, 9, 8)),
+            "mean": (pooled(nn.AdaptiveAvgPool2d(1), 1), (2, 7, 5)),
+            "image": (
+                nn.Sequential(nn.Conv2d(1, 2, 3), nn.LeakyReLU(0.2), nn.Conv2d(2, 3, 2)),
+                (1, 6, 5),
+            ),
+            **{n: (lite_net(n, DIGIT, 10), DIGIT) for n in ("LeNetLike", "VanillaCNN", "ResNet8")},
+            "ResNet14": (lite_net("ResNet14", DIGIT, 10), DIGIT),
+        }
+
+
+NETS = nets()
 
 
 def plan_for(module, image):
@@ -125,7 +140,7 @@ def test_tf32_and_bf16(assert_equal_loop, name):
     assert_equal_loop(*NETS[name], 2, 19, True, torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["LeNetLike", "VanillaCNN", "ResNet8"])
+@pytest.mark.parametrize("name", ["mlp", "sines", "LeNetLike", "VanillaCNN", "ResNet8"])
 def test_bf16_rounds_where_the_layers_do(assert_close, monkeypatch, device, name):
     """In deep nets fp64 meets other signs of leaky ReLU; the layers' kernels don't."""
     (module, image), batched = NETS[name], Batched(NETS[name][0])
