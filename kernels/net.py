@@ -28,13 +28,14 @@ from torch import Tensor
 from .backend import tl, triton
 from .common import act_backward, act_forward, autocast, check, fp32_precision, register
 from .layer import forward_tile, input_grad_tile, weight_grad_tile
-from .plan import SAMPLES, plan_of
+from .plan import INPUTS, NOTHING, OUTPUTS, SAMPLES, plan_of
 
 PROGRAMS = 384  # at least: three for each of an H100's 132 multiprocessors
 MOST = 1024  # samples of a program: offsets in 32 bits
 # Three programs share a multiprocessor's registers. That hides more than loading ahead would in
 # loops of a few steps, which takes registers besides.
 HOW = {"BLOCK": 512, "num_warps": 4, "num_stages": 1, "maxnreg": 168}
+_INPUTS, _OUTPUTS, _NOTHING = map(tl.constexpr, (INPUTS, OUTPUTS, NOTHING))  # as kernels read them
 
 
 def net(x, rows, plan, precision=None) -> torch.Tensor:
@@ -65,9 +66,9 @@ def net(x, rows, plan, precision=None) -> torch.Tensor:
 @triton.jit
 def _at(place: tl.constexpr, x, out, scratch, b):
     """Where the values of a program's b samples start that lie at `place`."""
-    if place == -1:
+    if place == _INPUTS:
         return x
-    elif place == -2:
+    elif place == _OUTPUTS:
         return out
     else:
         return scratch + place * b
@@ -106,7 +107,7 @@ def _forward_step(
                 z = z / (step.KH * step.KW)
             else:
                 z += tl.load(source + at, mask=at < size, other=0).to(tl.float32)
-                if step.other != -3:
+                if step.other != _NOTHING:
                     other = _at(step.other, x, out, scratch, b)
                     z += tl.load(other + at, mask=at < size, other=0).to(tl.float32)
             z = act_forward(z, step.slope, step.omega, step.act)
@@ -131,7 +132,7 @@ def _layer_backward(
             step.SH, step.SW, step.PH, step.PW, step.KH, step.KW,
             step.bias >= 0, step.act, PRECISION, MM, MN, step.weight_tile[2],
         )  # fmt: skip
-    if step.source != -1:
+    if step.source != _INPUTS:
         BM: tl.constexpr = step.input_tile[0]
         BN: tl.constexpr = step.input_tile[1]
         phase = b * tl.cdiv(step.H, step.SH) * tl.cdiv(step.W, step.SW)
@@ -160,9 +161,9 @@ def _other_backward(x, out, scratch, g, grads, b, step: tl.constexpr, BLOCK: tl.
         z = tl.load(gradient + pixel, mask=inside, other=0).to(tl.float32) / (step.KH * step.KW)
         s = tl.load(saved + pixel, mask=inside, other=0).to(tl.float32)
         z = act_backward(z, s, step.slope, step.omega, step.act)
-        if step.source != -1:
+        if step.source != _INPUTS:
             _put(_at(step.source, x, g, grads, b) + at, z, at < size, step.add)
-        if step.other > -1:
+        if step.other != _NOTHING and step.other != _INPUTS:
             _put(_at(step.other, x, g, grads, b) + at, z, at < size, step.add_other)
 
 
