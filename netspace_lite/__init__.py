@@ -20,10 +20,10 @@ from .explore import (
 )  # fmt: skip
 from .fingerprint import fingerprint
 from .folding import Affine, fold_batchnorm
-from .layout import Layout, from_prep, to_prep
+from .layout import Layout, from_prep, invariants, to_prep
 from .metrics import (
     averages, compare, disagreement, line_drop, mean_net, nearest_by_answers, nearest_by_weights,
-    noisy_nets, novelty, pca_nets, readout, scores, weight_statistics,
+    noisy_nets, novelty, pca_nets, readout, scores,
 )  # fmt: skip
 from .nets import MixedNets, Nets
 from .optimiser import Muon

@@ -106,10 +106,8 @@ class DescribedDecoder(nn.Module):
             kind = kind_of(shape)
             bound = self.shapes[kind]
             if any(size > b for size, b in zip(shape, bound, strict=True)):
-                raise ValueError(
-                    f"parameter {name!r} of shape {tuple(shape)} is larger than {bound}, the "
-                    "largest this decoder makes: build it with a larger Largest(...)"
-                )
+                what = f"parameter {name!r} of shape {tuple(shape)} is larger than {bound}"
+                raise ValueError(f"{what}: build the decoder with a larger Largest(...)")
             full = self.make[kind](code[:, r]).unflatten(1, bound)
             cut = full[(slice(None), *(slice(size) for size in shape))].flatten(1)
             parts.append(cut * ((6 / prod(shape[1:])) ** 0.5 if kind != "bias" else 0.1))

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
-from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import KernelDensity
 from torch import Tensor, nn
 
@@ -240,9 +239,7 @@ def _start_points(space: NetSpace, starts, prior, seed: int) -> Tensor:
     z = torch.atleast_2d(starts) if isinstance(starts, Tensor) else space.encode(starts)
     size = space.config.embedding
     if z.dim() != 2 or z.shape[1] != size or not z.isfinite().all():
-        raise ValueError(
-            f"starts should be embeddings [N, {size}], not {list(z.shape)}, without NaN"
-        )
+        raise ValueError(f"starts should be finite embeddings [N, {size}], not {list(z.shape)}")
     return z
 
 
@@ -303,10 +300,8 @@ def _checked(loss, nets: int, step: int) -> Tensor:
     if shape not in ([], [nets]):
         raise LossError(f"a loss of nets is one number a net, [{nets}], or their mean; not {shape}")
     if not loss.requires_grad:
-        raise LossError(
-            "the loss does not depend on the nets: compute it from nets(x) with "
-            "differentiable torch operations (accuracy and .outputs() have no gradient)"
-        )
+        cure = "compute it from nets(x); accuracy and .outputs() have no gradient"
+        raise LossError(f"the loss does not depend on the nets: {cure}")
     loss = loss.expand(nets)
     if not (good := loss.isfinite()).all():
         bad = (~good).nonzero()[:, 0].tolist()
@@ -360,29 +355,20 @@ class Gaussian:
         return self.mean + (noise.to(self.mean) * self.spread) @ self.axes
 
 
-def sample(
-    embeddings: Tensor, n: int, density="kernel", *, bandwidth: float = 0.5, components: int = 4,
-    seed: int = 0,
-) -> Tensor:  # fmt: skip
+def sample(embeddings: Tensor, n: int, density=None, bandwidth=0.5, seed: int = 0) -> Tensor:
     """New embeddings [n, E] from a simple density of those given, [N, E].
 
     The density is fitted on whitened principal components that hold 99% of the variance.
 
     Args:
-        density: "kernel" (a Gaussian of width ``bandwidth``, in standard deviations, around every
-            embedding: small values copy, large ones wander), "mixture" (a Gaussian mixture of
-            ``components``), or any scikit-learn estimator with ``fit`` and ``sample``.
+        density: any scikit-learn estimator with ``fit`` and ``sample``, such as a
+            ``GaussianMixture``; None: a Gaussian of width ``bandwidth``, in standard deviations,
+            around every embedding: small values copy, large ones wander.
     """
     if n < 1 or embeddings.dim() != 2 or len(embeddings) < 2:
         found = f"n = {n} and {list(embeddings.shape)}"
         raise ValueError(f"sampling needs n ≥ 1 and at least 2 embeddings [N, E], not {found}")
-    known = {
-        "kernel": KernelDensity(bandwidth=bandwidth),
-        "mixture": GaussianMixture(components, reg_covar=1e-3, random_state=seed),
-    }
-    if isinstance(density, str) and density not in known:
-        raise ValueError(f"no density {density!r}: choose from {', '.join(known)}")
-    model = known[density] if isinstance(density, str) else density
+    model = density or KernelDensity(bandwidth=bandwidth)
     z = embeddings.detach().cpu().double().numpy()
     pca = PCA(0.99, whiten=True, svd_solver="full").fit(z)
     model.fit(pca.transform(z))

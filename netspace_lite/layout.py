@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -96,6 +97,24 @@ class Layout:
         """rows [N, P] -> N state dicts whose tensors are views of ``rows``."""
         views = {name: view.unbind() for name, view in self.views(rows).items()}
         return [{name: view[n] for name, view in views.items()} for n in range(len(rows))]
+
+
+def invariants(layout: Layout, rows: Tensor) -> Tensor:
+    """What of N nets' weights stays the same when hidden units change places: [N, F].
+
+    Of every matrix [units, rest] its singular values and the sorted norms of rows and columns, of
+    every vector its sorted values. Inputs and outputs keep their places, so that means over the
+    units of the first and the last matrix count, their products with each other, and a last bias.
+    """
+    views = list(layout.views(rows).values())
+    matrices = [view.flatten(2) for view in views if view.dim() > 2]
+    found = [view.reshape(len(rows), -1).sort(1).values for view in views if view.dim() < 3]
+    for m in matrices:
+        found += [torch.linalg.svdvals(m), *(m.norm(dim=d).sort(1).values for d in (1, 2))]
+    for m in (matrices[0].mT, matrices[-1]) if matrices else ():
+        upper = torch.triu_indices(m.shape[1], m.shape[1])
+        found += [m.mean(2), (m @ m.mT)[:, *upper]]
+    return torch.cat(found + [view for view in views[-1:] if view.dim() == 2], 1)
 
 
 def check_rows(rows: Tensor, size: int) -> None:

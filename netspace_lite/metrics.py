@@ -136,20 +136,6 @@ def averages(zoo: Nets, n: int, of: int = 2, seed: int = 0) -> Nets:
     return Nets(zoo.batched, zoo.rows[chosen.to(zoo.rows.device)].mean(1))
 
 
-def weight_statistics(nets: Nets) -> Tensor:
-    """Mean, spread and five quantiles of every parameter tensor (Unterthiner et al. 2020).
-
-    Returns [N, 7 · number of tensors].
-    """
-    quantiles = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
-    columns = []
-    for view in nets.layout.views(nets.rows).values():
-        flat = view.flatten(1)
-        moments = torch.stack([flat.mean(1), flat.std(1, correction=0)])
-        columns.append(torch.cat([moments, flat.quantile(quantiles.to(flat), dim=1)]))
-    return torch.cat(columns).T
-
-
 def readout(x: Tensor, y: Tensor, held_x: Tensor, held_y: Tensor) -> tuple[Tensor, float]:
     """Predict a property of nets by ridge regression: its values [M] for held-out nets, and R².
 

@@ -12,19 +12,22 @@ from .zoo import adamw_step
 SIDES = range(16, 257)
 
 
-def orthogonal(x: Tensor, floor: float = 1e-6) -> Tensor:
-    """The orthogonal part of a matrix [M, K]: the same singular vectors, all singular values 1.
+# Steps from one look at a matrix's directions to the next: they turn slowly, and looking is half of
+# what a step costs.
+LOOK = 8
 
-    Found from the Gram matrix of the shorter side, min(M, K) squared, since a decoder's heads are
-    long and thin: two products instead of the fifteen of a Newton-Schulz iteration. Singular values
-    under ``floor ** 0.5`` of the matrix's norm can't be told from rounding and stay small.
+
+def inverse_root(x: Tensor, floor: float = 1e-6) -> Tensor:
+    """(xᵀx)^(-1/2) of a matrix [M, K]: x times it has the same singular vectors, and values of 1.
+
+    The Gram matrix is small where M is large, as in a decoder's heads: two products instead of the
+    fifteen of a Newton-Schulz iteration. Singular values under ``floor ** 0.5`` of the matrix's
+    norm can't be told from rounding and stay small.
     """
-    if x.shape[0] < x.shape[1]:
-        return orthogonal(x.T, floor).T
     gram = x.T @ x
     values, vectors = torch.linalg.eigh(gram)
     values = (values + floor * gram.trace()).clamp_min(torch.finfo(x.dtype).tiny)
-    return x @ ((vectors * values.rsqrt()) @ vectors.T)
+    return (vectors * values.rsqrt()) @ vectors.T
 
 
 class Muon(torch.optim.Optimizer):
@@ -32,8 +35,9 @@ class Muon(torch.optim.Optimizer):
 
     A head's gradient is nearly of rank one: few directions of the hidden layer carry most of it,
     and Adam, which weighs every entry alone, follows those. Muon steps as far along every direction
-    (Jordan et al. 2024), here with the polar factor itself in place of its iteration. Its steps are
-    scaled to AdamW's root mean square (Liu et al. 2025), so that one ``lr`` serves both.
+    (Jordan et al. 2024), here with the polar factor itself in place of its iteration, by directions
+    that are up to `LOOK` steps old. Its steps have AdamW's root mean square (Liu et al. 2025), so
+    that one ``lr`` serves both.
     """
 
     def __init__(self, module: nn.Module, lr: float, momentum: float = 0.95, weight_decay=1e-2):
@@ -44,8 +48,10 @@ class Muon(torch.optim.Optimizer):
 
     def initial(self, p: nn.Parameter) -> dict[str, Tensor]:
         """The state that a parameter starts from."""
-        names = ("exp_avg",) if p in self._matrices else ("exp_avg", "exp_avg_sq")
-        return {"step": torch.zeros(())} | {name: torch.zeros_like(p) for name in names}
+        state = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
+        if p in self._matrices:
+            return state | {"root": p.new_zeros(min(p.shape), min(p.shape))}
+        return state | {"exp_avg_sq": torch.zeros_like(p)}
 
     @torch.no_grad()
     def step(self) -> None:
@@ -62,5 +68,10 @@ class Muon(torch.optim.Optimizer):
                     adamw_step(p, p.grad, *moments, float(state["step"]), lr, decay)
                     continue
                 momentum = state["exp_avg"].lerp_(p.grad, 1 - beta)
-                ahead = orthogonal(p.grad.lerp(momentum, beta))  # Nesterov's
-                p.mul_(1 - lr * decay).sub_(ahead, alpha=0.2 * lr * max(p.shape) ** 0.5)
+                ahead = p.grad.lerp(momentum, beta)  # Nesterov's
+                long = ahead if p.shape[0] >= p.shape[1] else ahead.T
+                if int(state["step"]) % LOOK == 1 % LOOK:
+                    state["root"].copy_(inverse_root(long))
+                way = long @ state["root"]
+                size = 0.2 * lr * p.numel() ** 0.5 / way.norm().clamp_min(1e-12)
+                p.mul_(1 - lr * decay).sub_(way.view_as(p) if long is ahead else way.T, alpha=size)

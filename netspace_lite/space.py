@@ -19,7 +19,7 @@ from .batching import BLOCK, Batched
 from .fingerprint import structure
 from .folding import fold_batchnorm
 from .kernels import chunk_pack
-from .layout import Layout, check_rows
+from .layout import Layout, check_rows, invariants
 from .nets import MixedNets, Nets
 from .paper import ConvDecoder, ConvEncoder
 
@@ -32,7 +32,7 @@ class SpaceConfig:
     chunk: int = 128  # L, values in a chunk of the PRep
     chunk_features: int = 32  # what the encoder keeps of each chunk
     probes: int = 128  # M, inputs that the encoder asks a net about; 0: weights only
-    weights: bool = True  # whether the encoder reads the weights
+    weights: bool | str = True  # whether the encoder reads the weights: chunks or "invariants"
     learn_probes: bool = False  # train the probes too; slower, since nets answer them every step
     hidden: int = 256  # width of the decoder's hidden layer
     parts: str = "ours"  # or "paper": the authors' encoder and decoder, see `netspace_lite.paper`
@@ -42,8 +42,8 @@ class SpaceConfig:
 class Features:
     """What the encoder reads of N nets of one architecture; computed once for a zoo.
 
-    prep: [N, T, L] standardised weights, answers: [N, M·K + 1] answers to the probes; either is
-    None in a space that doesn't read it.
+    prep: [N, T, L] standardised weights, or [N, 1, F] of their `invariants`; answers: [N, M·K + 1]
+    answers to the probes. Either is None in a space that doesn't read it.
     """
 
     prep: Tensor | None
@@ -59,14 +59,16 @@ class Encoder(nn.Module):
 
     Args:
         config: sizes.
-        chunks: T of each architecture.
+        chunks: T of each architecture, or F.
         answers: M·K + 1, or 0 without probes.
     """
 
     def __init__(self, config: SpaceConfig, chunks: Sequence[int], answers: int):
         super().__init__()
-        d = config.chunk_features
-        if config.weights:
+        d, self.chunk = config.chunk_features, None
+        if config.weights == "invariants":
+            self.gather = nn.ModuleList([nn.Linear(f, config.embedding) for f in chunks])
+        elif config.weights:
             self.chunk = nn.Linear(config.chunk, d)
             self.position = nn.ParameterList([torch.randn(t, d) * 0.02 for t in chunks])
             self.gather = nn.ModuleList([nn.Linear(t * d, config.embedding) for t in chunks])
@@ -80,8 +82,9 @@ class Encoder(nn.Module):
 
     def forward(self, features: Features, architecture: int = 0) -> Tensor:
         z = 0 if self.offset is None else self.offset[architecture]
-        if features.prep is not None:
-            h = F.leaky_relu(self.chunk(features.prep) + self.position[architecture])  # [N, T, d]
+        if (h := features.prep) is not None:
+            if self.chunk is not None:
+                h = F.leaky_relu(self.chunk(h) + self.position[architecture])  # [N, T, d]
             z = z + self.gather[architecture](h.flatten(1))
         if features.answers is not None:
             z = z + self.answers(features.answers)
@@ -129,16 +132,24 @@ class NetSpace(nn.Module):
             raise ValueError("an encoder needs weights=True, or probes > 0, to read anything")
         if config.parts not in ("ours", "paper"):
             raise ValueError(f"parts should be 'ours' or 'paper', not {config.parts!r}")
-        if config.parts == "paper" and (config.probes or len(modules) > 1):
+        if config.weights not in (True, False, "invariants"):
+            raise ValueError(f"weights are True, False or 'invariants', not {config.weights!r}")
+        if config.parts == "paper" and (
+            config.probes or config.weights is not True or len(modules) > 1
+        ):
             raise ValueError("the paper's parts read one architecture's weights: pass probes=0")
         self.batched = [Batched(fold_batchnorm(module)) for module in modules]
         if not self.batched or len({b.fingerprint for b in self.batched}) < len(self.batched):
             raise ValueError("no architectures, or two that compute the same: give each one once")
+        bases = [b.layout.pack([b.module])[0] for b in self.batched]
         chunks = [b.layout.chunks(config.chunk) for b in self.batched]
         for a, count in enumerate(chunks):
-            self.register_buffer(f"mean{a}", torch.zeros(count, config.chunk))
-            self.register_buffer(f"std{a}", torch.ones(count, config.chunk))
-        bases = [b.layout.pack([b.module])[0] for b in self.batched]
+            shape = count, config.chunk
+            if config.weights == "invariants":
+                shape = self._weights(bases[a][None], a).shape
+                chunks[a] = shape[1]
+            self.register_buffer(f"mean{a}", torch.zeros(shape))
+            self.register_buffer(f"std{a}", torch.ones(shape))
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
             if config.probes:
@@ -182,9 +193,11 @@ class NetSpace(nn.Module):
             a, rows = space.index(zoo), zoo.rows.detach()
             _check_finite(rows)
             scores = getattr(zoo, "scores", {}).get("val_accuracy", torch.zeros(len(zoo)))
-            base, size = rows[scores.argmax()], zoo.layout.size
+            base = rows[scores.argmax()]
             space.decoder.bias[a].data.copy_(base)
             space.decoder.scale[a].data.fill_(base.std())
+            rows = space._weights(rows, a)
+            size = rows.shape[1]
             getattr(space, f"mean{a}").flatten()[:size] = rows.mean(0)
             if len(zoo) > 1:
                 getattr(space, f"std{a}").flatten()[:size] = rows.std(0).clamp_min(1e-6)
@@ -222,6 +235,11 @@ class NetSpace(nn.Module):
         known = (f"{n} ({b.layout.size:,})" for n, b in zip(names, self.batched, strict=True))
         raise ValueError(f"{what}, is not one of this space, which holds {', '.join(known)}")
 
+    def _weights(self, rows: Tensor, architecture: int) -> Tensor:
+        """What the encoder reads of weights [N, P], before it is standardised: [N, P] or [N, F]."""
+        layout = self.batched[architecture].layout
+        return invariants(layout, rows) if self.config.weights == "invariants" else rows
+
     def features(self, rows: Tensor, architecture: int = 0) -> Features:
         """What the encoder reads of packed nets: rows [N, P] -> Features.
 
@@ -231,7 +249,9 @@ class NetSpace(nn.Module):
         prep = answers = None
         if self.config.weights:
             mean, std = getattr(self, f"mean{architecture}"), getattr(self, f"std{architecture}")
-            prep = chunk_pack(rows, *mean.shape, mean.float(), std.float())
+            prep = chunk_pack(
+                self._weights(rows, architecture), *mean.shape, mean.float(), std.float()
+            )
         if self.config.probes:
             batched = self.batched[architecture]
             blocks = [batched(part, self.probes) for part in rows.split(2 * BLOCK)]

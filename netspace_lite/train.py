@@ -14,7 +14,7 @@ from .tutorial import Settings, chapters
 SPACES = {
     "single": lambda *given: [
         chapters.single_space(*given),
-        chapters.single_space(*given, "space-weights-only", probes=0),
+        chapters.single_space(*given, "space-weights-only", **chapters.BLIND),
     ],
     "several": lambda *given: [chapters.several_space(*given)],
     "shapes": lambda settings, _: [chapters.shape_space(settings)],

@@ -219,11 +219,9 @@ class Zoo(Nets):
             known, rows = record["architecture"], tensors["rows"]
             batched = Batched(fold_batchnorm(module or build(known)))
             if batched.fingerprint != known["fingerprint"]:
-                raise ValueError(
-                    f"{folder} holds nets of {rows.shape[1]} parameters that compute something "
-                    f"else than this {name_of(batched.module)} of {batched.layout.size}: pass the "
-                    "architecture they were made of, with the same settings and activations"
-                )
+                what = f"{folder} holds nets of {rows.shape[1]} parameters that compute something"
+                given = f"{name_of(batched.module)} of {batched.layout.size}"
+                raise ValueError(f"{what} else than this {given}: pass what they were made of")
             scores = {n: torch.tensor(values) for n, values in record.get("scores", {}).items()}
             recipes = record.get("nets") and [Recipe(**net) for net in record["nets"]]
             history = recipes, tensors.get("losses"), tensors.get("members")
@@ -242,10 +240,8 @@ class Zoo(Nets):
         batched = Batched(modules[0])
         for n, module in enumerate(modules):
             if structure(module) != batched.fingerprint:
-                raise ValueError(
-                    f"module {n}, a {name_of(module)}, computes another function of its weights "
-                    f"than module 0, a {name_of(modules[0])}: one zoo holds one architecture"
-                )
+                what = f"module {n}, a {name_of(module)}, computes another function of its weights"
+                raise ValueError(f"{what} than module 0: one zoo holds one architecture")
         zoo = cls(batched, batched.layout.pack(modules))
         return zoo if task is None else zoo.scored(task)
 
@@ -338,10 +334,8 @@ def _make(make: Make, seed: int) -> nn.Module:
         if reset is not None:
             reset()
         elif next(layer.parameters(recurse=False), None) is not None:
-            raise ValueError(
-                f"layer {name or type(layer).__name__!r} has parameters but no reset_parameters(), "
-                "so it can't be initialised anew: pass a factory, such as lambda: MyNet(...)"
-            )
+            what = f"layer {name or type(layer).__name__!r} has parameters, no reset_parameters()"
+            raise ValueError(f"{what}: pass a factory, such as lambda: MyNet(...)")
     return module
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from netspace_lite.kernels import backend
 from pretend_cuda import CudaTensor, pretend_cuda
+from sklearn.mixture import GaussianMixture
 from torch import nn
 from toy import generator, small_nets, toy_data
 
@@ -205,7 +206,8 @@ def trained(w):
 
 def layouts(w):
     prep = ns.to_prep(w.zoo.rows, 10, 64)
-    return [prep, ns.from_prep(prep, 587), w.zoo.layout.pack([w.teacher, w.zoo.state_dict(2)])]
+    packed = w.zoo.layout.pack([w.teacher, w.zoo.state_dict(2)])
+    return [prep, ns.from_prep(prep, 587), packed, ns.invariants(w.zoo.layout, w.zoo.rows)]
 
 
 def embedded(w):
@@ -219,7 +221,7 @@ def embedded(w):
 def walked(w):
     line = ns.weight_line(w.zoo[:2], w.zoo[2:], 3)
     drop = ns.line_drop(line.accuracy(w.images).view(2, 3))
-    drawn = [ns.sample(w.z, 5), ns.sample(w.z, 5, "mixture", components=2)]
+    drawn = [ns.sample(w.z, 5), ns.sample(w.z, 5, GaussianMixture(2, random_state=0))]
     return [ns.interpolate(w.z[:2], w.z[2:4], 3), line.rows, drop, *drawn, ns.Gaussian(w.z)(w.z)]
 
 
@@ -234,7 +236,7 @@ def baselines(w):
 def measured(w):
     y, z = w.zoo.scores["val_accuracy"], w.z[:4]
     found = [*ns.novelty(w.zoo, w.x).values(), *ns.novelty(w.zoo[:1], w.x, w.zoo).values()]
-    found += [ns.disagreement(w.zoo.outputs(w.x), w.zoo.outputs(w.x)), ns.weight_statistics(w.zoo)]
+    found += [ns.disagreement(w.zoo.outputs(w.x), w.zoo.outputs(w.x))]
     found += [ns.blends(w.seen)]
     return [*found, ns.readout(z, y, z, y)[0], ns.few_shot(w.images, 2).x]
 
@@ -250,7 +252,7 @@ CALLS = {  # what is called -> the public names that it shows
     answers: "Nets Batched ImageData Images MixedNets Siren Sine",
     parts: "Zoo",
     trained: "train_zoo train_nets initial_rows fine_tune ImageTask Recipe",
-    layouts: "Layout to_prep from_prep",
+    layouts: "Layout to_prep from_prep invariants",
     saved_zoo: "",
     norms: "fold_batchnorm Affine",
     constants: "",
@@ -266,7 +268,7 @@ CALLS = {  # what is called -> the public names that it shows
     searched: "optimise optimise_weights refine Descent Search",
     walked: "interpolate weight_line line_drop sample Gaussian",
     baselines: "mean_net nearest_by_weights pca_nets noisy_nets averages nearest_by_answers",
-    measured: "novelty disagreement weight_statistics readout few_shot blends",
+    measured: "novelty disagreement readout few_shot blends",
     recognised: "fingerprint",
 }
 NO_TENSORS = """

@@ -1,13 +1,15 @@
 """Rows and PReps: exact round trips, views, and errors that name the shapes."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from netspace_lite.architectures import lite_net
-from netspace_lite.layout import Layout, from_prep, to_prep
+from netspace_lite.architectures import LeNetLike, lite_net
+from netspace_lite.layout import Layout, from_prep, invariants, to_prep
+from netspace_lite.nets import Nets
 
 
 def nets(count=3):
@@ -88,3 +90,30 @@ def test_grids_that_are_too_small_are_refused():
         to_prep(torch.zeros(1, 10), 2, 4)
     with pytest.raises(ValueError, match="fewer than 10"):
         from_prep(torch.zeros(1, 2, 4), 10)
+
+
+def test_invariants_do_not_change_with_the_order_of_hidden_units():
+    net = LeNetLike((1, 8, 8), 10, (4, 6), (12,), kernel=3)
+    layout, generator = Layout.of(net), torch.Generator().manual_seed(0)
+    (state,) = layout.unpack(torch.randn(1, layout.size, generator=generator))
+    other = {name: value.clone() for name, value in state.items()}
+    for units, layer, following in ((4, 0, 2), (6, 2, 5), (12, 5, 7)):
+        order = torch.randperm(units, generator=generator)
+        for name in (f"layers.{layer}.weight", f"layers.{layer}.bias"):
+            other[name] = other[name][order]
+        seen = other[f"layers.{following}.weight"]
+        shape = len(seen), units, -1
+        other[f"layers.{following}.weight"] = seen.reshape(shape)[:, order].reshape(seen.shape)
+    rows = layout.pack([state, other])
+    x = torch.randn(5, 1, 8, 8, generator=generator)
+    a, b = Nets(net, rows)(x)
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)  # the same function ...
+    assert (rows[0] - rows[1]).abs().max() > 1  # ... of other weights
+    found = invariants(layout, rows)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+    # another net has others, and NumPy finds the same singular values
+    third = invariants(layout, torch.cat([rows, rows[:1].flip(1)]))[2]
+    assert (third - found[0]).abs().max() > 0.1
+    weight = state["layers.5.weight"].numpy()
+    values = torch.from_numpy(np.linalg.svd(weight, compute_uv=False))
+    assert torch.isclose(found[0][:, None], values, rtol=1e-4).any(0).all()

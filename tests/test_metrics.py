@@ -10,7 +10,7 @@ from torch import nn
 from toy import generator, random_nets, small_nets, toy_data
 
 from netspace_lite import metrics
-from netspace_lite.metrics import averages, disagreement, novelty, readout, weight_statistics
+from netspace_lite.metrics import averages, disagreement, novelty, readout
 from netspace_lite.nets import Nets
 from netspace_lite.space import NetSpace, SpaceConfig
 
@@ -103,15 +103,6 @@ def test_averages_of_all_nets_are_the_mean_net():
     zoo = nets(12)
     found = averages(zoo, 3, of=12)
     torch.testing.assert_close(found.rows, zoo.rows.mean(0).expand(3, -1))
-
-
-def test_weight_statistics_are_numpys():
-    zoo = nets(12)
-    found = weight_statistics(zoo)
-    weight = zoo.rows[3, :12].numpy()
-    expected = [weight.mean(), weight.std(), *np.quantile(weight, [0, 0.25, 0.5, 0.75, 1])]
-    assert found.shape == (12, 14)
-    np.testing.assert_allclose(found[3, :7], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_readout_finds_a_linear_property():

@@ -1,30 +1,30 @@
 """The optimiser beside torch's own Muon and AdamW, and beside the singular value decomposition."""
 
-import pytest
 import torch
 from torch import nn
 
-from netspace_lite.optimiser import Muon, orthogonal
+from netspace_lite import optimiser
+from netspace_lite.optimiser import Muon, inverse_root
 
 
-@pytest.mark.parametrize("shape", [(40, 17), (17, 40)])
-def test_the_orthogonal_part_is_that_of_the_svd(shape):
+def test_the_inverse_root_gives_the_orthogonal_part_of_the_svd():
     torch.manual_seed(0)
-    x = torch.randn(shape, dtype=torch.double)
+    x = torch.randn(40, 17, dtype=torch.double)
     left, _, right = torch.linalg.svd(x, full_matrices=False)
-    torch.testing.assert_close(orthogonal(x, floor=0.0), left @ right)
-    torch.testing.assert_close(orthogonal(x), left @ right, rtol=0, atol=1e-4)
+    torch.testing.assert_close(x @ inverse_root(x, floor=0.0), left @ right)
+    torch.testing.assert_close(x @ inverse_root(x), left @ right, rtol=0, atol=1e-4)
 
 
 def test_directions_lost_in_rounding_stay_small():
     torch.manual_seed(0)
     left, _, right = torch.linalg.svd(torch.randn(60, 20), full_matrices=False)
     values = torch.logspace(0, -9, 20)
-    found = torch.linalg.svdvals(orthogonal((left * values) @ right))
+    x = (left * values) @ right
+    found = torch.linalg.svdvals(x @ inverse_root(x))
     assert found[0] > 0.9
     assert found[-1] < 0.1
     assert found.max() < 1.01
-    assert orthogonal(torch.zeros(5, 3)).isfinite().all()
+    assert inverse_root(torch.zeros(5, 3)).isfinite().all()
 
 
 def steps(make, module, count=3):
@@ -32,8 +32,8 @@ def steps(make, module, count=3):
     for _ in range(count):
         for p in module.parameters():
             p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
-        for optimiser in optimisers:
-            optimiser.step()
+        for one in optimisers:
+            one.step()
     return module
 
 
@@ -62,8 +62,9 @@ def test_a_matrix_over_256_on_its_shorter_side_steps_as_torchs_adamw():
     torch.testing.assert_close(ours, expected)
 
 
-def test_wide_matrices_step_nearly_as_torchs_muon():
+def test_wide_matrices_step_nearly_as_torchs_muon(monkeypatch):
     """Torch's has singular values between 0.7 and 1.2 from its iteration, ours have 1."""
+    monkeypatch.setattr(optimiser, "LOOK", 1)
     start = layers()[0].weight.detach().clone()
     options = {"lr": 1e-2, "weight_decay": 1e-2, "adjust_lr_fn": "match_rms_adamw"}
     ours = steps(lambda m: [Muon(m, 1e-2)], layers())[0].weight - start
@@ -71,3 +72,32 @@ def test_wide_matrices_step_nearly_as_torchs_muon():
     ours, theirs = ours.detach(), theirs.detach() - start
     assert torch.cosine_similarity(ours.flatten(), theirs.flatten(), 0) > 0.98
     assert 1 / 1.2 < (ours.norm() / theirs.norm()).item() < 1 / 0.7
+
+
+def test_between_two_looks_directions_stay_and_steps_are_as_long():
+    torch.manual_seed(0)
+    layer, roots = nn.Linear(32, 48, bias=False), []
+    muon = Muon(layer, 1e-2, weight_decay=0.0)
+    for _ in range(optimiser.LOOK + 2):
+        before = layer.weight.detach().clone()
+        layer.weight.grad = torch.randn(48, 32)
+        muon.step()
+        moved = layer.weight.detach() - before
+        torch.testing.assert_close(moved.square().mean().sqrt().item(), 0.2 * 1e-2)
+        roots.append(muon.state[layer.weight]["root"].clone())
+    assert all(torch.equal(root, roots[0]) for root in roots[: optimiser.LOOK])
+    assert (roots[optimiser.LOOK] - roots[0]).norm() > 0.1 * roots[0].norm()
+    assert torch.equal(roots[-1], roots[-2])
+
+
+def test_a_matrix_and_its_transpose_step_alike():
+    torch.manual_seed(0)
+    tall, wide = nn.Linear(20, 50, bias=False), nn.Linear(50, 20, bias=False)
+    wide.weight.data.copy_(tall.weight.T)
+    optimisers = Muon(tall, 1e-2), Muon(wide, 1e-2)
+    for _ in range(3):
+        tall.weight.grad = torch.randn(50, 20)
+        wide.weight.grad = tall.weight.grad.T.contiguous()
+        for one in optimisers:
+            one.step()
+    torch.testing.assert_close(tall.weight.T, wide.weight, rtol=1e-4, atol=1e-5)

@@ -15,6 +15,7 @@ CONFIG = SpaceConfig(embedding=16, probes=8, weights=False, hidden=16)
 CONFIGS = {
     "weights and probes": SpaceConfig(embedding=16, probes=6, hidden=16, chunk=64),
     "weights only": SpaceConfig(embedding=16, probes=0, hidden=16, chunk=64),
+    "invariants": SpaceConfig(embedding=16, probes=0, hidden=16, weights="invariants"),
     "probes only": SpaceConfig(embedding=16, probes=6, hidden=16, weights=False),
     "learned probes": SpaceConfig(embedding=16, probes=6, hidden=16, learn_probes=True),
 }

@@ -10,6 +10,9 @@ from netspace_lite import shapes
 
 from . import Settings
 
+# What an encoder reads that may not ask nets: what no order of hidden units changes.
+BLIND = {"probes": 0, "weights": "invariants"}
+
 
 class Chapter(NamedTuple):
     """A fitted space, the zoos it was fitted, chosen and tested on (for several architectures a
@@ -32,7 +35,8 @@ def single_zoo(settings: Settings, data: ns.ImageData) -> ns.Zoo:
 
 def single_space(settings: Settings, data: ns.ImageData, name: str = "space", **config) -> Chapter:
     """The space of notebook 2, kept in the folder ``name``; ``config`` goes to `SpaceConfig`."""
-    size, config = settings.sizes.fit, {"chunk": settings.sizes.zoo.chunk, **config}
+    size = settings.sizes.fit
+    config = {"chunk": settings.sizes.zoo.chunk, "probes": size.probes, **config}
     train, val, test = single_zoo(settings, data).split(size.val, size.test, settings.seed)
     space = ns.NetSpace.for_zoos(train, data.train.x, ns.SpaceConfig(**config), settings.seed)
     kept = {"epoch": size.epoch, "folder": settings.folder(name)}
@@ -86,13 +90,8 @@ def shape_samples(settings: Settings) -> tuple[shapes.Samples, shapes.Samples]:
 
 def shape_scores(val: ns.Zoo, fresh: shapes.Samples) -> Callable[[ns.NetSpace], dict[str, float]]:
     """How well a space knows held-out shapes, for `fit`."""
-    points = fresh.points[val.members]
-
-    def validate(space):
-        found = shapes.agreement(space, val, points)
-        return {"held-out nets, % within 0.01": float(found.mean())}
-
-    return validate
+    name, points = "held-out nets, % within 0.01", fresh.points[val.members]
+    return lambda space: {name: float(shapes.agreement(space, val, points).mean())}
 
 
 def shape_space(settings: Settings) -> Chapter:
