@@ -66,8 +66,6 @@ class Nets:
             blocks.append(torch.cat([self.batched(rows, part, per_net) for part in parts], dim=1))
         return torch.cat(blocks)
 
-    logits = outputs
-
     def accuracy(self, images) -> Tensor:
         """Accuracy in percent of each net on ``images`` (``.x`` [B, C, H, W], ``.y`` [B]): [N].
 
@@ -174,8 +172,6 @@ class MixedNets:
     def outputs(self, x: Tensor) -> Tensor:
         """Outputs [N, B, ...] without gradients."""
         return self.join([group.outputs(x) for group in self.groups])
-
-    logits = outputs
 
     def accuracy(self, images) -> Tensor:
         """Accuracy in percent of each net on ``images``: [N]."""

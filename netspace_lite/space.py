@@ -59,24 +59,24 @@ class Encoder(nn.Module):
 
     Args:
         config: sizes.
-        chunks: T of each architecture, or F.
+        shapes: (T, L) of each architecture, or (1, F).
         answers: M·K + 1, or 0 without probes.
     """
 
-    def __init__(self, config: SpaceConfig, chunks: Sequence[int], answers: int):
+    def __init__(self, config: SpaceConfig, shapes: Sequence[tuple[int, int]], answers: int):
         super().__init__()
         d, self.chunk = config.chunk_features, None
         if config.weights == "invariants":
-            self.gather = nn.ModuleList([nn.Linear(f, config.embedding) for f in chunks])
+            self.gather = nn.ModuleList([nn.Linear(f, config.embedding) for _, f in shapes])
         elif config.weights:
             self.chunk = nn.Linear(config.chunk, d)
-            self.position = nn.ParameterList([torch.randn(t, d) * 0.02 for t in chunks])
-            self.gather = nn.ModuleList([nn.Linear(t * d, config.embedding) for t in chunks])
+            self.position = nn.ParameterList([torch.randn(t, d) * 0.02 for t, _ in shapes])
+            self.gather = nn.ModuleList([nn.Linear(t * d, config.embedding) for t, _ in shapes])
         if answers:
             self.answers = nn.Linear(answers, config.embedding)
         self.offset = None
-        if len(chunks) > 1:  # where each architecture lies, whatever its nets answer: in a row
-            order = torch.arange(len(chunks))[:, None] - (len(chunks) - 1) / 2
+        if len(shapes) > 1:  # where each architecture lies, whatever its nets answer: in a row
+            order = torch.arange(len(shapes))[:, None] - (len(shapes) - 1) / 2
             way = F.normalize(torch.randn(config.embedding), dim=0)
             self.offset = nn.Parameter(8 * order * way)
 
@@ -130,24 +130,21 @@ class NetSpace(nn.Module):
         config, answers = self.config, 0
         if not (config.weights or config.probes):
             raise ValueError("an encoder needs weights=True, or probes > 0, to read anything")
-        if config.parts not in ("ours", "paper"):
-            raise ValueError(f"parts should be 'ours' or 'paper', not {config.parts!r}")
-        if config.weights not in (True, False, "invariants"):
-            raise ValueError(f"weights are True, False or 'invariants', not {config.weights!r}")
-        if config.parts == "paper" and (
-            config.probes or config.weights is not True or len(modules) > 1
-        ):
+        known = {"parts": ("ours", "paper"), "weights": (True, False, "invariants")}
+        for name, kinds in known.items():
+            if (given := getattr(config, name)) not in kinds:
+                raise ValueError(f"{name} should be one of {kinds}, not {given!r}")
+        reads = len(modules), config.weights, config.probes
+        if config.parts == "paper" and reads != (1, True, 0):
             raise ValueError("the paper's parts read one architecture's weights: pass probes=0")
         self.batched = [Batched(fold_batchnorm(module)) for module in modules]
         if not self.batched or len({b.fingerprint for b in self.batched}) < len(self.batched):
             raise ValueError("no architectures, or two that compute the same: give each one once")
         bases = [b.layout.pack([b.module])[0] for b in self.batched]
-        chunks = [b.layout.chunks(config.chunk) for b in self.batched]
-        for a, count in enumerate(chunks):
-            shape = count, config.chunk
-            if config.weights == "invariants":
-                shape = self._weights(bases[a][None], a).shape
-                chunks[a] = shape[1]
+        shapes = [(b.layout.chunks(config.chunk), config.chunk) for b in self.batched]
+        if config.weights == "invariants":
+            shapes = [tuple(self._weights(b[None], a).shape) for a, b in enumerate(bases)]
+        for a, shape in enumerate(shapes):
             self.register_buffer(f"mean{a}", torch.zeros(shape))
             self.register_buffer(f"std{a}", torch.ones(shape))
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -162,9 +159,9 @@ class NetSpace(nn.Module):
                 answers = sizes[0] + 1
             if config.parts == "paper":
                 self.encoder = ConvEncoder(config.embedding)
-                self.decoder = ConvDecoder(config.embedding, chunks[0], config.chunk, bases[0])
+                self.decoder = ConvDecoder(config.embedding, *shapes[0], bases[0])
             else:
-                self.encoder = Encoder(config, chunks, answers)
+                self.encoder = Encoder(config, shapes, answers)
                 self.decoder = Decoder(config, bases)
             if len(self.batched) > 1:  # says which architecture z stands for: the nearest, at first
                 offset = self.encoder.offset

@@ -44,7 +44,7 @@ def test_blocks_of_nets_and_samples_change_nothing():
 
 def test_a_net_leaves_the_batch_as_a_plain_module_and_as_a_file(nets, tmp_path):
     x = torch.randn(6, 1, 8, 8)
-    together = nets.logits(x)
+    together = nets.outputs(x)
     torch.testing.assert_close(nets.to_module(3)(x), together[3], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(nets[-1].to_module()(x), together[4], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(nets.to_module(-1)(x), together[4], rtol=1e-4, atol=1e-5)

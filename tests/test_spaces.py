@@ -55,7 +55,7 @@ def test_every_encoder_takes_nets_rows_modules_and_state_dicts_alike(zoos, data,
 def test_a_decoded_net_answers_the_same_in_the_batch_and_as_a_module(zoos, data):
     space = one(zoos, data)
     nets, x = space.decode(space.encode(zoos[0][:4])), data.test.x[:20]
-    together = nets.logits(x)
+    together = nets.outputs(x)
     for n in range(4):
         torch.testing.assert_close(nets.to_module(n)(x), together[n], rtol=1e-4, atol=1e-4)
 
@@ -276,6 +276,8 @@ def test_wrong_input_is_refused_in_a_sentence(zoos, data):
         space.decode(torch.zeros(2, 9))
     with pytest.raises(ValueError, match="weights=True, or probes > 0"):
         NetSpace([net], data.train.x, SpaceConfig(probes=0, weights=False))
+    with pytest.raises(ValueError, match="weights should be one of .*'invariants'.*, not 'chunks'"):
+        NetSpace([net], data.train.x, SpaceConfig(weights="chunks"))
     with pytest.raises(ValueError, match="no nets|at least one"):
         space.encode([])
     with pytest.raises(ValueError, match="no inputs|at least one|inputs"):
