@@ -24,6 +24,9 @@ def execute(notebook: Path, output: Path) -> None:
         client.kernel_name, client.startup_timeout = "python3", 300
         client.resources = {"metadata": {"path": str(notebook.parent)}}
         client.on_cell_executed = lambda **_: bar.update()
+        # No answers for widgets: to write to a kernel while its reply is awaited may lose the reply
+        # and hang (nbclient, issue 312).
+        client.comm_open_handlers["jupyter.widget"] = lambda message: None
         try:
             client.execute()
         finally:
