@@ -1,7 +1,7 @@
 """One training step of the authors' code beside ours, at the paper's sizes, on this machine.
 
     git clone https://github.com/CVLAB-Unibo/netspace authors
-    pip install torchvision
+    pip install torchvision tensorboard  # which it imports; torchvision as fits torch
     python tests/beside_authors.py authors
 
 Their encoder, decoder, loss and Adam as their trainer calls them (8 nets on 128 images, PRep of
@@ -17,7 +17,12 @@ import torch
 
 import netspace_lite as ns
 
-NETS, IMAGES, ROUNDS = 8, 128, 7
+NETS, IMAGES, ROUNDS = 8, 128, 3
+THEIRS = {
+    "LeNetLike": ("lenetlike",),
+    "VanillaCNN": ("vanilla_cnn",),
+    "ResNet8": ("resnet_fusedbn", 8),
+}
 
 
 def theirs(name: str, images: torch.Tensor):
@@ -25,21 +30,18 @@ def theirs(name: str, images: torch.Tensor):
     from models.decoder import Decoder
     from models.encoder import Encoder
     from models.netfactory import NetFactory
+    from trainers.single_arch import SingleArchTrainer
 
-    kind = {"LeNetLike": ("lenetlike",), "VanillaCNN": ("vanilla_cnn",)}.get(
-        name, ("resnet_fusedbn", 8)
-    )
-    nets = [NetFactory.get_net_builder(kind[0])(n, 0, *kind[1:], "cifar10") for n in range(NETS)]
+    kind, *depth = THEIRS[name]
+    nets = [NetFactory.get_net_builder(kind)(n, 0, *depth, "cifar10") for n in range(NETS)]
     prep = torch.stack([net.get_prep((8, 10_000)).detach() for net in nets])
     encoder, decoder = Encoder(4096), Decoder([nets[0]], 4096, (8, 10_000))
     adam = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], 1e-4)
-    from trainers.single_arch import SingleArchTrainer
-
-    loss_of = SingleArchTrainer.compute_loss
 
     def step():
         adam.zero_grad()
-        loss = loss_of(None, nets, decoder(encoder(prep)), images, decoder)
+        decoded = decoder(encoder(prep))
+        loss = SingleArchTrainer.compute_loss(None, nets, decoded, images, decoder)
         loss.backward()
         adam.step()
         loss.item()
@@ -71,7 +73,7 @@ def main(folder: str) -> None:
     sys.path.insert(0, folder)
     images = torch.randn(IMAGES, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, ms a step (median)")
-    for name in ("LeNetLike", "VanillaCNN", "ResNet8"):
+    for name in THEIRS:
         steps = {
             "authors": theirs(name, images),
             f"ours, {NETS} × {IMAGES}": ours(name, images, NETS, IMAGES),
