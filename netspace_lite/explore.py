@@ -368,7 +368,7 @@ def sample(embeddings: Tensor, n: int, density=None, bandwidth=0.5, seed: int = 
     if n < 1 or embeddings.dim() != 2 or len(embeddings) < 2:
         found = f"n = {n} and {list(embeddings.shape)}"
         raise ValueError(f"sampling needs n ≥ 1 and at least 2 embeddings [N, E], not {found}")
-    model = density or KernelDensity(bandwidth=bandwidth)
+    model = KernelDensity(bandwidth=bandwidth) if density is None else density
     z = embeddings.detach().cpu().double().numpy()
     pca = PCA(0.99, whiten=True, svd_solver="full").fit(z)
     model.fit(pca.transform(z))
