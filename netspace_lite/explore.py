@@ -239,7 +239,7 @@ def _start_points(space: NetSpace, starts, prior, seed: int) -> Tensor:
     z = torch.atleast_2d(starts) if isinstance(starts, Tensor) else space.encode(starts)
     size = space.config.embedding
     if z.dim() != 2 or z.shape[1] != size or not z.isfinite().all():
-        raise ValueError(f"starts should be finite embeddings [N, {size}], not {list(z.shape)}")
+        raise ValueError(f"starts should be embeddings [N, {size}], not {list(z.shape)}, no NaN")
     return z
 
 

@@ -12,8 +12,8 @@ from .zoo import adamw_step
 SIDES = range(16, 257)
 
 
-# Steps from one look at a matrix's directions to the next: they turn slowly, and looking is half of
-# what a step costs.
+# Steps from one look at a matrix's directions to the next: they turn slowly, and looking in every
+# step took a fifth of a fit's time on a CPU.
 LOOK = 8
 
 
@@ -70,8 +70,8 @@ class Muon(torch.optim.Optimizer):
                 momentum = state["exp_avg"].lerp_(p.grad, 1 - beta)
                 ahead = p.grad.lerp(momentum, beta)  # Nesterov's
                 long = ahead if p.shape[0] >= p.shape[1] else ahead.T
-                if int(state["step"]) % LOOK == 1 % LOOK:
+                if (int(state["step"]) - 1) % LOOK == 0:
                     state["root"].copy_(inverse_root(long))
                 way = long @ state["root"]
                 size = 0.2 * lr * p.numel() ** 0.5 / way.norm().clamp_min(1e-12)
-                p.mul_(1 - lr * decay).sub_(way.view_as(p) if long is ahead else way.T, alpha=size)
+                p.mul_(1 - lr * decay).sub_(way if long is ahead else way.T, alpha=size)

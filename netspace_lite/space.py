@@ -143,7 +143,7 @@ class NetSpace(nn.Module):
         bases = [b.layout.pack([b.module])[0] for b in self.batched]
         shapes = [(b.layout.chunks(config.chunk), config.chunk) for b in self.batched]
         if config.weights == "invariants":
-            shapes = [tuple(self._weights(b[None], a).shape) for a, b in enumerate(bases)]
+            shapes = [tuple(self._weights(base[None], a).shape) for a, base in enumerate(bases)]
         for a, shape in enumerate(shapes):
             self.register_buffer(f"mean{a}", torch.zeros(shape))
             self.register_buffer(f"std{a}", torch.ones(shape))

@@ -221,7 +221,7 @@ class Zoo(Nets):
             if batched.fingerprint != known["fingerprint"]:
                 what = f"{folder} holds nets of {rows.shape[1]} parameters that compute something"
                 given = f"{name_of(batched.module)} of {batched.layout.size}"
-                raise ValueError(f"{what} else than this {given}: pass what they were made of")
+                raise ValueError(f"{what} else than this {given}: pass the module they are of")
             scores = {n: torch.tensor(values) for n, values in record.get("scores", {}).items()}
             recipes = record.get("nets") and [Recipe(**net) for net in record["nets"]]
             history = recipes, tensors.get("losses"), tensors.get("members")

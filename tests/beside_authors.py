@@ -16,6 +16,7 @@ from statistics import median
 import torch
 
 import netspace_lite as ns
+from netspace_lite import training
 
 NETS, IMAGES, ROUNDS = 8, 128, 3
 THEIRS = {
@@ -50,22 +51,14 @@ def theirs(name: str, images: torch.Tensor):
 
 
 def ours(name: str, images: torch.Tensor, nets: int, samples: int):
-    """A step of `netspace_lite.fit`, answers of the targets looked up as there."""
+    """The very step of `netspace_lite.fit`, answers of the targets looked up as there."""
     net = ns.paper_net(name)
     zoo = ns.Nets(net, ns.initial_rows(net, range(100)))
     space = ns.NetSpace.for_zoos(zoo, images, ns.SpaceConfig(chunk=500))
     objective = ns.Distillation(space, zoo, images, nets=nets, samples=samples)
     optimiser, generator = ns.Muon(space, 2e-3), torch.Generator().manual_seed(0)
 
-    def step():
-        optimiser.zero_grad()
-        loss = objective(space, generator)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(space.parameters(), 1.0)
-        optimiser.step()
-        loss.item()
-
-    return step
+    return lambda: training._descend(space, objective, generator, optimiser, 0)
 
 
 def main(folder: str) -> None:

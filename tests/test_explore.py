@@ -204,7 +204,7 @@ def test_bad_starts_are_refused(space, two, images, nets):
         (torch.zeros(2, 5), r"embeddings \[N, 6\], not \[2, 5\]"),
         (torch.zeros(0, 6), "no starts"),
         ([], "no starts"),
-        (torch.full((1, 6), torch.nan), "finite"),
+        (torch.full((1, 6), torch.nan), "NaN"),
         (3, "prior="),
         (
             Nets(nn.Sequential(nn.Linear(2, 3)), torch.zeros(1, 9)),
