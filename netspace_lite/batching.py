@@ -118,13 +118,17 @@ class Batched:
     def _choose(self, mode: "_Mode", rows: Tensor, x: Tensor, per_net: bool) -> str:
         """The fastest way that gives what plain modules give, on two nets and three samples.
 
-        Trying it shows what a trace can't, such as an operation that mixes samples. Dropout is off
-        meanwhile. What is random all the same can't be compared: that is vmap's.
+        Trying it shows what a trace can't, such as an operation that mixes samples; nets or inputs
+        that are alike would hide it. Dropout is off meanwhile. What is random all the same can't be
+        compared: that is vmap's.
         """
         good = rows.detach()[rows.detach().isfinite().all(1)][:2]
         if len(good) == 0:
             return "loop"  # nets that aren't finite show nothing: the next call looks again
-        x, reasons = (x[: len(good), :3] if per_net else x[:3]).detach(), []
+        if len(good) == 1 or torch.equal(*good):
+            good = torch.stack([good[0], good[0].flip(0)])
+        x, reasons = (x[0, :3] if per_net else x[:3]).detach(), []
+        x = torch.stack([x, x.roll(1, -1)]) if per_net else x
 
         def run(way):
             running = self.initial_running(len(good)).to(good) if mode.training else None
@@ -414,6 +418,8 @@ class _Interpreter:
             running = [None if view is None else view.clone().flatten() for view in views]
             norm = F.batch_norm if isinstance(layer, _BATCH_NORMS) else F.instance_norm
             out = norm(channels, *running, weight, bias, True, layer.momentum or 0.0, layer.eps)
+            if norm is F.instance_norm and out.requires_grad:  # its backward reads others wrongly
+                out.register_hook(Tensor.contiguous)
             for view, updated in zip(views, running, strict=True):
                 if view is not None:
                     view.copy_(updated.view_as(view))
@@ -426,7 +432,10 @@ class _Interpreter:
         if type(module) is nn.Flatten and many and (module.start_dim, module.end_dim) == (1, -1):
             return _Many(self._many(node.args[0]).apart.flatten(2), self.nets)  # copies nothing
         if many:  # constants stay as they are
-            varying = (source for source in values if source.op != "get_attr")
+            varying = [source for source in values if source.op != "get_attr"]
+            if _works_in_place(node, module):  # on memory of its own, not on a layer's output
+                changed = self._many(varying[0])
+                changed.value = changed.folded.clone()
             values |= {source: self._many(source).folded for source in varying}
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.get)
         if node.op == "call_module":
@@ -436,6 +445,12 @@ class _Interpreter:
         else:
             value = node.target(*args, **kwargs)
         return _Many(value, self.nets, folded=True) if many else value
+
+
+def _works_in_place(node: fx.Node, module: nn.Module | None) -> bool:
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    flags = getattr(module, "inplace", False), *node.args[1:], *node.kwargs.values()
+    return any(flag is True for flag in flags) or (module is None and name.endswith("_"))
 
 
 def _grouped_conv(x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Module) -> Tensor:

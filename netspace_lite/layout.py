@@ -74,11 +74,14 @@ class Layout:
     def pack(self, nets) -> Tensor:
         """Modules or state dicts of this architecture -> rows [N, P], bit-exact.
 
-        Raises ValueError naming the first net and parameter that is missing or has another shape.
+        Raises ValueError naming the first net and parameter that is missing or has another shape,
+        and if dtypes differ.
         """
         tensors = [self._parameters(n, net) for n, net in enumerate(nets)]
         if not tensors:
             raise ValueError("no nets to pack: give at least one module or state dict")
+        if len(kinds := {value.dtype for net in tensors for value in net}) > 1:
+            raise ValueError(f"nets to pack have parameters of {kinds}: make them alike")
         return chunk_pack(tensors, 1, self.size).flatten(1)
 
     def _parameters(self, n: int, net) -> list[Tensor]:
@@ -104,9 +107,12 @@ def invariants(layout: Layout, rows: Tensor) -> Tensor:
 
     Of every matrix [units, rest] its singular values and the sorted norms of rows and columns, of
     every vector its sorted values. Inputs and outputs keep their places, so that means over the
-    units of the first and the last matrix count, their products with each other, and a last bias.
+    units of the first and the last matrix count, their products with each other, and a last bias:
+    units' places count too where the first matrix in a row doesn't read the inputs, or the last one
+    doesn't write the outputs. F grows with the square of inputs a unit and of outputs.
     """
-    views = list(layout.views(rows).values())
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    views = list(layout.views(wide).values())
     matrices = [view.flatten(2) for view in views if view.dim() > 2]
     found = [view.reshape(len(rows), -1).sort(1).values for view in views if view.dim() < 3]
     for m in matrices:
@@ -114,7 +120,7 @@ def invariants(layout: Layout, rows: Tensor) -> Tensor:
     for m in (matrices[0].mT, matrices[-1]) if matrices else ():
         upper = torch.triu_indices(m.shape[1], m.shape[1])
         found += [m.mean(2), (m @ m.mT)[:, *upper]]
-    return torch.cat(found + [view for view in views[-1:] if view.dim() == 2], 1)
+    return torch.cat(found + [view for view in views[-1:] if view.dim() == 2], 1).to(rows)
 
 
 def check_rows(rows: Tensor, size: int) -> None:

@@ -71,7 +71,7 @@ def nearest_by_answers(zoo_answers: Tensor, answers: Tensor, zoo: Nets) -> Nets:
 def pca_nets(zoo: Nets, nets: Nets, size: int) -> Nets:
     """Baseline: weights squeezed through the zoo's first ``size`` principal components."""
     rows, others = (rows.detach().cpu() for rows in _alike(zoo, nets))
-    pca = PCA(min(size, len(zoo)), random_state=0).fit(rows)
+    pca = PCA(min(size, *rows.shape), random_state=0).fit(rows)
     found = torch.from_numpy(pca.inverse_transform(pca.transform(others)))
     return Nets(nets.batched, found.to(nets.rows))
 
@@ -119,10 +119,9 @@ def novelty(nets: Nets, x: Tensor, zoo: Nets | None = None) -> dict[str, Tensor]
     distance; on the CPU, as accuracies are. A copy of a zoo net has 0 in both.
     """
     others = nets if zoo is None else zoo
-    distances = {
-        "function": disagreement(nets.outputs(x), others.outputs(x)),
-        "weights": torch.cdist(nets.rows, others.rows),
-    }
+    distances = {"function": disagreement(nets.outputs(x), others.outputs(x))}
+    exact = "donot_use_mm_for_euclid_dist"  # products would not give 0 for copies
+    distances["weights"] = torch.cdist(nets.rows, others.rows, compute_mode=exact)
     if zoo is None:
         for distance in distances.values():
             distance.fill_diagonal_(torch.inf)

@@ -15,6 +15,7 @@ SIDES = range(16, 257)
 # Steps from one look at a matrix's directions to the next: they turn slowly, and looking in every
 # step took a fifth of a fit's time on a CPU.
 LOOK = 8
+BLOCK = 1 << 17  # values that a CPU takes through a whole step while they lie in its caches
 
 
 def inverse_root(x: Tensor, floor: float = 1e-6) -> Tensor:
@@ -24,9 +25,10 @@ def inverse_root(x: Tensor, floor: float = 1e-6) -> Tensor:
     fifteen of a Newton-Schulz iteration. Singular values under ``floor ** 0.5`` of the matrix's
     norm can't be told from rounding and stay small.
     """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     gram = x.T @ x
     values, vectors = torch.linalg.eigh(gram)
-    values = (values + floor * gram.trace()).clamp_min(torch.finfo(x.dtype).tiny)
+    values = (values + floor * gram.trace()).clamp_min(1e-24)  # of a gradient of zeros, too
     return (vectors * values.rsqrt()) @ vectors.T
 
 
@@ -55,7 +57,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step along the gradients that there are, in place."""
+        """One step along the gradients that there are, in place. Gradients are used up."""
         for group in self.param_groups:
             lr, decay, beta = group["lr"], group["weight_decay"], group["momentum"]
             for p in (p for p in group["params"] if p.grad is not None):
@@ -63,15 +65,30 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state |= self.initial(p)
                 state["step"] += 1
-                if p not in self._matrices:
-                    moments = state["exp_avg"], state["exp_avg_sq"]
-                    adamw_step(p, p.grad, *moments, float(state["step"]), lr, decay)
+                if p in self._matrices:
+                    _turned_step(p, p.grad, state, lr, decay, beta)
                     continue
-                momentum = state["exp_avg"].lerp_(p.grad, 1 - beta)
-                ahead = p.grad.lerp(momentum, beta)  # Nesterov's
-                long = ahead if p.shape[0] >= p.shape[1] else ahead.T
-                if (int(state["step"]) - 1) % LOOK == 0:
-                    state["root"].copy_(inverse_root(long))
-                way = long @ state["root"]
-                size = 0.2 * lr * p.numel() ** 0.5 / way.norm().clamp_min(1e-12)
-                p.mul_(1 - lr * decay).sub_(way if long is ahead else way.T, alpha=size)
+                for part in _blocks(p, p.grad, state["exp_avg"], state["exp_avg_sq"]):
+                    adamw_step(*part, float(state["step"]), lr, decay)
+
+
+def _turned_step(p: Tensor, grad: Tensor, state: dict, lr: float, decay: float, beta: float):
+    """Muon's step of a matrix."""
+    wide = p.shape[0] < p.shape[1]
+    p, grad, momentum = (t.T if wide else t for t in (p, grad, state["exp_avg"]))
+    ahead = (g.lerp_(m.lerp_(g, 1 - beta), beta) for g, m in _blocks(grad, momentum))  # Nesterov's
+    if (int(state["step"]) - 1) % LOOK == 0:
+        ahead = list(ahead)
+        state["root"].copy_(inverse_root(grad))
+    for block in ahead:
+        block.copy_(block @ state["root"])
+    size = 0.2 * lr * p.numel() ** 0.5 / grad.norm().clamp_min(1e-12)
+    for part, way in _blocks(p, grad):
+        part.mul_(1 - lr * decay).sub_(way.mul_(size))
+
+
+def _blocks(*tensors: Tensor):
+    """The same rows of each tensor, few at a time on a CPU."""
+    first, *_ = tensors = torch.atleast_1d(*tensors)
+    rows = BLOCK * len(first) // max(1, first.numel()) if first.device.type == "cpu" else len(first)
+    return zip(*(tensor.split(max(1, rows)) for tensor in tensors), strict=True)

@@ -320,7 +320,7 @@ class NetSpace(nn.Module):
 
     def _check(self, z: Tensor) -> Tensor:
         z = z[None] if z.dim() == 1 else z
-        if z.dim() != 2 or z.shape[1] != self.config.embedding:
+        if z.dim() != 2 or z.shape[1] != self.config.embedding or len(z) == 0:
             size = self.config.embedding
             raise ValueError(f"embeddings should be [N, {size}], not {list(z.shape)}")
         return z

@@ -326,6 +326,7 @@ def fit(
     optimiser = Muon(space, lr)
     plan = {"steps": steps, "lr": lr, "epoch": epoch, "seed": getattr(space, "seed", 0)}
     plan["optimiser"] = type(optimiser).__name__
+    plan["learned"] = fingerprint([n for n, p in space.named_parameters() if p.requires_grad])
     generator = torch.Generator().manual_seed(plan["seed"])
     history, best = [], {}
     if folder is not None:

@@ -301,8 +301,8 @@ def adamw_step(rows, grad, momentum, variance, step, lr, weight_decay, betas=(0.
     momentum.lerp_(grad, 1 - betas[0])
     variance.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
     rows.mul_(1 - lr * weight_decay)
-    scale = (variance.sqrt() / (1 - betas[1] ** step) ** 0.5).add_(1e-8)
-    rows.sub_(lr / (1 - betas[0] ** step) * momentum / scale)
+    scale = variance.sqrt().div_((1 - betas[1] ** step) ** 0.5).add_(1e-8)
+    rows.addcdiv_(momentum, scale.div_(lr / (1 - betas[0] ** step)), value=-1)
 
 
 def initial_rows(make: Make | Batched, seeds: Iterable[int]) -> Tensor:
@@ -326,7 +326,9 @@ def _make(make: Make, seed: int) -> nn.Module:
     if not isinstance(make, nn.Module):
         return make()
     if ARCHITECTURES.get(type(make).__name__) is type(make):
-        return build(describe(make)).to(next(make.parameters()).dtype)
+        built = build(describe(make)).to(next(make.parameters()).dtype)
+        if Layout.of(built) == Layout.of(make):  # it may have been changed since it was made
+            return built
     module = copy.deepcopy(make).cpu()  # random numbers are the CPU's
     for name, layer in reversed(list(module.named_modules())):  # parents have the last word
         names = ("reset_parameters", "_reset_parameters")
@@ -343,7 +345,10 @@ def _template(make: Make | Batched) -> Batched:
     """The architecture, whatever its values."""
     if not isinstance(make, nn.Module | Batched):
         with torch.random.fork_rng(devices=[]):
-            make = make()
+            make, other = (_make(make, seed) for seed in (0, 1))
+        if structure(make) != structure(other):
+            what = f"two {name_of(make)}s of the factory differ in more than their parameters"
+            raise ValueError(f"{what}: draw its constants, such as buffers, from a fixed seed")
     return make if isinstance(make, Batched) else Batched(make)
 
 

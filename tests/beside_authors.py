@@ -18,7 +18,7 @@ import torch
 import netspace_lite as ns
 from netspace_lite import training
 
-NETS, IMAGES, ROUNDS = 8, 128, 3
+NETS, IMAGES, ROUNDS = 8, 128, 7
 THEIRS = {
     "LeNetLike": ("lenetlike",),
     "VanillaCNN": ("vanilla_cnn",),

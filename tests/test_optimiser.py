@@ -101,3 +101,35 @@ def test_a_matrix_and_its_transpose_step_alike():
         for one in optimisers:
             one.step()
     torch.testing.assert_close(tall.weight.T, wide.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_scalars_empty_and_half_parameters_step():
+    torch.manual_seed(0)
+    module = nn.Linear(20, 30)
+    module.scalar, module.empty = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.ones(0, 3))
+    for kind in (torch.float32, torch.bfloat16):
+        module = module.to(kind)
+        before = module.weight.detach().clone()
+        steps(lambda m: [Muon(m, 1e-1)], module)
+        assert module.scalar.isfinite()
+        assert (module.weight - before).abs().max() > 0.01
+
+
+def test_blocks_of_rows_step_as_the_whole(monkeypatch):
+    expected = steps(lambda m: [Muon(m, 1e-2)], layers(torch.double))
+    monkeypatch.setattr(optimiser, "BLOCK", 100)
+    found = steps(lambda m: [Muon(m, 1e-2)], layers(torch.double))
+    for p, q in zip(found.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_a_gradient_of_zeros_at_a_look_does_not_stop_what_follows():
+    layer = nn.Linear(32, 48, bias=False)
+    muon = Muon(layer, 1e-2, weight_decay=0.0)
+    layer.weight.grad = torch.zeros(48, 32)
+    muon.step()
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.randn(48, 32)
+    muon.step()
+    moved = (layer.weight.detach() - before).square().mean().sqrt().item()
+    torch.testing.assert_close(moved, 0.2 * 1e-2)
