@@ -10,7 +10,7 @@ help:
 	@echo "make tutorial   run the notebooks in order into build/notebooks/ and print their results"
 	@echo "make seeds      the same for seeds 0, 1, 2, and a table over them"
 	@echo "make test       all tests, the whole notebooks included"
-	@echo "make test-fast  all tests but those without a GPU for GPUs, notebooks at the smallest sizes"
+	@echo "make test-fast  most tests: without compiling kernels ahead, notebooks at the smallest sizes"
 	@echo "make lab        open the notebooks in JupyterLab"
 	@echo "make bench      time the kernels beside a loop, vmap and torch.compile"
 	@echo "make gpu        on a machine with a GPU: tests, benchmarks and notebooks, tables in build/gpu/"
