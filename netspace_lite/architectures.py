@@ -19,17 +19,24 @@ def architecture(cls):
     """Class decorator: register ``cls`` by name and keep constructor arguments in ``.config``.
 
     The arguments have to be plain JSON values (numbers, strings, lists of those). Decorate your own
-    modules with it and zoos of them save and load like the built-in ones.
+    modules with it and zoos of them save and load like the built-in ones. Raises TypeError for a
+    constructor with ``*args``, which have no names to keep them by.
     """
     init = cls.__init__
     signature = inspect.signature(init)
+    (_, *names), kinds = signature.parameters, signature.parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in kinds):
+        raise TypeError(f"{cls.__name__} takes *args, which can't be kept: give them names")
+    options = [p.name for p in kinds if p.kind is p.VAR_KEYWORD]
 
     @functools.wraps(init)
     def remember(self, *args, **kwargs):
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         init(self, *args, **kwargs)
-        self.config = {k: v for k, v in bound.arguments.items() if k != "self"}
+        self.config = {k: bound.arguments[k] for k in names}
+        for name in options:
+            self.config |= self.config.pop(name)
 
     cls.__init__ = remember
     ARCHITECTURES[cls.__name__] = cls

@@ -152,6 +152,10 @@ class Descent:
     prior_weight: float = 0.1
     architecture_weight: float = 1.0
 
+    def __post_init__(self):
+        if self.steps < 0 or self.every < 1:
+            raise ValueError(f"no search of {self.steps} steps validates every {self.every}")
+
 
 def optimise(
     space: NetSpace, starts, loss: NetsLoss, validate: Validation = None, *, architecture=None,

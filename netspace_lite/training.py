@@ -326,7 +326,6 @@ def fit(
     optimiser = Muon(space, lr)
     plan = {"steps": steps, "lr": lr, "epoch": epoch, "seed": getattr(space, "seed", 0)}
     plan["optimiser"] = type(optimiser).__name__
-    plan["learned"] = fingerprint([n for n, p in space.named_parameters() if p.requires_grad])
     generator = torch.Generator().manual_seed(plan["seed"])
     history, best = [], {}
     if folder is not None:
@@ -390,6 +389,7 @@ def _resume(folder, plan, space, optimiser, generator) -> tuple[list, dict[str, 
     begun, origin = getattr(space, "_begun", None) or ("", "")  # by a fit that was interrupted
     found = store.exists(folder, "fit")
     plan["space"] = origin if found and begun == str(folder) else fingerprint(space)
+    plan["learned"] = fingerprint([n for n, p in space.named_parameters() if p.requires_grad])
     space._begun = str(folder), plan["space"]
     if not found:
         return [], {}

@@ -5,10 +5,12 @@ import torch
 from torch import nn
 
 from netspace_lite.architectures import (
+    ARCHITECTURES,
     LITE_NETS,
     LeNetLike,
     ResNet,
     Siren,
+    architecture,
     build,
     describe,
     lite_net,
@@ -79,3 +81,24 @@ def test_bad_requests_say_what_there_is():
         paper_net("ResNet8", "mnist")
     with pytest.raises(ValueError, match="decorate its class"):
         build({"name": "MyNet", "config": None})
+
+
+def test_options_are_kept_by_name_and_arguments_without_names_refused():
+    @architecture
+    class Optional(nn.Module):
+        def __init__(own, classes, **options):
+            super().__init__()
+            own.layers = nn.Linear(options.get("width", 4), classes)
+
+    try:
+        module = build(describe(Optional(3, width=7)))
+        assert module.layers.weight.shape == (3, 7)
+        assert module.config == {"classes": 3, "width": 7}
+        with pytest.raises(TypeError, match="give them names"):
+
+            @architecture
+            class Listed(nn.Module):
+                def __init__(self, *widths):
+                    super().__init__()
+    finally:
+        ARCHITECTURES.pop("Optional")

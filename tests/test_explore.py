@@ -353,3 +353,8 @@ def test_without_validation_the_last_state_is_kept(space, images):
     assert torch.equal(search.best, search.path[-1])
     assert search.losses.shape == (7, 3)
     assert not torch.equal(search.best, starts)
+
+
+def test_a_search_that_never_validates_is_refused():
+    with pytest.raises(ValueError, match="validates every 0"):
+        Descent(every=0)

@@ -319,3 +319,18 @@ def test_a_copy_has_no_novelty_in_a_zoo_of_any_size():
     net = nn.Linear(300, 2)
     nets = ns.Nets(net, ns.initial_rows(net, range(40)))
     assert ns.novelty(nets[:30], torch.randn(3, 300), nets)["weights"].max() == 0
+
+
+def test_a_fit_of_other_parameters_is_not_taken_for_this_one(tmp_path):
+    zoo = random_nets(small_nets()[0], 5)
+
+    def fitted(frozen):
+        space = NetSpace.for_zoos(zoo, DATA.train.x, CONFIG)
+        space.decoder.requires_grad_(not frozen)
+        fit(space, Distillation(space, zoo, DATA.train.x), lambda s: {"none": 0.0}, 2, epoch=2,
+            folder=tmp_path)  # fmt: skip
+
+    fitted(frozen=False)
+    fitted(frozen=False)
+    with pytest.raises(ValueError, match="another learned"):
+        fitted(frozen=True)
