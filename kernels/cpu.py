@@ -23,7 +23,7 @@ GROWTH = 4  # unfolding may make images this many times larger before moving the
 BLOCK_BYTES = 4 << 20  # unfolded images of this many bytes stay in the second-level caches
 
 BLOCK_INPUTS = 2 << 20  # bytes of inputs that the nets of one block have between them
-ALONE = 512 << 10  # bytes of inputs from which one net fills the caches
+ALONE = 320 << 10  # bytes of inputs from which one net fills the caches
 MOST_NETS = 32
 
 
