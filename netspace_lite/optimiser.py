@@ -73,12 +73,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def _turned_step(p: Tensor, grad: Tensor, state: dict, lr: float, decay: float, beta: float):
-    """Muon's step of a matrix."""
+    """Muon's step of a matrix. Its direction comes to stand where the gradient did, by blocks."""
     wide = p.shape[0] < p.shape[1]
     p, grad, momentum = (t.T if wide else t for t in (p, grad, state["exp_avg"]))
     ahead = (g.lerp_(m.lerp_(g, 1 - beta), beta) for g, m in _blocks(grad, momentum))  # Nesterov's
     if (int(state["step"]) - 1) % LOOK == 0:
-        ahead = list(ahead)
+        ahead = list(ahead)  # all of it, before any block is turned
         state["root"].copy_(inverse_root(grad))
     for block in ahead:
         block.copy_(block @ state["root"])
