@@ -89,8 +89,9 @@ class ImageLoss:
         self.distil, self.temperature = (distil if teacher is not None else 0.0), temperature
         self.samples = min(samples, len(images))
         if isinstance(teacher, nn.Module):
-            with torch.no_grad():
-                self.targets = copy.deepcopy(teacher).eval()(images.x)[None]
+            teacher = copy.deepcopy(teacher).eval()
+            with torch.no_grad():  # in parts, or a deep teacher's activations fill the memory
+                self.targets = torch.cat([teacher(x) for x in images.x.split(4096)])[None]
         elif teacher is not None:
             self.targets = teacher[0].outputs(images.x)
 
