@@ -448,8 +448,8 @@ class _Interpreter:
 
 
 def _works_in_place(node: fx.Node, module: nn.Module | None) -> bool:
-    name = node.target if isinstance(node.target, str) else node.target.__name__
-    flags = getattr(module, "inplace", False), *node.args[1:], *node.kwargs.values()
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    flags = getattr(module, "inplace", False), node.kwargs.get("inplace"), *node.args[1:]
     return any(flag is True for flag in flags) or (module is None and name.endswith("_"))
 
 
