@@ -24,19 +24,19 @@ def architecture(cls):
     """
     init = cls.__init__
     signature = inspect.signature(init)
-    (_, *names), kinds = signature.parameters, signature.parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in kinds):
+    _, *parameters = signature.parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         raise TypeError(f"{cls.__name__} takes *args, which can't be kept: give them names")
-    options = [p.name for p in kinds if p.kind is p.VAR_KEYWORD]
 
     @functools.wraps(init)
     def remember(self, *args, **kwargs):
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         init(self, *args, **kwargs)
-        self.config = {k: bound.arguments[k] for k in names}
-        for name in options:
-            self.config |= self.config.pop(name)
+        self.config = {}
+        for p in parameters:
+            value = bound.arguments[p.name]
+            self.config |= value if p.kind is p.VAR_KEYWORD else {p.name: value}
 
     cls.__init__ = remember
     ARCHITECTURES[cls.__name__] = cls

@@ -66,16 +66,15 @@ class Muon(torch.optim.Optimizer):
                     state |= self.initial(p)
                 state["step"] += 1
                 if p in self._matrices:
-                    _turned_step(p, p.grad, state, lr, decay, beta)
+                    _turned_step(p, state, lr, decay, beta)
                     continue
                 for part in _blocks(p, p.grad, state["exp_avg"], state["exp_avg_sq"]):
                     adamw_step(*part, float(state["step"]), lr, decay)
 
 
-def _turned_step(p: Tensor, grad: Tensor, state: dict, lr: float, decay: float, beta: float):
+def _turned_step(p: nn.Parameter, state: dict, lr: float, decay: float, beta: float) -> None:
     """Muon's step of a matrix. Its direction comes to stand where the gradient did, by blocks."""
-    wide = p.shape[0] < p.shape[1]
-    p, grad, momentum = (t.T if wide else t for t in (p, grad, state["exp_avg"]))
+    p, grad, momentum = (t.T if len(t) < t.shape[1] else t for t in (p, p.grad, state["exp_avg"]))
     ahead = (g.lerp_(m.lerp_(g, 1 - beta), beta) for g, m in _blocks(grad, momentum))  # Nesterov's
     if (int(state["step"]) - 1) % LOOK == 0:
         ahead = list(ahead)  # all of it, before any block is turned

@@ -502,7 +502,7 @@ class _Blocks:
                 bar.update(sum(min(recipe.steps, int(state.get("step", 0))) for recipe in chosen))
                 on_step = self.watcher(number, chosen, bar)
                 state = train_nets(self.batched, self.task, chosen, state, on_step, members)
-                states.append({k: v for k, v in state.items() if k not in ADAM})
+                states.append(_without_adam(state))
         return states
 
     def begin(self, number: int, recipes: list[Recipe]) -> dict[str, Tensor]:
@@ -535,7 +535,7 @@ class _Blocks:
                 row["loss"] = state["losses"][:nets, step - 1].mean().item()
                 self.log(row | {"seconds": state["seconds"].item()})
             if self.folder and (done or time.monotonic() - saved > CHECKPOINT_SECONDS):
-                kept = {k: v for k, v in state.items() if not done or k not in ADAM}
+                kept = _without_adam(state) if done else state
                 store.save(self.folder, f"block-{number}", self.plan, kept)
                 saved = time.monotonic()
 
@@ -551,6 +551,11 @@ class _Blocks:
             for number in range(len(states)):
                 store.delete(self.folder, f"block-{number}")
         return zoo
+
+
+def _without_adam(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What of a block's state counts once it is trained, a third of the bytes."""
+    return {name: value for name, value in state.items() if name not in ADAM}
 
 
 def _finished(batched: Batched, states: list[dict], order: Tensor):

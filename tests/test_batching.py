@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from toy import check_training_step, generator, looped, mlp, random_nets
+from toy import MixesSamples, check_training_step, generator, looped, mlp, random_nets
 
 from netspace_lite.architectures import ResNet, Siren, lite_net
 from netspace_lite.batching import Batched
@@ -36,18 +36,6 @@ class UserResidual(nn.Module):
         y = self.mix(torch.cat([x, y], dim=1))
         y = F.adaptive_avg_pool2d(y, 3).flatten(2).transpose(1, 2)  # [B, 9, 5]
         return self.head(self.tokens(y).mul(2).flatten(1))
-
-
-class MixesSamples(nn.Module):
-    """Centres each batch: traceable, but no longer per sample."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 3)
-
-    def forward(self, x):
-        y = self.linear(x)
-        return y - y.mean(0)
 
 
 class UsesBatchSize(nn.Module):

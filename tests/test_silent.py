@@ -5,13 +5,13 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from toy import generator, mlp, random_nets, small_nets, toy_data
+from toy import MixesSamples, generator, looped, mlp, random_nets, small_nets, toy_data
 
-import netspace_lite as ns
 from netspace_lite import (
     Batched,
     Distillation,
     ImageTask,
+    Layout,
     LeNetLike,
     Nets,
     NetSpace,
@@ -22,6 +22,9 @@ from netspace_lite import (
     draw_recipes,
     fit,
     initial_rows,
+    lite_net,
+    load_digits,
+    novelty,
     refine,
     sample,
     scores,
@@ -231,70 +234,58 @@ def test_held_out_nets_share_neither_start_nor_order_with_training_nets():
     assert torch.cdist(*starts).min() > 0.1
 
 
-class Mixing(nn.Module):
-    """Takes the mean over samples out, which a trace of many nets at once does not show."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+class MixesInputs(MixesSamples):
+    """Centres each batch before any weight tells nets apart."""
 
     def forward(self, x):
-        h = self.first(x)
-        return self.last((h - h.mean(0)).relu())
+        return self.linear(x - x.mean(0))
 
 
 @pytest.mark.parametrize("first", ["one net", "equal nets", "equal inputs"])
 def test_how_nets_run_does_not_depend_on_what_was_asked_first(first):
     torch.manual_seed(0)
-    nets, x = ns.Nets(Mixing(), torch.randn(5, 43)), torch.randn(7, 4)
-    per_net = first == "equal inputs"
+    per_net, rows, x = first == "equal inputs", torch.randn(5, 15), torch.randn(5, 7, 4)
+    module, equal = MixesInputs() if per_net else MixesSamples(), x[:1].expand(5, -1, -1)
+    batched = Batched(module)
+    asked = {
+        "one net": (rows[:1], x[0]),
+        "equal nets": (rows[:1].expand(3, -1), x[0]),
+        "equal inputs": (rows, equal, True),
+    }
+    x = x if per_net else x[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if per_net:
-            nets(x.expand(5, 7, 4), True)
-            x = torch.randn(5, 7, 4)
-        else:
-            (nets[0] if first == "one net" else ns.Nets(nets.batched, nets.rows[:1].expand(3, -1)))(
-                x
-            )
-        found = nets(x, per_net)
-    for n in range(5):
-        expected = nets.to_module(n)(x[n] if per_net else x)
-        torch.testing.assert_close(found[n], expected, rtol=1e-4, atol=1e-4)
+        batched(*asked[first])
+        found = batched(rows, x, per_net)
+    torch.testing.assert_close(found, looped(module, rows, x, per_net), rtol=1e-4, atol=1e-4)
+
+
+def learns_as_looped(net, rows, x, **tolerance):
+    """The gradient of nets with inputs of their own, which goes back through all layers."""
+    answers = Batched(net)(rows.requires_grad_(), x, True), looped(net, rows, x, True)
+    found, expected = (torch.autograd.grad(y.tanh().square().sum(), rows)[0] for y in answers)
+    torch.testing.assert_close(found, expected, **tolerance)
 
 
 @pytest.mark.parametrize("nets", [1, 2])
 def test_steps_in_place_after_unfolded_convolutions_learn(nets):
     torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Conv2d(1, 6, 3, 2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(54, 4)
-    )
-    rows, x = ns.initial_rows(net, range(nets)).requires_grad_(), torch.randn(nets, 5, 1, 8, 8)
-    ns.Batched(net)(rows, x, True).square().sum().backward()
-    for n, plain in enumerate(ns.Nets(net, rows.detach()).to_module(n) for n in range(nets)):
-        plain(x[n].clone()).square().sum().backward()
-        expected = torch.cat([p.grad.flatten() for p in plain.parameters()])
-        torch.testing.assert_close(rows.grad[n], expected, rtol=1e-4, atol=1e-4)
+    layers = nn.Conv2d(1, 6, 3, 2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(54, 4)
+    net, x = nn.Sequential(*layers), torch.randn(nets, 5, 1, 8, 8)
+    learns_as_looped(net, initial_rows(net, range(nets)), x, rtol=1e-4, atol=1e-4)
 
 
 def test_an_instance_norm_of_one_channel_before_an_unfolded_convolution_learns():
     """PyTorch's backward of it reads a gradient with samples innermost wrongly."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.InstanceNorm2d(1, affine=True), nn.Conv2d(1, 3, 3, 2), nn.Flatten())
-    net = net.double()
-    rows = ns.initial_rows(net, [0]).requires_grad_()
-    x = torch.randn(1, 3, 1, 8, 8, dtype=torch.double)
-    ns.Batched(net)(rows, x, True).tanh().sum().backward()
-    plain = ns.Nets(net, rows.detach()).to_module()
-    plain(x[0]).tanh().sum().backward()
-    torch.testing.assert_close(
-        rows.grad[0], torch.cat([p.grad.flatten() for p in plain.parameters()])
-    )
+    layers = nn.InstanceNorm2d(1, affine=True), nn.Conv2d(1, 3, 3, 2), nn.Flatten()
+    net, x = nn.Sequential(*layers).double(), torch.randn(1, 3, 1, 8, 8, dtype=torch.double)
+    learns_as_looped(net, initial_rows(net, [0]), x)
 
 
 def test_nets_of_several_dtypes_are_not_packed_as_one():
     with pytest.raises(ValueError, match="make them alike"):
-        ns.Zoo.from_modules([nn.Linear(3, 2).bfloat16(), nn.Linear(3, 2)])
+        Zoo.from_modules([nn.Linear(3, 2).bfloat16(), nn.Linear(3, 2)])
 
 
 def test_a_factory_of_random_constants_is_refused_and_a_changed_net_kept():
@@ -307,18 +298,18 @@ def test_a_factory_of_random_constants_is_refused_and_a_changed_net_kept():
         def forward(self, x):
             return self.last(x.flatten(1) @ self.drawn)
 
-    data = ns.load_digits()
+    data = load_digits()
     with pytest.raises(ValueError, match="from a fixed seed"):
-        ns.train_zoo(Drawn, ns.ImageTask(data), [ns.Recipe(0, 2)])
-    net = ns.lite_net("LeNetLike", data.shape, 10)
+        train_zoo(Drawn, ImageTask(data), [Recipe(0, 2)])
+    net = lite_net("LeNetLike", data.shape, 10)
     net.layers[-1] = nn.Linear(64, 5)
-    assert ns.initial_rows(net, [0]).shape == (1, ns.Layout.of(net).size)
+    assert initial_rows(net, [0]).shape == (1, Layout.of(net).size)
 
 
 def test_a_copy_has_no_novelty_in_a_zoo_of_any_size():
     net = nn.Linear(300, 2)
-    nets = ns.Nets(net, ns.initial_rows(net, range(40)))
-    assert ns.novelty(nets[:30], torch.randn(3, 300), nets)["weights"].max() == 0
+    nets = Nets(net, initial_rows(net, range(40)))
+    assert novelty(nets[:30], torch.randn(3, 300), nets)["weights"].max() == 0
 
 
 def test_a_fit_of_other_parameters_is_not_taken_for_this_one(tmp_path):

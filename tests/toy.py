@@ -97,6 +97,18 @@ def mlp(activation, inputs=4, hidden=5, outputs=CLASSES):
     return nn.Sequential(nn.Linear(inputs, hidden), activation, nn.Linear(hidden, outputs))
 
 
+class MixesSamples(nn.Module):
+    """Centres each batch: traceable, but no longer per sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x):
+        y = self.linear(x)
+        return y - y.mean(0)
+
+
 class Interrupted(Exception):
     """What Ctrl-C does, without disturbing pytest."""
 
