@@ -3,7 +3,8 @@
 NetSpace (ICPR 2022, section III) embeds a net's PRep. Here the encoder can also *ask* the net: its
 answers to a few probe inputs (ProbeGen 2024) do not change when hidden units are permuted, which
 the weights do. Both branches are as plain as they come, because plain generalised best to nets
-never seen: chunks share one linear layer, and the answers pass through a single linear map.
+never seen: chunks share one linear layer, and the answers' principal components pass through a
+single linear map.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
+from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from . import store
@@ -32,6 +34,7 @@ class SpaceConfig:
     chunk: int = 128  # L, values in a chunk of the PRep
     chunk_features: int = 32  # what the encoder keeps of each chunk
     probes: int = 128  # M, inputs that the encoder asks a net about; 0: weights only
+    components: int = 256  # principal components of answers, at most, that the encoder reads
     weights: bool | str = True  # whether the encoder reads the weights: chunks or "invariants"
     learn_probes: bool = False  # train the probes too; slower, since nets answer them every step
     hidden: int = 256  # width of the decoder's hidden layer
@@ -72,8 +75,11 @@ class Encoder(nn.Module):
             self.chunk = nn.Linear(config.chunk, d)
             self.position = nn.ParameterList([torch.randn(t, d) * 0.02 for t, _ in shapes])
             self.gather = nn.ModuleList([nn.Linear(t * d, config.embedding) for t, _ in shapes])
-        if answers:
-            self.answers = nn.Linear(answers, config.embedding)
+        if answers:  # read along any axes, until `read_along` knows the zoo's
+            kept = min(config.components, answers)
+            self.register_buffer("centre", torch.zeros(answers))
+            self.register_buffer("axes", torch.linalg.qr(torch.randn(answers, kept)).Q)
+            self.answers = nn.Linear(kept, config.embedding)
         self.offset = None
         if len(shapes) > 1:  # where each architecture lies, whatever its nets answer: in a row
             order = torch.arange(len(shapes))[:, None] - (len(shapes) - 1) / 2
@@ -87,8 +93,24 @@ class Encoder(nn.Module):
                 h = F.leaky_relu(self.chunk(h) + self.position[architecture])  # [N, T, d]
             z = z + self.gather[architecture](h.flatten(1))
         if features.answers is not None:
-            z = z + self.answers(features.answers)
+            z = z + self.answers((features.answers - self.centre) @ self.axes)
         return z
+
+    def read_along(self, answers: Tensor) -> None:
+        """From now on read what sets the answers [N, M·K + 1] of a zoo apart.
+
+        Their principal components, a quarter as many as nets (at least 32), each divided by the
+        root of its spread: as they are, training would take long to hear the narrow ones; all as
+        wide as each other, they would be mostly noise.
+        """
+        count = min(self.axes.shape[1], len(answers), max(32, len(answers) // 4))
+        pca = PCA(count, random_state=0).fit(answers.double().cpu().numpy())
+        spread = torch.from_numpy(pca.singular_values_)
+        root = spread.clamp_min(1e-3 * spread[0]).sqrt()
+        if spread[0] > 0:  # or else all answer alike
+            root *= (spread / root).square().mean().div(len(answers)).sqrt()  # values of size 1
+            self.centre.copy_(torch.from_numpy(pca.mean_))
+            self.axes.zero_()[:, :count] = torch.from_numpy(pca.components_).T / root
 
 
 class Decoder(nn.Module):
@@ -188,7 +210,7 @@ class NetSpace(nn.Module):
         space = cls(modules or [zoo.module for zoo in zoos], inputs, config, seed)
         for zoo in zoos:
             a, rows = space.index(zoo), zoo.rows.detach()
-            _check_finite(rows)
+            check_finite(rows)
             scores = getattr(zoo, "scores", {}).get("val_accuracy", torch.zeros(len(zoo)))
             base = rows[scores.argmax()]
             space.decoder.bias[a].data.copy_(base)
@@ -198,6 +220,9 @@ class NetSpace(nn.Module):
             getattr(space, f"mean{a}").flatten()[:size] = rows.mean(0)
             if len(zoo) > 1:
                 getattr(space, f"std{a}").flatten()[:size] = rows.std(0).clamp_min(1e-6)
+        if space.config.probes and sum(map(len, zoos)) > 1:
+            answers = [space.features(zoo.rows, space.index(zoo)).answers for zoo in zoos]
+            space.encoder.read_along(torch.cat(answers).detach())
         return space
 
     @property
@@ -242,7 +267,7 @@ class NetSpace(nn.Module):
 
         Raises ValueError naming nets that hold values that are not finite.
         """
-        _check_finite(rows)
+        check_finite(rows)
         prep = answers = None
         if self.config.weights:
             mean, std = getattr(self, f"mean{architecture}"), getattr(self, f"std{architecture}")
@@ -354,9 +379,9 @@ class NetSpace(nn.Module):
         return space
 
 
-def _check_finite(rows: Tensor) -> None:
-    """Raise ValueError naming nets with NaN or infinite values, which would spoil all others."""
-    bad = (~rows.detach().isfinite().all(1)).nonzero()[:, 0].tolist()
+def check_finite(values: Tensor) -> None:
+    """Raise ValueError naming nets [N, ...] with NaN or infinity, which would spoil all others."""
+    bad = (~values.detach().flatten(1).isfinite().all(1)).nonzero()[:, 0].tolist()
     if bad:
         raise ValueError(f"nets {bad} are not finite: leave them out, as zoo[zoo.finite()] does")
 

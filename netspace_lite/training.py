@@ -9,6 +9,7 @@ the generator, encodes, decodes, and compares what the decoded nets answer with 
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from math import cos, inf, isfinite, isnan, nan, pi
 from statistics import fmean
@@ -24,7 +25,7 @@ from .nets import MixedNets, Nets
 from .optimiser import Muon
 from .processes import agreed, average, rank, share
 from .progress import progress_bar
-from .space import NetSpace
+from .space import NetSpace, check_finite
 
 Objective = Callable[[NetSpace, torch.Generator], Tensor]
 NetsLoss = Callable[[Nets, torch.Generator], Tensor]
@@ -62,20 +63,29 @@ class LikenessLoss:
         samples: B, inputs drawn in each step.
 
     Call it with nets and a generator: the loss of each net, [N]. ``like`` [N] says which of the
-    nets each should be like, all in their order unless given.
+    nets each should be like, all in their order unless given; ``analogy``, (share, p, q) of [N]
+    each, that it should answer as its net does and, by that share, as nets p do and nets q do not.
     """
 
     def __init__(self, nets, inputs: Tensor, *, per_net=False, loss=kl_divergence, samples=64):
         self.inputs, self.per_net, self.loss, self.samples = inputs, per_net, loss, samples
         self.targets = nets.outputs(inputs, True) if per_net else nets.outputs(inputs)
+        check_finite(self.targets)
         self.scale = logit_scale(self.targets)
 
-    def __call__(self, nets: Nets, generator: torch.Generator, like=None) -> Tensor:
+    def __call__(self, nets: Nets, generator: torch.Generator, like=None, analogy=None) -> Tensor:
         s = torch.randint(self.targets.shape[1], (self.samples,), generator=generator)
         n = torch.arange(len(self.targets)) if like is None else like
-        n, s = n.to(self.targets.device)[:, None], s.to(self.targets.device)
-        outputs = nets(self.inputs[n, s], True) if self.per_net else nets(self.inputs[s])
-        return self.loss(outputs, self.targets[n, s], self.scale[n[:, 0]])
+        n, s = n.to(self.targets.device), s.to(self.targets.device)
+        outputs = nets(self.inputs[n[:, None], s], True) if self.per_net else nets(self.inputs[s])
+        targets, scale = self.targets[n[:, None], s], self.scale[n]
+        if analogy is not None:  # in each net's own scale, and in the scales' logarithms
+            share, p, q = (part.to(n.device) for part in analogy)
+            share = share.to(scale).view(-1, *[1] * (scale.dim() - 1))
+            up, down = (self.targets[m[:, None], s] / self.scale[m] for m in (p, q))
+            own, scale = targets / scale, scale * (self.scale[p] / self.scale[q]) ** share
+            targets = scale * (own + share * (up - down))
+        return self.loss(outputs, targets, scale)
 
 
 def combine(*objectives: Objective, weights: Sequence[float] | None = None) -> Objective:
@@ -148,6 +158,25 @@ class MixedZoo:
         return z[torch.cat(places).argsort().to(z.device)]
 
 
+@dataclass(frozen=True)
+class Draw:
+    """What a step of `Distillation` draws.
+
+    nets, samples: all decoded as one architecture; many nets on few samples learn fastest.
+    crossing: share of nets drawn from all zoos; the rest are of the target architecture.
+    chances: of each zoo's architecture to be the target, equal unless given.
+    analogies: share of nets that are moved as one random net differs from another, by up to half
+        of that, in the space as in what they should answer. Zoos are small; so a space learns what
+        lies about their nets, too. Not with inputs per net, whose answers can't be compared.
+    """
+
+    nets: int = 48
+    samples: int = 24
+    crossing: float = 0.5
+    chances: Sequence[float] | None = None
+    analogies: float = 0.7
+
+
 class Distillation:
     """Decoded nets answer like the very nets encoded, in their own or in another architecture.
 
@@ -161,33 +190,35 @@ class Distillation:
         inputs: [S, ...] shared by all nets, or with ``per_net`` (one zoo only) [N, S, ...].
         loss: (outputs, targets, scale) -> [N]; ``kl_divergence`` for logits with the scale as
             temperature, or `netspace_lite.shapes.squared_error`.
-        nets, samples: drawn in each step, all decoded as one architecture; many nets on few samples
-            learn fastest.
-        crossing: share of nets drawn from all zoos; the rest are of the target architecture.
-        chances: of each zoo's architecture to be the target, equal unless given.
+        draw: what else a step depends on, ``nets=48`` and more: see `Draw`.
     """
 
     def __init__(
-        self, space: NetSpace, zoos, inputs: Tensor, *, per_net=False, loss=kl_divergence,
-        nets=48, samples=24, crossing=0.5, chances: Sequence[float] | None = None,
-    ):  # fmt: skip
-        self.pool = MixedZoo(space, zoos)
+        self, space: NetSpace, zoos, inputs: Tensor, *, per_net=False, loss=kl_divergence, **draw
+    ):
+        self.pool, self.draw = MixedZoo(space, zoos), Draw(**draw)
         zoos, several = self.pool.zoos, len(self.pool.zoos) > 1
         if per_net and several:
             raise ValueError(f"inputs per net need one zoo, not {len(zoos)}: share the inputs")
         sources = MixedNets(zoos) if several else zoos[0]
-        self.likeness = LikenessLoss(sources, inputs, per_net=per_net, loss=loss, samples=samples)
-        self.nets, self.crossing = nets, crossing if several else 0
-        self.chances = torch.tensor(chances or [1.0] * len(zoos)).float()
+        about = {"per_net": per_net, "loss": loss, "samples": self.draw.samples}
+        self.likeness = LikenessLoss(sources, inputs, **about)
+        self.chances = torch.tensor(self.draw.chances or [1.0] * len(zoos)).float()
 
     def __call__(self, space: NetSpace, generator: torch.Generator) -> Tensor:
         group = int(torch.multinomial(self.chances, 1, generator=generator))
-        n, target = self.pool.draw(self.nets, generator, group), self.pool.present[group]
-        crossed = round(self.nets * self.crossing)
+        n, target = self.pool.draw(self.draw.nets, generator, group), self.pool.present[group]
+        crossed = round(self.draw.nets * self.draw.crossing)
         n[:crossed] = self.pool.draw(crossed, generator)
-        n = share(n)
-        nets = space.decode(self.pool.encode(space, n, target), target)
-        losses = self.likeness(nets, generator, n)
+        z, analogy = self.pool.encode(space, n, target), None
+        if self.draw.analogies and not self.likeness.per_net:
+            far, moved = torch.rand(2, len(n), generator=generator)
+            far = far / 2 * (moved < self.draw.analogies)
+            z = z + far[:, None].to(z) * (z.roll(1, 0) - z.roll(2, 0))
+            analogy = [share(part) for part in (far, n.roll(1), n.roll(2))]
+        n, z = share(n), share(z)
+        nets = space.decode(z, target)
+        losses = self.likeness(nets, generator, n, analogy)
         if not (good := losses.isfinite().cpu()).all():
             raise ValueError(f"the losses of nets {n[~good].unique().tolist()} are not finite")
         return losses.mean()

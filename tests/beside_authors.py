@@ -55,7 +55,7 @@ def ours(name: str, images: torch.Tensor, nets: int, samples: int):
     net = ns.paper_net(name)
     zoo = ns.Nets(net, ns.initial_rows(net, range(100)))
     space = ns.NetSpace.for_zoos(zoo, images, ns.SpaceConfig(chunk=500))
-    objective = ns.Distillation(space, zoo, images, nets=nets, samples=samples)
+    objective = ns.Distillation(space, zoo, images, nets=nets, samples=samples, analogies=0)
     optimiser, generator = ns.Muon(space, 2e-3), torch.Generator().manual_seed(0)
 
     return lambda: training._descend(space, objective, generator, optimiser, 0)

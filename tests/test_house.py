@@ -50,8 +50,9 @@ def test_lines_are_counted_as_said():
 @pytest.mark.parametrize(
     ("files", "limit"),
     [
-        # 1,600 is the aim; many processes took 135, Muon 53, the paper's own parts 57
-        (list(LIBRARY.glob("*.py")), 2520),
+        # 1,600 is the aim; processes took 135, Muon 53, the paper's parts 57, analogies and
+        # principal components 40
+        (list(LIBRARY.glob("*.py")), 2558),
         (list((LIBRARY / "shapes").rglob("*.py")), 460),
         (list((LIBRARY / "tutorial").rglob("*.py")), 395),
     ],
@@ -84,6 +85,5 @@ def test_no_function_has_more_than_eight_parameters():
             count = len([a for a in named if a not in ("self", "cls")])
             if count > 8:
                 many[name] = count
-    allowed = {"__init__"}  # of Distillation: three positions, the rest by keyword
-    assert {name.split()[1] for name in many} == allowed
+    assert not many
     assert set(many.values()) == {9}

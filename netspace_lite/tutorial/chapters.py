@@ -40,7 +40,8 @@ def single_space(settings: Settings, data: ns.ImageData, name: str = "space", **
     train, val, test = single_zoo(settings, data).split(size.val, size.test, settings.seed)
     space = ns.NetSpace.for_zoos(train, data.train.x, ns.SpaceConfig(**config), settings.seed)
     kept = {"epoch": size.epoch, "folder": settings.folder(name)}
-    objective = ns.Distillation(space, train, ns.blends(data.train.x[: size.images]))
+    draw = {"nets": size.batch} if config["probes"] else {"nets": size.batch, "analogies": 0}
+    objective = ns.Distillation(space, train, ns.blends(data.train.x[: size.images]), **draw)
     history = ns.fit(space, objective, lambda s: ns.scores(s, val, data.val), size.steps, **kept)
     return Chapter(space, train, val, test, history)
 
@@ -99,8 +100,7 @@ def shape_space(settings: Settings) -> Chapter:
     size, (samples, fresh) = settings.sizes.shapes, shape_samples(settings)
     recipes = shapes.shape_recipes(size.shapes, settings.seed, size.steps, size.lr)
     task = shapes.ShapeTask(samples, size.batch, test=fresh)
-    net, folder = ns.Siren(size.hidden, size.omega), settings.folder("shapes")
-    zoo = ns.train_zoo(net, task, recipes, folder)
+    zoo = ns.train_zoo(ns.Siren(size.hidden, size.omega), task, recipes, settings.folder("shapes"))
     train, val, test = zoo.split(*size.held_out, seed=settings.seed)
     config = ns.SpaceConfig(weights=False, probes=512, embedding=128, hidden=512)
     points = samples.points[train.members]  # [N, S, 3]
