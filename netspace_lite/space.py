@@ -34,7 +34,7 @@ class SpaceConfig:
     chunk: int = 128  # L, values in a chunk of the PRep
     chunk_features: int = 32  # what the encoder keeps of each chunk
     probes: int = 128  # M, inputs that the encoder asks a net about; 0: weights only
-    components: int = 256  # principal components of answers, at most, that the encoder reads
+    components: int = 0  # how many principal components of answers are read; 0: answers themselves
     weights: bool | str = True  # whether the encoder reads the weights: chunks or "invariants"
     learn_probes: bool = False  # train the probes too; slower, since nets answer them every step
     hidden: int = 256  # width of the decoder's hidden layer
@@ -75,10 +75,13 @@ class Encoder(nn.Module):
             self.chunk = nn.Linear(config.chunk, d)
             self.position = nn.ParameterList([torch.randn(t, d) * 0.02 for t, _ in shapes])
             self.gather = nn.ModuleList([nn.Linear(t * d, config.embedding) for t, _ in shapes])
-        if answers:  # read along any axes, until `read_along` knows the zoo's
-            kept = min(config.components, answers)
+        if answers:
+            kept, axes = answers, None
+            if config.components:  # any axes, until `read_along` knows the zoo's
+                kept = min(config.components, answers)
+                axes = torch.linalg.qr(torch.randn(answers, kept)).Q
+            self.register_buffer("axes", axes)
             self.register_buffer("centre", torch.zeros(answers))
-            self.register_buffer("axes", torch.linalg.qr(torch.randn(answers, kept)).Q)
             self.answers = nn.Linear(kept, config.embedding)
         self.offset = None
         if len(shapes) > 1:  # where each architecture lies, whatever its nets answer: in a row
@@ -93,24 +96,27 @@ class Encoder(nn.Module):
                 h = F.leaky_relu(self.chunk(h) + self.position[architecture])  # [N, T, d]
             z = z + self.gather[architecture](h.flatten(1))
         if features.answers is not None:
-            z = z + self.answers((features.answers - self.centre) @ self.axes)
+            h = features.answers - self.centre
+            z = z + self.answers(h if self.axes is None else h @ self.axes)
         return z
 
     def read_along(self, answers: Tensor) -> None:
         """From now on read what sets the answers [N, M·K + 1] of a zoo apart.
 
-        Their principal components, a quarter as many as nets (at least 32), each divided by the
-        root of its spread: as they are, training would take long to hear the narrow ones; all as
-        wide as each other, they would be mostly noise.
+        Their principal components, each divided by the root of its spread: as they are, training
+        would take long to hear the narrow ones; all as wide as each other, they would be mostly
+        noise. From a thousand nets on this pays; few nets span too little of what others answer.
         """
-        count = min(self.axes.shape[1], len(answers), max(32, len(answers) // 4))
-        pca = PCA(count, random_state=0).fit(answers.double().cpu().numpy())
+        known = answers.detach().double().cpu().numpy()
+        if known.std(0).max() < 1e-6:  # one net, or nets that answer alike
+            return
+        count = min(self.axes.shape[1], len(known))
+        pca = PCA(count, random_state=0).fit(known)
         spread = torch.from_numpy(pca.singular_values_)
         root = spread.clamp_min(1e-3 * spread[0]).sqrt()
-        if spread[0] > 0:  # or else all answer alike
-            root *= (spread / root).square().mean().div(len(answers)).sqrt()  # values of size 1
-            self.centre.copy_(torch.from_numpy(pca.mean_))
-            self.axes.zero_()[:, :count] = torch.from_numpy(pca.components_).T / root
+        root *= (spread / root).square().mean().div(len(known)).sqrt()  # values of size 1
+        self.centre.copy_(torch.from_numpy(pca.mean_))
+        self.axes.zero_()[:, :count] = torch.from_numpy(pca.components_).T / root
 
 
 class Decoder(nn.Module):
@@ -220,9 +226,9 @@ class NetSpace(nn.Module):
             getattr(space, f"mean{a}").flatten()[:size] = rows.mean(0)
             if len(zoo) > 1:
                 getattr(space, f"std{a}").flatten()[:size] = rows.std(0).clamp_min(1e-6)
-        if space.config.probes and sum(map(len, zoos)) > 1:
+        if space.config.components and space.config.probes:
             answers = [space.features(zoo.rows, space.index(zoo)).answers for zoo in zoos]
-            space.encoder.read_along(torch.cat(answers).detach())
+            space.encoder.read_along(torch.cat(answers))
         return space
 
     @property

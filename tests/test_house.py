@@ -51,8 +51,8 @@ def test_lines_are_counted_as_said():
     ("files", "limit"),
     [
         # 1,600 is the aim; processes took 135, Muon 53, the paper's parts 57, analogies and
-        # principal components 40
-        (list(LIBRARY.glob("*.py")), 2558),
+        # principal components 44
+        (list(LIBRARY.glob("*.py")), 2564),
         (list((LIBRARY / "shapes").rglob("*.py")), 460),
         (list((LIBRARY / "tutorial").rglob("*.py")), 395),
     ],
@@ -86,4 +86,3 @@ def test_no_function_has_more_than_eight_parameters():
             if count > 8:
                 many[name] = count
     assert not many
-    assert set(many.values()) == {9}

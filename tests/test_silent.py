@@ -68,6 +68,7 @@ FITS = {
     "fewer of its nets": lambda zoo: {"zoo": zoo[:3]},
     "other inputs": lambda zoo: {"inputs": DATA.train.x + 1},
     "another setting": lambda zoo: {"samples": 5},
+    "no analogies": lambda zoo: {"analogies": 0},
     "another loss": lambda zoo: {"loss": lambda outputs, targets, scale: outputs.mean((1, 2))},
     "other images to validate on": lambda zoo: {"images": DATA.test},
     "another seed of the space": lambda zoo: {"seed": 1},

@@ -1,5 +1,7 @@
 """The space: what it embeds and decodes, its architectures, round trips through a folder."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ CONFIGS = {
     "weights only": SpaceConfig(embedding=16, probes=0, hidden=16, chunk=64),
     "invariants": SpaceConfig(embedding=16, probes=0, hidden=16, weights="invariants"),
     "probes only": SpaceConfig(embedding=16, probes=6, hidden=16, weights=False),
+    "components": SpaceConfig(embedding=16, probes=6, hidden=16, components=5),
     "learned probes": SpaceConfig(embedding=16, probes=6, hidden=16, learn_probes=True),
 }
 
@@ -86,6 +89,43 @@ def test_answers_are_normalised_by_hand():
     scaled = normalised_answers(5 * outputs)
     torch.testing.assert_close(scaled[:, :-1], expected[:, :-1])
     assert scaled[0, -1].item() == pytest.approx(torch.tensor(5.0).log().item())
+
+
+def test_answers_are_read_along_what_sets_a_zoo_apart():
+    """Beside the singular vectors of fp64: directions, their gains and the size of what is read."""
+    config = SpaceConfig(embedding=4, probes=20, components=40, weights=False, hidden=8)
+    nets, x = (
+        random_nets(mlp(nn.Tanh(), 6, 8, 3), 160, scale=1.0),
+        torch.randn(30, 6, generator=generator()),
+    )
+    space = NetSpace.for_zoos(nets, x, config)
+    answers, encoder = space.features(nets.rows).answers.double(), space.encoder
+    assert answers.shape == (160, 61)
+    centred = answers - answers.mean(0)
+    _, spread, directions = torch.linalg.svd(centred, full_matrices=False)
+    axes = encoder.axes.double()
+    read = (answers - encoder.centre.double()) @ axes
+    assert read.square().mean().item() == pytest.approx(1, abs=1e-4)
+    gains = (directions[:40] @ axes).abs()
+    expected = torch.diag(spread[:40].rsqrt() / (spread[:40].mean() / 160) ** 0.5)
+    torch.testing.assert_close(gains, expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
+
+
+def test_nets_that_answer_alike_are_read_along_any_axes():
+    net = random_nets(mlp(nn.Tanh(), 6, 8, 3), 1, scale=1.0)
+    alike = Nets(net.batched, net.rows.expand(5, -1))
+    x, config = torch.randn(30, 6, generator=generator()), replace(CONFIG, components=10)
+    fresh = NetSpace([net.module], x, config)
+    for nets in (net, alike):
+        space = NetSpace.for_zoos(nets, x, config)
+        assert torch.equal(space.encoder.axes, fresh.encoder.axes)
+        assert space.encode(nets).isfinite().all()
+    others = random_nets(mlp(nn.Tanh(), 6, 8, 3), 5, scale=1.0)
+    read = NetSpace.for_zoos(others, x, config).encoder.axes
+    assert read.isfinite().all()
+    assert read[:, :4].abs().amin(0).max() > 0
+    assert (read[:, 5:] == 0).all()  # five nets have no more components
+    assert NetSpace.for_zoos(others, x, CONFIG).encoder.axes is None
 
 
 def test_names_tell_depths_and_repeats_apart(space):

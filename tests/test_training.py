@@ -19,6 +19,7 @@ from netspace_lite.training import (
     ArchitectureClassification,
     Distillation,
     Interpolation,
+    LikenessLoss,
     MixedZoo,
     TeacherDistillation,
     combine,
@@ -35,6 +36,7 @@ CONFIGS = {
     "weights and probes": SMALL,
     "weights only": SpaceConfig(embedding=8, probes=0, hidden=16, chunk=64),
     "probes only": SpaceConfig(embedding=8, probes=6, hidden=16, weights=False),
+    "components": SpaceConfig(embedding=8, probes=6, hidden=16, components=12),
     "learned probes": SpaceConfig(embedding=8, probes=6, hidden=16, learn_probes=True),
 }
 
@@ -123,6 +125,66 @@ def test_distillation_is_zero_for_a_space_that_gives_every_net_back(zoo, data):
         space.decoder.heads[0].weight.zero_()
     objective = distillation(space, zoo[:1], data)
     assert objective(space, generator()).detach().abs() < 1e-6
+
+
+def test_an_analogy_asks_for_answers_moved_as_two_nets_differ(zoo, data):
+    """Net by net and sample by sample in fp64, from the nets' own answers."""
+    seen = {}
+
+    def loss(outputs, targets, scale):
+        seen.update(targets=targets, scale=scale)
+        return (outputs - targets).square().mean((1, 2))
+
+    x, n, p, q = data.train.x[:1], *torch.tensor([[3, 0, 5], [1, 7, 5], [2, 2, 4]])
+    share = torch.tensor([0.5, 0.25, 0.0])
+    likeness = LikenessLoss(zoo, x, loss=loss, samples=2)
+    likeness(zoo[n], generator(), n, (share, p, q))
+    answers = zoo.outputs(x)[:, 0].double()  # [N, K]
+    scale = (answers - answers.mean(1, keepdim=True)).square().mean(1).sqrt()
+    for i, (a, b, c) in enumerate(zip(n, p, q, strict=True)):
+        moved = answers[a] / scale[a] + share[i] * (answers[b] / scale[b] - answers[c] / scale[c])
+        level = scale[a] * (scale[b] / scale[c]) ** share[i]
+        assert seen["scale"][i].item() == pytest.approx(level.item(), rel=1e-4)
+        for found in seen["targets"][i].double():  # both samples are the only input
+            torch.testing.assert_close(found, moved * level, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+def test_what_is_decoded_is_moved_as_its_answers_are(zoos, data, several, monkeypatch):
+    chosen = zoos if several else zoos[0]
+    space, seen = NetSpace.for_zoos(chosen, data.train.x, CONFIG), {}
+    options = {"nets": 40, "samples": 4, "chances": (0, 1, 0, 0) if several else None}
+    objective = Distillation(space, chosen, data.train.x, **options)
+    decode = space.decode
+    monkeypatch.setattr(space, "decode", lambda z, a: (seen.update(z=z, a=a), decode(z, a))[1])
+
+    def likeness(nets, generator, like, analogy):
+        seen.update(n=like, analogy=analogy)
+        return nets.rows.sum(1)
+
+    likeness.per_net = False
+    monkeypatch.setattr(objective, "likeness", likeness)
+    objective(space, generator())
+    share, p, q = seen["analogy"]
+    still = share == 0
+    assert 4 <= still.sum() <= 20
+    assert share.min() >= 0
+    assert 0.4 < share.max() <= 0.5
+    z, apart, back = (objective.pool.encode(space, m, seen["a"]) for m in (seen["n"], p, q))
+    torch.testing.assert_close(seen["z"], z + share[:, None] * (apart - back))
+    assert (seen["z"] - z).abs().amax(1)[~still & (p != q)].min() > 0
+    objective = Distillation(space, chosen, data.train.x, analogies=0, **options)
+    monkeypatch.setattr(objective, "likeness", likeness)
+    objective(space, generator())
+    assert seen["analogy"] is None
+    torch.testing.assert_close(seen["z"], objective.pool.encode(space, seen["n"], seen["a"]))
+
+
+def test_nets_whose_answers_overflow_are_named(zoo, data):
+    rows = zoo.rows[:4].clone()
+    rows[2] *= 1e30
+    with pytest.raises(ValueError, match=r"nets \[2\] are not finite"):
+        LikenessLoss(Nets(zoo.batched, rows), data.train.x)
 
 
 def test_distillation_on_inputs_of_each_nets_own_with_another_loss(zoo, data):

@@ -36,11 +36,12 @@ def single_zoo(settings: Settings, data: ns.ImageData) -> ns.Zoo:
 def single_space(settings: Settings, data: ns.ImageData, name: str = "space", **config) -> Chapter:
     """The space of notebook 2, kept in the folder ``name``; ``config`` goes to `SpaceConfig`."""
     size = settings.sizes.fit
-    config = {"chunk": settings.sizes.zoo.chunk, "probes": size.probes, **config}
+    config = {"probes": size.probes, "components": size.components, **config}
+    config = {"chunk": settings.sizes.zoo.chunk, **config}
     train, val, test = single_zoo(settings, data).split(size.val, size.test, settings.seed)
     space = ns.NetSpace.for_zoos(train, data.train.x, ns.SpaceConfig(**config), settings.seed)
     kept = {"epoch": size.epoch, "folder": settings.folder(name)}
-    draw = {"nets": size.batch} if config["probes"] else {"nets": size.batch, "analogies": 0}
+    draw = {"nets": size.batch} if config["probes"] else {"analogies": 0}
     objective = ns.Distillation(space, train, ns.blends(data.train.x[: size.images]), **draw)
     history = ns.fit(space, objective, lambda s: ns.scores(s, val, data.val), size.steps, **kept)
     return Chapter(space, train, val, test, history)
@@ -85,8 +86,7 @@ def shape_samples(settings: Settings) -> tuple[shapes.Samples, shapes.Samples]:
     samples = shapes.sample_chairs(chairs, size.samples, seed=0, far=size.far)
     fresh = shapes.sample_chairs(chairs, 2048, seed=1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    samples, fresh = (shapes.level_off(s, size.limit).to(device) for s in (samples, fresh))
-    return samples, fresh
+    return tuple(shapes.level_off(s, size.limit).to(device) for s in (samples, fresh))
 
 
 def shape_scores(val: ns.Zoo, fresh: shapes.Samples) -> Callable[[ns.NetSpace], dict[str, float]]:
