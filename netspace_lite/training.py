@@ -180,9 +180,9 @@ class Draw:
 class Distillation:
     """Decoded nets answer like the very nets encoded, in their own or in another architecture.
 
-    With one zoo this is the paper's objective (section III-C). Answers have no architecture, so
-    with several zoos every net can teach every decoder head: its embedding is moved to the target
-    architecture and the net decoded there should answer the same.
+    With one zoo and no analogies this is the paper's objective (section III-C). Answers have no
+    architecture, so with several zoos every net can teach every decoder head: its embedding is
+    moved to the target architecture and the net decoded there should answer the same.
 
     Args:
         space: the space to be trained.
