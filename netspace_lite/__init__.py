@@ -29,7 +29,7 @@ from .nets import MixedNets, Nets
 from .optimiser import Muon
 from .space import NetSpace, SpaceConfig
 from .training import (
-    ArchitectureClassification, Distillation, Draw, Interpolation, MixedZoo, TeacherDistillation,
+    ArchitectureClassification, Distillation, Interpolation, MixedZoo, TeacherDistillation,
     combine, fit, kl_divergence, logit_scale,
 )  # fmt: skip
 from .zoo import (

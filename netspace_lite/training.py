@@ -190,7 +190,7 @@ class Distillation:
         inputs: [S, ...] shared by all nets, or with ``per_net`` (one zoo only) [N, S, ...].
         loss: (outputs, targets, scale) -> [N]; ``kl_divergence`` for logits with the scale as
             temperature, or `netspace_lite.shapes.squared_error`.
-        draw: what else a step depends on, ``nets=48`` and more: see `Draw`.
+        draw: what else a step depends on, such as ``nets=48``: the fields of `Draw`.
     """
 
     def __init__(
