@@ -76,12 +76,12 @@ class Encoder(nn.Module):
             self.position = nn.ParameterList([torch.randn(t, d) * 0.02 for t, _ in shapes])
             self.gather = nn.ModuleList([nn.Linear(t * d, config.embedding) for t, _ in shapes])
         if answers:
-            kept, axes = answers, None
+            kept, axes, centre = answers, None, None
             if config.components:  # any axes, until `read_along` knows the zoo's
                 kept = min(config.components, answers)
-                axes = torch.linalg.qr(torch.randn(answers, kept)).Q
+                axes, centre = torch.linalg.qr(torch.randn(answers, kept)).Q, torch.zeros(answers)
             self.register_buffer("axes", axes)
-            self.register_buffer("centre", torch.zeros(answers))
+            self.register_buffer("centre", centre)
             self.answers = nn.Linear(kept, config.embedding)
         self.offset = None
         if len(shapes) > 1:  # where each architecture lies, whatever its nets answer: in a row
@@ -95,9 +95,8 @@ class Encoder(nn.Module):
             if self.chunk is not None:
                 h = F.leaky_relu(self.chunk(h) + self.position[architecture])  # [N, T, d]
             z = z + self.gather[architecture](h.flatten(1))
-        if features.answers is not None:
-            h = features.answers - self.centre
-            z = z + self.answers(h if self.axes is None else h @ self.axes)
+        if (h := features.answers) is not None:
+            z = z + self.answers(h if self.axes is None else (h - self.centre) @ self.axes)
         return z
 
     def read_along(self, answers: Tensor) -> None:
@@ -107,7 +106,7 @@ class Encoder(nn.Module):
         would take long to hear the narrow ones; all as wide as each other, they would be mostly
         noise. From a thousand nets on this pays; few nets span too little of what others answer.
         """
-        known = answers.detach().double().cpu().numpy()
+        known = answers.double().cpu().numpy()
         if known.std(0).max() < 1e-6:  # one net, or nets that answer alike
             return
         count = min(self.axes.shape[1], len(known))
@@ -227,7 +226,8 @@ class NetSpace(nn.Module):
             if len(zoo) > 1:
                 getattr(space, f"std{a}").flatten()[:size] = rows.std(0).clamp_min(1e-6)
         if space.config.components and space.config.probes:
-            answers = [space.features(zoo.rows, space.index(zoo)).answers for zoo in zoos]
+            with torch.no_grad():
+                answers = [space._answers(zoo.rows, space.index(zoo)) for zoo in zoos]
             space.encoder.read_along(torch.cat(answers))
         return space
 
@@ -268,22 +268,25 @@ class NetSpace(nn.Module):
         layout = self.batched[architecture].layout
         return invariants(layout, rows) if self.config.weights == "invariants" else rows
 
+    def _answers(self, rows: Tensor, architecture: int) -> Tensor:
+        """What nets [N, P] answer to the probes, as the encoder takes it: [N, M·K + 1]."""
+        batched = self.batched[architecture]
+        blocks = [batched(part, self.probes) for part in rows.split(2 * BLOCK)]
+        return normalised_answers(torch.cat(blocks))
+
     def features(self, rows: Tensor, architecture: int = 0) -> Features:
         """What the encoder reads of packed nets: rows [N, P] -> Features.
 
         Raises ValueError naming nets that hold values that are not finite.
         """
         check_finite(rows)
-        prep = answers = None
+        prep = None
         if self.config.weights:
             mean, std = getattr(self, f"mean{architecture}"), getattr(self, f"std{architecture}")
             prep = chunk_pack(
                 self._weights(rows, architecture), *mean.shape, mean.float(), std.float()
             )
-        if self.config.probes:
-            batched = self.batched[architecture]
-            blocks = [batched(part, self.probes) for part in rows.split(2 * BLOCK)]
-            answers = normalised_answers(torch.cat(blocks))
+        answers = self._answers(rows, architecture) if self.config.probes else None
         return Features(prep, answers)
 
     def encode(self, nets, architecture=None) -> Tensor:
@@ -385,11 +388,11 @@ class NetSpace(nn.Module):
         return space
 
 
-def check_finite(values: Tensor) -> None:
-    """Raise ValueError naming nets [N, ...] with NaN or infinity, which would spoil all others."""
+def check_finite(values: Tensor, what: str = "nets") -> None:
+    """Raise ValueError naming those of N, [N, ...], with NaN or infinity: they would spoil all."""
     bad = (~values.detach().flatten(1).isfinite().all(1)).nonzero()[:, 0].tolist()
     if bad:
-        raise ValueError(f"nets {bad} are not finite: leave them out, as zoo[zoo.finite()] does")
+        raise ValueError(f"{what} {bad} are not finite: leave them out, by zoo[mask] or a list")
 
 
 def normalised_answers(outputs: Tensor) -> Tensor:

@@ -63,14 +63,14 @@ class LikenessLoss:
         samples: B, inputs drawn in each step.
 
     Call it with nets and a generator: the loss of each net, [N]. ``like`` [N] says which of the
-    nets each should be like, all in their order unless given; ``analogy``, (share, p, q) of [N]
-    each, that it should answer as its net does and, by that share, as nets p do and nets q do not.
+    nets each should be like, all in their order unless given; ``analogy``, (far, p, q) of [N]
+    each, that it should answer as its net does and, by a share ``far``, as nets p do and q do not.
     """
 
     def __init__(self, nets, inputs: Tensor, *, per_net=False, loss=kl_divergence, samples=64):
         self.inputs, self.per_net, self.loss, self.samples = inputs, per_net, loss, samples
         self.targets = nets.outputs(inputs, True) if per_net else nets.outputs(inputs)
-        check_finite(self.targets)
+        check_finite(self.targets, "the answers of nets")
         self.scale = logit_scale(self.targets)
 
     def __call__(self, nets: Nets, generator: torch.Generator, like=None, analogy=None) -> Tensor:
@@ -80,11 +80,11 @@ class LikenessLoss:
         outputs = nets(self.inputs[n[:, None], s], True) if self.per_net else nets(self.inputs[s])
         targets, scale = self.targets[n[:, None], s], self.scale[n]
         if analogy is not None:  # in each net's own scale, and in the scales' logarithms
-            share, p, q = (part.to(n.device) for part in analogy)
-            share = share.to(scale).view(-1, *[1] * (scale.dim() - 1))
+            far, p, q = (part.to(n.device) for part in analogy)
+            far = far.to(scale).view(-1, *[1] * (scale.dim() - 1))
             up, down = (self.targets[m[:, None], s] / self.scale[m] for m in (p, q))
-            own, scale = targets / scale, scale * (self.scale[p] / self.scale[q]) ** share
-            targets = scale * (own + share * (up - down))
+            own, scale = targets / scale, scale * (self.scale[p] / self.scale[q]) ** far
+            targets = scale * (own + far * (up - down))
         return self.loss(outputs, targets, scale)
 
 
@@ -217,8 +217,7 @@ class Distillation:
             z = z + far[:, None].to(z) * (z.roll(1, 0) - z.roll(2, 0))
             analogy = [share(part) for part in (far, n.roll(1), n.roll(2))]
         n, z = share(n), share(z)
-        nets = space.decode(z, target)
-        losses = self.likeness(nets, generator, n, analogy)
+        losses = self.likeness(space.decode(z, target), generator, n, analogy)
         if not (good := losses.isfinite().cpu()).all():
             raise ValueError(f"the losses of nets {n[~good].unique().tolist()} are not finite")
         return losses.mean()

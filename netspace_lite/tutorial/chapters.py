@@ -36,12 +36,11 @@ def single_zoo(settings: Settings, data: ns.ImageData) -> ns.Zoo:
 def single_space(settings: Settings, data: ns.ImageData, name: str = "space", **config) -> Chapter:
     """The space of notebook 2, kept in the folder ``name``; ``config`` goes to `SpaceConfig`."""
     size = settings.sizes.fit
-    config = {"probes": size.probes, "components": size.components, **config}
-    config = {"chunk": settings.sizes.zoo.chunk, **config}
+    own = {"chunk": settings.sizes.zoo.chunk, "probes": size.probes, "components": size.components}
     train, val, test = single_zoo(settings, data).split(size.val, size.test, settings.seed)
-    space = ns.NetSpace.for_zoos(train, data.train.x, ns.SpaceConfig(**config), settings.seed)
+    space = ns.NetSpace.for_zoos(train, data.train.x, ns.SpaceConfig(**own | config), settings.seed)
     kept = {"epoch": size.epoch, "folder": settings.folder(name)}
-    draw = {"nets": size.batch} if config["probes"] else {"analogies": 0}
+    draw = {"nets": size.batch} if space.config.probes else {"analogies": 0}
     objective = ns.Distillation(space, train, ns.blends(data.train.x[: size.images]), **draw)
     history = ns.fit(space, objective, lambda s: ns.scores(s, val, data.val), size.steps, **kept)
     return Chapter(space, train, val, test, history)
