@@ -102,11 +102,11 @@ def shape_space(settings: Settings) -> Chapter:
     task = shapes.ShapeTask(samples, size.batch, test=fresh)
     zoo = ns.train_zoo(ns.Siren(size.hidden, size.omega), task, recipes, settings.folder("shapes"))
     train, val, test = zoo.split(*size.held_out, seed=settings.seed)
-    config = ns.SpaceConfig(weights=False, probes=512, embedding=128, hidden=512)
+    config = ns.SpaceConfig(weights=False, probes=512)
     points = samples.points[train.members]  # [N, S, 3]
     space = ns.NetSpace.for_zoos(train, points.flatten(0, 1), config, settings.seed)
     like = {"per_net": True, "loss": shapes.squared_error, "nets": 64, "samples": 64}
     objective = ns.Distillation(space, train, points[:, ::4], **like)
     kept = {"epoch": size.epoch, "folder": settings.folder("shape-space")}
-    history = ns.fit(space, objective, shape_scores(val, fresh), size.fit_steps, lr=1e-3, **kept)
+    history = ns.fit(space, objective, shape_scores(val, fresh), size.fit_steps, **kept)
     return Chapter(space, train, val, test, history)

@@ -27,7 +27,8 @@ def use_style() -> None:
     """
     plt.rcParams.update({
         "figure.dpi": 80, "figure.constrained_layout.use": True, "font.size": 11,
-        "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+        "axes.spines.top": False, "axes.spines.right": False,
+        "legend.edgecolor": "none", "legend.framealpha": 0.9,  # curves may pass behind names
         "axes.prop_cycle": plt.cycler(color=[*KINDS, GREY]),
     })  # fmt: skip
     if "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()):
@@ -66,6 +67,7 @@ def _numpy(values) -> np.ndarray:
 
 def images(x: Tensor, titles: Sequence = (), columns: int = 10) -> np.ndarray:
     """A row of images x [B, C, H, W], each scaled to its own range, with titles."""
+    columns = min(columns, len(x))
     rows = -(-len(x) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(0.95 * columns, 1.15 * rows), squeeze=False)
     figure.set_label(f"images: {len(x)}")
@@ -182,7 +184,8 @@ def bars(
     Names in ``highlight`` are coloured, others grey; ``spans``: name -> (low, high), its interval.
     """
     rows = np.array([np.atleast_1d(value) for value in values.values()])  # [names, labels]
-    ax = _axes(ax, 7, 0.25 * len(rows) * (len(labels) + 0.7) + 1, xlabel=xlabel)
+    width = 5 + 0.08 * max(map(len, values))  # inches for bars, and for their names
+    ax = _axes(ax, width, 0.25 * len(rows) * (len(labels) + 0.7) + 1, xlabel=xlabel)
     ends = np.array([(spans or {}).get(name, (np.nan, np.nan)) for name in values]).T
     colours, height = [BLUE if name in highlight else GREY for name in values], 0.8 / len(labels)
     for i, label in enumerate(labels):
