@@ -30,7 +30,7 @@ from .optimiser import Muon
 from .space import NetSpace, SpaceConfig
 from .training import (
     ArchitectureClassification, Distillation, Interpolation, MixedZoo, TeacherDistillation,
-    combine, fit, kl_divergence, logit_scale,
+    combine, fit, kl_divergence, logit_scale, squared_error,
 )  # fmt: skip
 from .zoo import (
     ImageTask, Recipe, Task, Zoo, draw_recipes, fine_tune, initial_rows, train_nets, train_zoo,

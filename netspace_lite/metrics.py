@@ -11,7 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from .nets import Nets
+from .nets import Nets, classes
 from .space import NetSpace
 
 
@@ -21,7 +21,7 @@ def compare(predicted: Tensor, target: Tensor, y: Tensor) -> dict[str, float]:
     Returns ``agreement`` (share of samples both put in the same class), ``mae`` and ``r`` (mean
     absolute error and Pearson correlation of the nets' accuracies).
     """
-    predicted, target = predicted.argmax(-1), target.argmax(-1)
+    predicted, target = classes(predicted), classes(target)
     accuracies = [(p == y).float().mean(1) * 100 for p in (predicted, target)]
     # all predicted nets alike (the mean net) have no correlation with anything
     constant = any(a.max() == a.min() for a in accuracies)
@@ -103,7 +103,7 @@ def disagreement(a: Tensor, b: Tensor) -> Tensor:
 
     Returns [N, M].
     """
-    a, b = a.argmax(-1), b.argmax(-1)
+    a, b = classes(a), classes(b)
     return torch.stack([(net != b).float().mean(1) * 100 for net in a])
 
 

@@ -71,7 +71,7 @@ class Nets:
 
         The result is on the CPU, wherever the nets are.
         """
-        return (self.outputs(images.x).argmax(-1) == images.y).float().mean(1).cpu() * 100
+        return (classes(self.outputs(images.x)) == images.y).float().mean(1).cpu() * 100
 
     def finite(self) -> Tensor:
         """Which nets hold no NaN and no infinite value: [N], on the CPU."""
@@ -176,3 +176,15 @@ class MixedNets:
     def accuracy(self, images) -> Tensor:
         """Accuracy in percent of each net on ``images``: [N]."""
         return self.join([group.accuracy(images) for group in self.groups])
+
+
+def classes(outputs: Tensor) -> Tensor:
+    """The class that each answer stands for: logits [N, B, K] -> [N, B].
+
+    Raises ValueError for answers that are no logits of two classes or more: the largest of one
+    value is always the first, and all nets would agree.
+    """
+    if outputs.dim() != 3 or outputs.shape[-1] < 2:
+        given = f"answers of shape {list(outputs.shape)}"
+        raise ValueError(f"{given} are no logits [N, B, K] of K ≥ 2 classes: measure them yourself")
+    return outputs.argmax(-1)

@@ -46,11 +46,23 @@ def kl_divergence(outputs: Tensor, targets: Tensor, temperature) -> Tensor:
     """KL of softened predictions from softened targets, mean over samples: [N, B, K] -> [N].
 
     ``targets`` are [N, B, K], or [1, B, K] for all nets; ``temperature`` is a number or [N, 1, 1].
+    Raises ValueError for K = 1: one value's softmax is 1, whatever it is.
     """
+    if outputs.shape[-1] == 1:
+        raise ValueError("answers of one value have no softmax to compare: pass loss=squared_error")
     if isinstance(temperature, Tensor):
         temperature = temperature.flatten()
     targets = targets.expand_as(outputs)
     return distillation_loss(outputs, targets, temperature=temperature) / temperature**2
+
+
+def squared_error(outputs: Tensor, targets: Tensor, scale) -> Tensor:
+    """Mean squared difference of answers [N, B, K] in units of ``scale``: [N].
+
+    A ``loss`` for nets whose answers are values instead of logits. (Of several values to an input
+    an encoder's probes show how they differ from their mean, not the mean itself.)
+    """
+    return ((outputs - targets) / scale).square().mean((1, 2))
 
 
 class LikenessLoss:
@@ -189,7 +201,7 @@ class Distillation:
         zoos: the nets to learn from, a zoo or a list of one per architecture.
         inputs: [S, ...] shared by all nets, or with ``per_net`` (one zoo only) [N, S, ...].
         loss: (outputs, targets, scale) -> [N]; ``kl_divergence`` for logits with the scale as
-            temperature, or `netspace_lite.shapes.squared_error`.
+            temperature, or ``squared_error`` for values.
         draw: what else a step depends on, such as ``nets=48``: the fields of `Draw`.
     """
 

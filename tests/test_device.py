@@ -177,7 +177,7 @@ def searched(w):
 def per_net(w):
     x = w.seen[:40].view(4, 10, 1, 8, 8)
     objective = ns.Distillation(w.one, w.zoo, x, per_net=True, nets=4, samples=3)
-    like = ns.LikenessLoss(w.zoo, x, per_net=True)
+    like = ns.LikenessLoss(w.zoo, x, per_net=True, loss=ns.squared_error)
     nets = w.one.decode(w.one.encode(w.zoo))
     return [objective(w.one, generator()), like(nets, generator()), nets.outputs(x, per_net=True)]
 
@@ -263,7 +263,7 @@ CALLS = {  # what is called -> the public names that it shows
     distilled: "Distillation fit kl_divergence logit_scale MixedZoo Muon",
     resumed: "",
     several: "TeacherDistillation ArchitectureClassification Interpolation combine ImageLoss",
-    per_net: "LikenessLoss",
+    per_net: "LikenessLoss squared_error",
     described: "DescribedDecoder DescribedDistillation Largest describe_layers",
     searched: "optimise optimise_weights refine Descent Search",
     walked: "interpolate weight_line line_drop sample Gaussian",

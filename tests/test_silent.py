@@ -1,6 +1,7 @@
 """Inputs that once gave a wrong answer without a word: each is right now, or refused."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from netspace_lite import (
     Siren,
     SpaceConfig,
     Zoo,
+    compare,
+    disagreement,
     draw_recipes,
     fit,
     initial_rows,
@@ -28,6 +31,7 @@ from netspace_lite import (
     refine,
     sample,
     scores,
+    squared_error,
     train_zoo,
 )
 
@@ -326,3 +330,38 @@ def test_a_fit_of_other_parameters_is_not_taken_for_this_one(tmp_path):
     fitted(frozen=False)
     with pytest.raises(ValueError, match="another learned"):
         fitted(frozen=True)
+
+
+def test_nets_that_answer_one_value_are_not_compared_by_class():
+    nets = random_nets(nn.Linear(3, 1), 4)
+    x, y = torch.randn(9, 3), torch.zeros(9, dtype=torch.long)
+    answers = nets.outputs(x)
+    asked = SimpleNamespace(x=x, y=y)
+    for compared in (
+        lambda: nets.accuracy(asked),
+        lambda: compare(answers, answers, y),
+        lambda: disagreement(answers, answers),
+        lambda: scores(NetSpace.for_zoos(nets, x, CONFIG), nets, asked),
+    ):
+        with pytest.raises(ValueError, match="no logits"):
+            compared()
+    space = NetSpace.for_zoos(nets, x, CONFIG)
+    with pytest.raises(ValueError, match="pass loss=squared_error"):
+        fit(space, Distillation(space, nets, x), lambda s: {"score": 0.0}, 1)
+    with pytest.raises(ValueError, match="pass loss=squared_error"):
+        refine(space, nets, x, 1)
+
+
+@pytest.mark.parametrize("values", [1, 3])
+def test_nets_that_answer_values_are_learned(values):
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, values))
+    nets = Nets(net, initial_rows(net, range(12)))
+    x = torch.randn(64, 3, generator=generator(1))
+    space = NetSpace.for_zoos(nets, x, SpaceConfig(chunk=32))
+
+    def error(space):
+        difference = space.decode(space.encode(nets)).outputs(x) - nets.outputs(x)
+        return {"score": -float(difference.square().mean())}
+
+    fit(space, Distillation(space, nets, x, loss=squared_error), error, 200, epoch=200)
+    assert error(space)["score"] > -nets.outputs(x).var(0).mean() / 20

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..batching import BLOCK
 from ..nets import Nets
+from ..training import squared_error as scaled_error
 from ..zoo import Orders, Recipe
 from .meshes import mesh_from_grid, within
 from .samples import Samples
@@ -97,7 +98,7 @@ def squared_error(outputs: Tensor, answers: Tensor, scale=None) -> Tensor:
     The paper's loss for shapes (section III-C), as a ``loss`` of `Distillation`; ``scale`` is not
     used, since all shapes lie in the unit sphere.
     """
-    return ((outputs - answers) / TOLERANCE).square().mean((1, 2))
+    return scaled_error(outputs, answers, TOLERANCE)
 
 
 @torch.no_grad()
