@@ -30,7 +30,7 @@ from .kernels.backend import use_triton
 from .kernels.cpu import nets_per_block
 from .kernels.net import net
 from .kernels.plan import is_plain, translate
-from .layout import Layout, check_rows
+from .layout import Layout, check_rows, one_by_one
 
 BLOCK = 32  # nets evaluated together: on a CPU, blocks of 16 to 80 nets fit the caches best
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -275,10 +275,8 @@ class _Mode:
     @_plain_operations()
     def loop(self, views: dict[str, Tensor], x: Tensor, per_net: bool) -> Tensor:
         """One net after the other, as its plain module."""
-        outputs = []
-        for n, tensors in enumerate(zip(*(v.unbind() for v in views.values()), strict=True)):
-            state, inputs = dict(zip(views, tensors, strict=True)), x[n] if per_net else x
-            outputs.append(functional_call(self.module, state, (inputs,)))
+        nets = zip(one_by_one(views), x if per_net else itertools.repeat(x), strict=False)
+        outputs = [functional_call(self.module, state, (inputs,)) for state, inputs in nets]
         if not isinstance(outputs[0], Tensor):
             what = f"{name_of(self.module)} returns a {type(outputs[0]).__name__}"
             raise ValueError(f"{what}, not one tensor: wrap it in a module that picks the tensor")

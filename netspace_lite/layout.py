@@ -65,11 +65,8 @@ class Layout:
         """Each parameter of all nets as a strided view into ``rows``: name -> [N, *shape]."""
         check_rows(rows, self.size)
         # One split, not a slice each: its backward writes the rows' gradient once.
-        parts = rows.split(self.sizes, dim=1)
-        views = [
-            p.unflatten(1, s) if s else p[:, 0] for p, s in zip(parts, self.shapes, strict=True)
-        ]
-        return dict(zip(self.names, views, strict=True))
+        parts = zip(self.names, rows.split(self.sizes, dim=1), self.shapes, strict=True)
+        return {name: part.view(len(rows), *shape) for name, part, shape in parts}
 
     def pack(self, nets) -> Tensor:
         """Modules or state dicts of this architecture -> rows [N, P], bit-exact.
@@ -98,8 +95,13 @@ class Layout:
 
     def unpack(self, rows: Tensor) -> list[dict[str, Tensor]]:
         """rows [N, P] -> N state dicts whose tensors are views of ``rows``."""
-        views = {name: view.unbind() for name, view in self.views(rows).items()}
-        return [{name: view[n] for name, view in views.items()} for n in range(len(rows))]
+        return one_by_one(self.views(rows))
+
+
+def one_by_one(views: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """All nets' tensors [N, ...] by name -> N state dicts."""
+    nets = zip(*(view.unbind() for view in views.values()), strict=True)
+    return [dict(zip(views, tensors, strict=True)) for tensors in nets]
 
 
 def invariants(layout: Layout, rows: Tensor) -> Tensor:
