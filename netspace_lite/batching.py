@@ -266,17 +266,14 @@ class _Mode:
     @_plain_operations()
     def vmap(self, views: dict[str, Tensor], x: Tensor, per_net: bool) -> Tensor:
         """Through PyTorch's own batching."""
-
-        def one_net(tensors, inputs):
-            return functional_call(self.module, tensors, (inputs,))
-
-        return vmap(one_net, (0, 0 if per_net else None), randomness="different")(views, x)
+        one_net, axes = functools.partial(functional_call, self.module), (0, 0 if per_net else None)
+        return vmap(one_net, axes, randomness="different")(views, x)
 
     @_plain_operations()
     def loop(self, views: dict[str, Tensor], x: Tensor, per_net: bool) -> Tensor:
         """One net after the other, as its plain module."""
         nets = zip(one_by_one(views), x if per_net else itertools.repeat(x), strict=False)
-        outputs = [functional_call(self.module, state, (inputs,)) for state, inputs in nets]
+        outputs = [functional_call(self.module, state, inputs) for state, inputs in nets]
         if not isinstance(outputs[0], Tensor):
             what = f"{name_of(self.module)} returns a {type(outputs[0]).__name__}"
             raise ValueError(f"{what}, not one tensor: wrap it in a module that picks the tensor")
@@ -436,12 +433,10 @@ class _Interpreter:
                 changed.value = changed.folded.clone()
             values |= {source: self._many(source).folded for source in varying}
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.get)
-        if node.op == "call_module":
-            value = module(*args, **kwargs)
-        elif node.op == "call_method":
-            value = getattr(args[0], node.target)(*args[1:], **kwargs)
-        else:
-            value = node.target(*args, **kwargs)
+        call = node.target if module is None else module
+        if node.op == "call_method":
+            call, args = getattr(args[0], node.target), args[1:]
+        value = call(*args, **kwargs)
         return _Many(value, self.nets, folded=True) if many else value
 
 

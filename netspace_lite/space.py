@@ -282,10 +282,8 @@ class NetSpace(nn.Module):
         check_finite(rows)
         prep = None
         if self.config.weights:
-            mean, std = getattr(self, f"mean{architecture}"), getattr(self, f"std{architecture}")
-            prep = chunk_pack(
-                self._weights(rows, architecture), *mean.shape, mean.float(), std.float()
-            )
+            mean, std = (getattr(self, f"{part}{architecture}").float() for part in ("mean", "std"))
+            prep = chunk_pack(self._weights(rows, architecture), *mean.shape, mean, std)
         answers = self._answers(rows, architecture) if self.config.probes else None
         return Features(prep, answers)
 

@@ -7,10 +7,8 @@ the generator, encodes, decodes, and compares what the decoded nets answer with 
 """
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from math import cos, inf, isfinite, isnan, nan, pi
 from statistics import fmean
 
@@ -135,8 +133,8 @@ class MixedZoo:
     @torch.no_grad()
     def _read(self, space: NetSpace) -> None:
         """Keep what this space reads of the nets, unless that changes while it learns."""
-        if space is not self._space and not space.config.learn_probes:
-            pairs = zip(self.zoos, self.present, strict=True)
+        if space is not self._space:
+            pairs = () if space.config.learn_probes else zip(self.zoos, self.present, strict=True)
             self._space, self._features = space, [space.features(z.rows, a) for z, a in pairs]
 
     def __len__(self) -> int:
@@ -156,18 +154,18 @@ class MixedZoo:
     def encode(self, space: NetSpace, n: Tensor, target: int | None = None) -> Tensor:
         """Embeddings [len(n), E] of nets n, moved to architecture ``target`` if there is one."""
         self._read(space)
-        parts, places = [], []
-        for g, (zoo, a) in enumerate(zip(self.zoos, self.present, strict=True)):
-            at = (self.group[n] == g).nonzero()[:, 0]
-            if len(at) == 0:
-                continue
-            i, learns = (n[at] - self.first[g]).to(zoo.rows.device), space.config.learn_probes
-            features = space.features(zoo.rows[i], a) if learns else self._features[g][i]
-            z = space.encoder(features, a)
-            parts.append(z if target is None else space.translate(z, a, target))
-            places.append(at)
+        places = [(self.group[n] == g).nonzero()[:, 0] for g in range(len(self.zoos))]
+        parts = [self._encode(space, g, n[at], target) for g, at in enumerate(places) if len(at)]
         z = torch.cat(parts)
         return z[torch.cat(places).argsort().to(z.device)]
+
+    def _encode(self, space: NetSpace, group: int, n: Tensor, target: int | None) -> Tensor:
+        """`encode` for nets of one zoo."""
+        zoo, a = self.zoos[group], self.present[group]
+        i = (n - self.first[group]).to(zoo.rows.device)
+        features = self._features[group][i] if self._features else space.features(zoo.rows[i], a)
+        z = space.encoder(features, a)
+        return z if target is None else space.translate(z, a, target)
 
 
 @dataclass(frozen=True)
@@ -313,8 +311,8 @@ class Interpolation:
         self.nets, self.named, self.jitter = nets, named, jitter
         self.apart = max(1, len(space.architectures) - 2) if apart is None else apart
         index = self.pool.present
-        pairs = combinations(sorted(range(len(index)), key=index.__getitem__), 2)
-        self.ends = [(i, j) for i, j in pairs if index[j] - index[i] > self.apart]
+        order = sorted(range(len(index)), key=index.__getitem__)
+        self.ends = [(i, j) for i in order for j in order if index[j] - index[i] > self.apart]
         if not self.ends:
             raise ValueError(f"no zoos over {self.apart} apart, nothing in between: pass apart=")
 
@@ -436,10 +434,10 @@ def _resume(folder, plan, space, optimiser, generator) -> tuple[list, dict[str, 
     if not found:
         return [], {}
     record, tensors = store.load(folder, "fit")
-    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    parts: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         part, _, name = key.partition("/")
-        parts[part][name] = value
+        parts.setdefault(part, {})[name] = value
     with store.reading(folder):
         if plan["space"] == record["result"]:  # the very space that this fit left
             plan["space"] = record["plan"]["space"]
