@@ -135,8 +135,7 @@ class Batched:
             out = getattr(mode, way)(self._views(good, running), x, per_net)
             return torch.cat([out.flatten(1), running], 1) if mode.training else out
 
-        devices = [x.device] if x.is_cuda else []
-        with torch.random.fork_rng(devices), backend("torch"), _NoDropout():
+        with torch.random.fork_rng([x.device] if x.is_cuda else []), backend("torch"), _NoDropout():
             expected = run("loop")
             if not expected.isfinite().all():
                 return "loop"

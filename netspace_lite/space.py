@@ -245,21 +245,21 @@ class NetSpace(nn.Module):
         nets of ReLU and Tanh with the same layout are told apart. Raises ValueError saying which
         architectures there are.
         """
-        names = self.architectures
-        wanted, what = architecture, f"architecture {architecture!r}"
-        if isinstance(architecture, nn.Module):
+        names, module, wanted = self.architectures, None, architecture
+        if isinstance(architecture, Nets):
+            module, wanted = architecture.module, architecture.batched.fingerprint
+        elif isinstance(architecture, nn.Module):
             module = fold_batchnorm(architecture)
             wanted = structure(module)
-        elif isinstance(architecture, Nets):
-            module, wanted = architecture.module, architecture.batched.fingerprint
-        if wanted is not architecture:
-            size = Layout.of(module).size
-            what = f"a {name_of(module)} of {size:,} parameters, recognised by what it computes"
-        if architecture is None and len(names) == 1:
+        elif architecture is None and len(names) == 1:
             wanted = 0
         for a, (name, batched) in enumerate(zip(names, self.batched, strict=True)):
             if wanted in (name, batched.fingerprint) or (type(wanted) is int and wanted == a):
                 return a
+        what = f"architecture {architecture!r}"
+        if module is not None:
+            size = Layout.of(module).size
+            what = f"a {name_of(module)} of {size:,} parameters, recognised by what it computes"
         known = (f"{n} ({b.layout.size:,})" for n, b in zip(names, self.batched, strict=True))
         raise ValueError(f"{what}, is not one of this space, which holds {', '.join(known)}")
 
