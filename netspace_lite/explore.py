@@ -248,9 +248,7 @@ def _start_points(space: NetSpace, starts, prior, seed: int) -> Tensor:
     return z
 
 
-def _descend(
-    decode, start, loss, validate, penalty, reached, config: Descent, progress: bool
-) -> Search:  # fmt: skip
+def _descend(decode, start, loss, validate, penalty, reached, config, progress) -> Search:
     """Adam on ``start`` [N, E] through ``decode``, the best state of each row kept."""
     z, stopped = start.detach().clone().requires_grad_(), ""
     adam, generator = torch.optim.Adam([z], config.lr), torch.Generator().manual_seed(config.seed)

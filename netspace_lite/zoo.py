@@ -493,37 +493,15 @@ class _Blocks:
 
     def train(self, numbers: Sequence[int], progress: bool = False) -> list[dict[str, Tensor]]:
         """The final states of these blocks, each trained from where it is."""
-        states = []
         with progress_bar(sum(self.costs[n] for n in numbers), "training nets", progress) as bar:
-            for number in numbers:
-                members = self.members[number]
-                chosen = [self.recipes[n] for n in members]
-                state = self.begin(number, chosen)
-                bar.update(sum(min(recipe.steps, int(state.get("step", 0))) for recipe in chosen))
-                on_step = self.watcher(number, chosen, bar)
-                state = train_nets(self.batched, self.task, chosen, state, on_step, members)
-                states.append(_without_adam(state))
-        return states
+            return [self.train_one(number, bar) for number in numbers]
 
-    def begin(self, number: int, recipes: list[Recipe]) -> dict[str, Tensor]:
-        """The state that a block starts from: new nets, or its checkpoint."""
-        if self.folder is None or not store.exists(self.folder, f"block-{number}"):
-            return {"rows": initial_rows(self.make, [recipe.seed for recipe in recipes])}
-        record, found = store.load(self.folder, f"block-{number}")
-        store.check_plan(self.folder, record, self.plan)
-        with store.reading(self.folder):
-            rows = found["rows"].view(len(recipes), self.batched.layout.size)
-            start = _state(self.batched, {"rows": rows}, recipes[0].steps)
-            found = {name: start[name] for name in ADAM} | found
-            state = {k: found[k].reshape(v.shape).to(v.dtype) for k, v in start.items()}
-        if not 0 <= state["step"] <= recipes[0].steps:
-            what = f"{self.folder} holds a block at step {state['step']} of {recipes[0].steps}"
-            raise ValueError(f"{what}: delete it")
-        return state
-
-    def watcher(self, number: int, recipes: list[Recipe], bar) -> Callable:
-        """What happens after each step of a block: the bar, the log, now and then a checkpoint."""
-        saved = time.monotonic()
+    def train_one(self, number: int, bar) -> dict[str, Tensor]:
+        """The final state of a block; after each step the bar, the log, at times a checkpoint."""
+        name, members = f"block-{number}", self.members[number]
+        recipes = [self.recipes[n] for n in members]
+        state, saved = self.begin(name, recipes), time.monotonic()
+        bar.update(sum(min(recipe.steps, int(state.get("step", 0))) for recipe in recipes))
 
         def on_step(state):
             nonlocal saved
@@ -535,11 +513,26 @@ class _Blocks:
                 row["loss"] = state["losses"][:nets, step - 1].mean().item()
                 self.log(row | {"seconds": state["seconds"].item()})
             if self.folder and (done or time.monotonic() - saved > CHECKPOINT_SECONDS):
-                kept = _without_adam(state) if done else state
-                store.save(self.folder, f"block-{number}", self.plan, kept)
+                store.save(self.folder, name, self.plan, _without_adam(state) if done else state)
                 saved = time.monotonic()
 
-        return on_step
+        return _without_adam(train_nets(self.batched, self.task, recipes, state, on_step, members))
+
+    def begin(self, name: str, recipes: list[Recipe]) -> dict[str, Tensor]:
+        """The state that a block starts from: new nets, or its checkpoint."""
+        if self.folder is None or not store.exists(self.folder, name):
+            return {"rows": initial_rows(self.make, [recipe.seed for recipe in recipes])}
+        record, found = store.load(self.folder, name)
+        store.check_plan(self.folder, record, self.plan)
+        with store.reading(self.folder):
+            rows = found["rows"].view(len(recipes), self.batched.layout.size)
+            start = _state(self.batched, {"rows": rows}, recipes[0].steps)
+            found = {name: start[name] for name in ADAM} | found
+            state = {k: found[k].reshape(v.shape).to(v.dtype) for k, v in start.items()}
+        if not 0 <= state["step"] <= recipes[0].steps:
+            what = f"{self.folder} holds a block at step {state['step']} of {recipes[0].steps}"
+            raise ValueError(f"{what}: delete it")
+        return state
 
     def finish(self, states: list[dict[str, Tensor]]) -> Zoo:
         """The zoo of all blocks' final states, scored; it takes their place in the folder."""
