@@ -52,7 +52,7 @@ def test_lines_are_counted_as_said():
     [
         # 1,600 is the aim; processes took 135, Muon 53, the paper's parts 57, analogies and
         # principal components 44
-        (list(LIBRARY.glob("*.py")), 2539),
+        (list(LIBRARY.glob("*.py")), 2541),
         (list((LIBRARY / "shapes").rglob("*.py")), 455),
         (list((LIBRARY / "tutorial").rglob("*.py")), 394),
     ],
