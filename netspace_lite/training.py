@@ -218,8 +218,9 @@ class Distillation:
     def __call__(self, space: NetSpace, generator: torch.Generator) -> Tensor:
         group = int(torch.multinomial(self.chances, 1, generator=generator))
         n, target = self.pool.draw(self.draw.nets, generator, group), self.pool.present[group]
-        crossed = round(self.draw.nets * self.draw.crossing)
-        n[:crossed] = self.pool.draw(crossed, generator)
+        if len(self.pool.zoos) > 1:
+            crossed = round(self.draw.nets * self.draw.crossing)
+            n[:crossed] = self.pool.draw(crossed, generator)
         z, analogy = self.pool.encode(space, n, target), None
         if self.draw.analogies and not self.likeness.per_net:
             far, moved = torch.rand(2, len(n), generator=generator)

@@ -52,10 +52,10 @@ def test_what_is_no_wide_matrix_steps_as_torchs_adamw():
             torch.testing.assert_close(p, q)
 
 
-def test_a_matrix_over_256_on_its_shorter_side_steps_as_torchs_adamw():
+def test_a_matrix_over_512_on_its_shorter_side_steps_as_torchs_adamw():
     def wide():
         torch.manual_seed(0)
-        return nn.Linear(257, 260)
+        return nn.Linear(513, 516)
 
     ours = steps(lambda m: [Muon(m, 1e-2)], wide()).weight
     expected = steps(lambda m: [torch.optim.AdamW(m.parameters(), 1e-2)], wide()).weight

@@ -28,8 +28,7 @@ def use_style() -> None:
     plt.rcParams.update({
         "figure.dpi": 80, "figure.constrained_layout.use": True, "font.size": 11,
         "axes.spines.top": False, "axes.spines.right": False,
-        "legend.edgecolor": "none", "legend.framealpha": 0.9,  # curves may pass behind names
-        "axes.prop_cycle": plt.cycler(color=[*KINDS, GREY]),
+        "legend.edgecolor": "none", "axes.prop_cycle": plt.cycler(color=[*KINDS, GREY]),
     })  # fmt: skip
     if "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()):
         plt.switch_backend(plt.get_backend())  # it brings a format of its own, so it goes first
@@ -67,8 +66,7 @@ def _numpy(values) -> np.ndarray:
 
 def images(x: Tensor, titles: Sequence = (), columns: int = 10) -> np.ndarray:
     """A row of images x [B, C, H, W], each scaled to its own range, with titles."""
-    columns = min(columns, len(x))
-    rows = -(-len(x) // columns)
+    rows, columns = -(-len(x) // columns), min(columns, len(x))
     figure, axes = plt.subplots(rows, columns, figsize=(0.95 * columns, 1.15 * rows), squeeze=False)
     figure.set_label(f"images: {len(x)}")
     for n, (ax, picture) in enumerate(zip(axes.flat, _numpy(x), strict=False)):
