@@ -142,7 +142,7 @@ def _specialise(kernel, values):
     """Types, constants and alignment of arguments, as Triton's launcher would see them."""
     signature, constants, attributes = {}, {}, {}
     for index, (name, param) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
-        value, sixteen = values[name], False
+        value, sixteen = values.get(name), False
         if param.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
@@ -163,28 +163,25 @@ def meta(*shape, dtype=torch.float32):
     return torch.empty(*shape, device="meta", dtype=dtype)
 
 
-def launch_layer(samples, weight, image, options, bias, shared, mode, nets=8):
-    """Forward and backward of a layer of shape `weight` [O, C, ...] on images [C, *image]."""
+def launch_layer(samples, weight, side, options, bias, shared, mode, nets=8):
+    """Forward and backward of a layer of shape `weight` [O, C, kh, kw] on images [C, side, side].
+
+    `options` are stride, padding and activation; a linear layer has images of one pixel.
+    """
     dtype, precision = MODES[mode]
     rows, size = meta(nets, 4 + weight.numel() + len(weight), dtype=dtype), weight.numel()
     w = rows[:, 4 : 4 + size].view(nets, *weight.shape)
-    x = meta(samples, *() if shared else (nets,), *weight.shape[1:2], *image, dtype=dtype)
-    x = x if shared or image else x.transpose(0, 1)
-    b = rows[:, 4 + size :] if bias else None
-    y, saved = layer.launch_forward(x, w, b, *options, 0.01, 30.0, precision)
-    saved = saved if options[2] == layer.SINE else y
-    back = (*options[:2], bias, True, True, options[2], 0.01, 30.0, precision)
-    layer.launch_backward(y, saved, x, w, *back)
+    x = meta(samples, *() if shared else (nets,), weight.shape[1], side, side, dtype=dtype)
+    stride, padding, act = (options[0],) * 2, (options[1],) * 2, options[2]
+    how = stride, padding, act, 0.01, 30.0, precision
+    y, saved = layer.launch_forward(x, w, rows[:, 4 + size :] if bias else None, *how)
+    saved = saved if act == layer.SINE else y
+    layer.launch_backward(y, saved, x, w, bias, True, True, *how)
 
 
-def _linear(samples, inner, out, act):
-    options = ((1, 1), (0, 0), act)
-    return lambda *how: launch_layer(samples, meta(out, inner), (), options, *how)
-
-
-def _conv(samples, inner, out, size, kernel, stride, padding):
-    options, weight = ((stride,) * 2, (padding,) * 2, 1), meta(out, inner, kernel, kernel)
-    return lambda *how: launch_layer(samples, weight, (size, size), options, *how)
+def _layer(samples, inner, out, side=1, kernel=1, stride=1, padding=0, act=1):
+    weight, options = meta(out, inner, kernel, kernel), (stride, padding, act)
+    return lambda *how: launch_layer(samples, weight, side, options, *how)
 
 
 def _siren(hidden):
@@ -234,23 +231,23 @@ def _pack(bias, shared, mode):
         return
     dtype, scale = MODES[mode][0], meta(7, 10_000)
     prep, used = meta(8, 7, 10_000, dtype=dtype), meta(8, dtype=torch.int64)
-    pack.launch(prep, used, scale if bias else None, scale, not shared, dtype)
+    pack.launch(prep, None if shared else used, scale if bias else None, scale, dtype)
 
 
 # Between them every tile of `common.tile` for each kernel of linear layers and of convolutions, and
 # every width of `siren_mlp`; the paper's sizes first; and of whole nets one without sums and pools
 # and one with them. A case launches for (bias, shared, mode).
 CASES = {
-    "linear 256 to 256, sine": _linear(128, 256, 256, 2),
-    "linear 24 to 24": _linear(128, 24, 24, 1),
-    "linear 3 to 64, sine": _linear(128, 3, 64, 2),
-    "linear 84 to 10": _linear(128, 84, 10, 0),
-    "linear 120 to 84, 8 samples": _linear(8, 120, 84, 1),
-    "convolution 3 to 6, 5x5": _conv(128, 3, 6, 32, 5, 2, 0),
-    "convolution 24 to 32, 3x3": _conv(128, 24, 32, 16, 3, 1, 1),
-    "convolution 64 to 64, 3x3": _conv(128, 64, 64, 16, 3, 2, 1),
-    "convolution of 16 pixels": _conv(1, 64, 64, 4, 3, 1, 1),
-    "convolution 1 to 32, 3x3": _conv(128, 1, 32, 8, 3, 1, 1),
+    "linear 256 to 256, sine": _layer(128, 256, 256, act=2),
+    "linear 24 to 24": _layer(128, 24, 24),
+    "linear 3 to 64, sine": _layer(128, 3, 64, act=2),
+    "linear 84 to 10": _layer(128, 84, 10, act=0),
+    "linear 120 to 84, 8 samples": _layer(8, 120, 84),
+    "convolution 3 to 6, 5x5": _layer(128, 3, 6, 32, 5, 2),
+    "convolution 24 to 32, 3x3": _layer(128, 24, 32, 16, 3, 1, 1),
+    "convolution 64 to 64, 3x3": _layer(128, 64, 64, 16, 3, 2, 1),
+    "convolution of 16 pixels": _layer(1, 64, 64, 4, 3, 1, 1),
+    "convolution 1 to 32, 3x3": _layer(128, 1, 32, 8, 3, 1, 1),
     **{f"siren of width {hidden}": _siren(hidden) for hidden in (256, 128, 64, 32, 16)},
     **{f"distillation loss of {classes}": _loss(classes) for classes in (10, 200, 1000)},
     "chunk packing": _pack,

@@ -39,10 +39,10 @@ def batched_linear(
     check("batched_linear", tensors, rows=("weight", "bias"))
     check_activation("batched_linear", activation, slope)
     if use_triton(x):
-        act, precision = ACTIVATIONS.index(activation), fp32_precision(precision)
-        return layer(
-            x, weight, bias, [1, 1], [0, 0], act, float(slope), float(omega), precision
-        )[0]  # fmt: skip
+        options = ACTIVATIONS.index(activation), float(slope), float(omega)
+        pixels = (x if x.ndim == 2 else x.transpose(0, 1))[..., None, None]
+        kernel, how = weight[..., None, None], (*options, fp32_precision(precision))
+        return layer(pixels, kernel, bias, [1, 1], [0, 0], *how)[0][..., 0, 0].transpose(0, 1)
     return batched_linear_reference(x, weight, bias, activation, slope, omega)
 
 

@@ -6,8 +6,8 @@ zero in the PRep and ignored on the way back.
 Packing is a copy, one `torch.cat`, and unpacking gives views: neither has a kernel. Standardisation
 has one, which does either direction, chosen at compile time, in one pass instead of four. Pointers:
     x, out    [N, T·L]  contiguous
-    mean, std [T·L]     fp32, contiguous
-    used      [N]       int64, how many values of a net are parameters
+    mean, std [T·L]     fp32, contiguous, or None
+    used      [N]       int64, how many values of a net are parameters; None to unpack
 
 Grid: (N·⌈T·L/1024⌉,). One program does 1,024 values of one net. Packing divides and unpacking
 multiplies, in fp32, rounded after each step as PyTorch's is. Each direction's gradient is the same
@@ -16,7 +16,6 @@ kernel again without the mean.
 Traffic at its least, in bytes for values of s bytes: 2·s·N·T·L, read and written once.
 """
 
-import itertools
 import math
 
 import torch
@@ -82,42 +81,43 @@ def chunk_unpack_reference(prep, shapes, mean=None, std=None):
 
 
 def _pack(tensors, T, L, mean, std, dtype, standardise):
-    flat, counts = _flatten(tensors)
-    used = _used(flat, counts)
+    nets = _flatten(tensors)
+    flat, used = [t for net in nets for t in net], [sum(t.shape[-1] for t in net) for net in nets]
     _check_pack(flat, max(used), T, L)
     dtype, scaled = dtype or flat[0].dtype, mean is not None or std is not None
     between = torch.promote_types(dtype, torch.float32) if scaled else dtype
-    flat = [t if t.dtype == between else t.to(between) for t in flat]
-    prep = _concatenate(flat, counts, used, T * L).unflatten(1, (T, L))
+    zeros = flat[0].new_zeros(()).expand(*flat[0].shape[:-1], T * L - min(used))
+    padded = [(*net, zeros[..., : T * L - size]) for net, size in zip(nets, used, strict=True)]
+    pieces = [t if t.dtype == between else t.to(between) for net in padded for t in net]
+    prep = torch.cat(pieces, -1).view(-1, T, L)
     if not scaled:
         return prep
-    if counts:
-        used = torch.tensor(used, device=prep.device)
-    else:
+    if len(used) == 1:
         used = torch.full((len(prep),), used[0], device=prep.device)  # a fill: no copy to wait for
-    return standardise(prep, used, mean, std, True, dtype)
+    else:
+        used = torch.tensor(used, device=prep.device)
+    return standardise(prep, used, mean, std, dtype)
 
 
 def _unpack(prep, shapes, mean, std, standardise):
     if mean is not None or std is not None:
-        used = torch.full((len(prep),), prep[0].numel(), device=prep.device)
-        prep = standardise(prep, used, mean, std, False, prep.dtype)
+        prep = standardise(prep, None, mean, std, prep.dtype)
     rows = prep.flatten(1)
     if not isinstance(shapes[0], list):
-        return _split(rows, shapes, 1, (rows.shape[0],))
-    return [_split(row, net, 0, ()) for row, net in zip(rows, shapes, strict=True)]
+        return _split(rows, shapes)
+    return [_split(row, net) for row, net in zip(rows, shapes, strict=True)]
 
 
-def _standardise(prep, used, mean, std, pack, dtype):
-    op, (_, T, L) = "chunk_pack" if pack else "chunk_unpack", prep.shape
+def _standardise(prep, used, mean, std, dtype):
+    op, (_, T, L) = "chunk_unpack" if used is None else "chunk_pack", prep.shape
     scales = {"mean": (mean, "TL"), "std": (std, "TL")}
     check(op, scales, (prep.device, torch.float32), T=T, L=L)
     scale = _scale if use_triton(prep) else _standardise_reference
-    return scale(prep, used, mean, std, pack, dtype)
+    return scale(prep, used, mean, std, dtype)
 
 
-def _standardise_reference(prep, used, mean, std, pack, dtype):
-    if not pack:
+def _standardise_reference(prep, used, mean, std, dtype):
+    if used is None:
         prep = prep if std is None else prep * std
         return (prep if mean is None else prep + mean).to(dtype)
     prep = prep if mean is None else prep - mean
@@ -126,99 +126,71 @@ def _standardise_reference(prep, used, mean, std, pack, dtype):
     return torch.where(position < used.view(-1, 1, 1), prep, 0).to(dtype)
 
 
-def _concatenate(parts, counts, used, size):
-    """Rows [N, size], filled up with zeros."""
-    if not counts:
-        padding = parts[0].new_zeros(1).expand(len(parts[0]), size - used[0])
-        return torch.cat([*parts, padding], dim=1)
-    zeros, pieces = parts[0].new_zeros(size - min(used)), []
-    for count, end, values in zip(counts, itertools.accumulate(counts), used, strict=True):
-        pieces += [*parts[end - count : end], zeros[: size - values]]
-    return torch.cat(pieces).view(len(used), size)
-
-
-def _split(row, shapes, dim, lead):
+def _split(row, shapes):
+    """Views of these shapes into [..., T·L], whose last values may be left over."""
     sizes = [math.prod(shape) for shape in shapes]
-    rest = row.shape[dim] - sum(sizes)
-    parts = row.split([*sizes, rest], dim)
-    return [part.view((*lead, *shape)) for part, shape in zip(parts, shapes, strict=False)]
+    parts = row.split([*sizes, row.shape[-1] - sum(sizes)], -1)
+    return [p.view((*row.shape[:-1], *s)) for p, s in zip(parts, shapes, strict=False)]
 
 
 @triton.jit
-def _scale_kernel(
-    x, out, mean, std, used, size,
-    PACK: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _scale_kernel(x, out, mean, std, used, size, BLOCK: tl.constexpr):
     """Grid (N·⌈size/BLOCK⌉,): one block of one net; `size` is T·L."""
     blocks = tl.cdiv(size, BLOCK)
     n = (tl.program_id(0) // blocks).to(tl.int64)
     at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    value = tl.load(x + n * size + at, mask=inside, other=0).to(tl.float32)
-    if HAS_MEAN and PACK:
-        value = value - tl.load(mean + at, mask=inside, other=0)
-    if HAS_STD:
-        scale = tl.load(std + at, mask=inside, other=1)
-        value = tl.div_rn(value, scale) if PACK else value * scale
-    if HAS_MEAN and not PACK:
-        value = value + tl.load(mean + at, mask=inside, other=0)
-    value = tl.where(at < tl.load(used + n), value, 0.0)  # padding stays zero
-    tl.store(out + n * size + at, value.to(out.dtype.element_ty), mask=inside)
+    value = tl.load(x + n * size + at, mask=at < size, other=0).to(tl.float32)
+    if used is not None:
+        if mean is not None:
+            value = value - tl.load(mean + at, mask=at < size, other=0)
+        if std is not None:
+            value = tl.div_rn(value, tl.load(std + at, mask=at < size, other=1))
+        value = tl.where(at < tl.load(used + n), value, 0.0)  # padding stays zero
+    else:
+        if std is not None:
+            value = value * tl.load(std + at, mask=at < size, other=1)
+        if mean is not None:
+            value = value + tl.load(mean + at, mask=at < size, other=0)
+    tl.store(out + n * size + at, value.to(out.dtype.element_ty), mask=at < size)
 
 
-def _empty(prep, used, mean, std, pack, dtype):
+def _empty(prep, used, mean, std, dtype):
     return prep.new_empty(prep.shape, dtype=dtype)
 
 
 def launch(
-    prep: Tensor, used: Tensor, mean: Tensor | None, std: Tensor | None, pack: bool,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """Standardise the chunks [N, T, L] (or undo it) in one pass."""
-    out, size = _empty(prep, used, mean, std, pack, dtype), prep[0].numel()
+    prep: Tensor, used: Tensor | None, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Standardise the chunks [N, T, L] in one pass, or undo it where `used` is None."""
+    out, size = _empty(prep, used, mean, std, dtype), prep[0].numel()
     prep, mean, std = (t if t is None else t.contiguous() for t in (prep, mean, std))
-    _scale_kernel[(len(prep) * triton.cdiv(size, BLOCK),)](
-        prep, out, prep if mean is None else mean, prep if std is None else std, used, size,
-        PACK=pack, HAS_MEAN=mean is not None, HAS_STD=std is not None, BLOCK=BLOCK, num_warps=4,
-        enable_fp_fusion=False,
-    )  # fmt: skip
+    grid = (len(prep) * triton.cdiv(size, BLOCK),)
+    options = {"BLOCK": BLOCK, "num_warps": 4, "enable_fp_fusion": False}
+    _scale_kernel[grid](prep, out, mean, std, used, size, **options)
     return out
 
 
-def _context(ctx, inputs, output):
-    prep, ctx.used, _, ctx.std, ctx.pack, _ = inputs
-    ctx.dtype = prep.dtype
+def _backward(g, needs, prep, used, mean, std, dtype, out):
+    return _scale(g, used, None, std, prep.dtype), None, None, None, None
 
 
-def _backward(ctx, g):
-    return _scale(g, ctx.used, None, ctx.std, ctx.pack, ctx.dtype), *[None] * 5
-
-
-_scale = register("chunk_scale", launch, _empty, _context, _backward)
-
-
-def _used(flat, counts):
-    """Values of each net: a list, or one number for stacked tensors."""
-    if not counts:
-        return [sum(t.shape[1] for t in flat)]
-    sizes = iter(t.numel() for t in flat)
-    return [sum(next(sizes) for _ in range(count)) for count in counts]
+_scale = register("chunk_scale", launch, _empty, _backward)
 
 
 def _flatten(tensors):
-    """All tensors as 1-D, net after net, and how many a net has; or stacked ones as [N, size]."""
+    """Lists of tensors: one of stacked ones, as [N, size], or one for each net, as [size]."""
     tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
-    if not tensors or (not isinstance(tensors[0], torch.Tensor) and not all(tensors)):
+    stacked = bool(tensors) and isinstance(tensors[0], torch.Tensor)
+    if not tensors or not (stacked or all(tensors)):
         raise ValueError(f"chunk_pack: there is nothing to pack in {len(tensors)} nets.")
-    if isinstance(tensors[0], torch.Tensor):
-        flat = [t.reshape(t.shape[0], math.prod(t.shape[1:])) for t in tensors]
-        if len({len(t) for t in flat}) > 1 or len(flat[0]) == 0:
-            raise ValueError(
-                "chunk_pack: stacked tensors must hold the same number of nets, at least one, got "
-                f"{[len(t) for t in flat]}."
-            )
-        return flat, []
-    return [t.reshape(-1) for net in tensors for t in net], [len(net) for net in tensors]
+    if not stacked:
+        return [[t.reshape(-1) for t in net] for net in tensors]
+    if len({len(t) for t in tensors}) > 1 or len(tensors[0]) == 0:
+        raise ValueError(
+            "chunk_pack: stacked tensors must hold the same number of nets, at least one, got "
+            f"{[len(t) for t in tensors]}."
+        )
+    return [[t.reshape(len(t), -1) for t in tensors]]
 
 
 def _check_pack(flat, used, T, L):

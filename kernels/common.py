@@ -118,15 +118,16 @@ def fp32_precision(precision=None) -> str:
     return "tf32" if setting == "tf32" else "ieee"
 
 
-def register(name, launch, empty, context=None, backward=None):
+def register(name, launch, empty, backward=None):
     """Make an op of a launcher, which autograd and `torch.compile` then see as one node.
 
     Args:
         name: of the op in `torch.ops.netspace_lite`.
         launch: annotated function of tensors and options. It runs on the device of its first
-            tensor: Triton launches on the current one.
+            tensor: Triton launches on the current one. Only its first result is differentiable.
         empty: of the same arguments, gives the results' shapes, dtypes and strides.
-        context, backward: as for `register_autograd`; without them the op is itself a backward,
+        backward: of the first result's gradient, which arguments need theirs, all arguments and
+            all results; gives the arguments' gradients. Without it the op is itself a backward,
             and differentiating it says that kernels are differentiable once.
     """
 
@@ -135,15 +136,25 @@ def register(name, launch, empty, context=None, backward=None):
         with torch.cuda.device_of(next(a for a in args if isinstance(a, torch.Tensor))):
             return launch(*args)
 
-    def refuse(ctx, *grads):
-        raise RuntimeError(
-            f"{name}: the Triton kernels are differentiable once. For second derivatives compute "
-            'the first ones under backend("torch").'
-        )
+    def keep(ctx, inputs, output):
+        results = output if isinstance(output, tuple) else (output,)
+        ctx.mark_non_differentiable(*results[1:])
+        tensors = [v if isinstance(v, torch.Tensor) else None for v in (*inputs, *results)]
+        ctx.save_for_backward(*tensors)
+        ctx.options = [None if isinstance(v, torch.Tensor) else v for v in (*inputs, *results)]
+
+    def differentiate(ctx, g, *_):
+        if backward is None:
+            raise RuntimeError(
+                f"{name}: the Triton kernels are differentiable once. For second derivatives "
+                'compute the first ones under backend("torch").'
+            )
+        kept = zip(ctx.saved_tensors, ctx.options, strict=True)
+        return backward(g, ctx.needs_input_grad, *(o if t is None else t for t, o in kept))
 
     op = torch.library.custom_op(f"netspace_lite::{name}", on_device, mutates_args=())
     op.register_fake(empty)
-    op.register_autograd(backward or refuse, setup_context=context)
+    op.register_autograd(differentiate, setup_context=keep)
     return op
 
 
@@ -172,19 +183,11 @@ def tile(rows, cols, exact=False) -> dict:
     return {"BM": bm, "BN": bn, "BK": 32, **how}
 
 
-def programs(sets, rows, cols, tile) -> tuple:
-    """The grid for `sets` results [rows, cols]: all on the first axis, which takes 2³¹ − 1 blocks.
-
-    The others stop at 65,535.
-    """
-    return (sets * triton.cdiv(rows, tile["BM"]) * triton.cdiv(cols, tile["BN"]),)
-
-
 @triton.jit
 def place(index, rows, cols, BM: tl.constexpr, BN: tl.constexpr):
-    """Which set has the tile `index`, and the tile's rows and columns, in a grid of `programs`.
+    """Which of several results [rows, cols] has the tile `index`, and the tile's rows and columns.
 
-    Tiles of one set, and in it of the same rows, run side by side and meet in the cache.
+    Tiles of one result, and in it of the same rows, run side by side and meet in the cache.
     """
     across = tl.cdiv(cols, BN)
     tiles = tl.cdiv(rows, BM) * across
@@ -248,25 +251,25 @@ def cosine(x):
 
 
 @triton.jit
-def act_forward(z, slope, omega, ACT: tl.constexpr):
-    """The activation of an fp32 tile: 0 none, 1 leaky ReLU, 2 sin(omega · z)."""
-    if ACT == 1:
-        z = tl.where(z > 0, z, z * slope)
-    if ACT == 2:
-        z = sine(z * omega)
+def act_forward(z, step: tl.constexpr):
+    """The activation of an fp32 tile, as step.act says: none, leaky ReLU, or sin(omega · z)."""
+    if step.act == 1:
+        z = tl.where(z > 0, z, z * step.slope)
+    if step.act == 2:
+        z = sine(z * step.omega)
     return z
 
 
 @triton.jit
-def act_backward(g, saved, slope, omega, ACT: tl.constexpr):
+def act_backward(g, saved, step: tl.constexpr):
     """The gradient before the activation, from the one after it, in fp32.
 
     `saved` is the output for leaky ReLU (its sign is the input's) and the input for sine.
     """
-    if ACT == 1:
-        g = tl.where(saved > 0, g, g * slope)
-    if ACT == 2:
-        g = g * omega * cosine(saved * omega)
+    if step.act == 1:
+        g = tl.where(saved > 0, g, g * step.slope)
+    if step.act == 2:
+        g = g * step.omega * cosine(saved * step.omega)
     return g
 
 

@@ -92,7 +92,7 @@ def _softmax(z):
 @triton.jit
 def _loss_kernel(
     z, t, labels, temperatures, parts, dz, B, K, alpha, zn, zb, tn, tb, ln, lb,
-    HAS_LABELS: tl.constexpr, BM: tl.constexpr, KP: tl.constexpr,
+    BM: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """Loss and gradient of BM samples of one net; KP is K up to a power of 2."""
     tiles = tl.cdiv(B, BM)
@@ -110,7 +110,7 @@ def _loss_kernel(
     apart = tl.where(inside, p * (log_p - log_q), 0.0)
     loss = tl.sum(apart, 1) * (temperature * temperature * alpha)
     grad = (q - p) * (temperature * alpha)
-    if HAS_LABELS:
+    if labels is not None:
         label = tl.load(labels + n * ln + m.to(tl.int64) * lb, mask=m < B, other=0)
         right = (label[:, None] == k[None, :]) & inside
         s, log_s = _softmax(logit + outside)
@@ -130,10 +130,8 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """The losses [N] and the gradient [N, B, K] of their sum."""
     nets, samples, classes = logits.shape
-    logits = logits if logits.stride(2) == 1 else logits.contiguous()
-    targets = targets if targets.stride(-1) == 1 else targets.contiguous()
-    if targets.ndim == 2:
-        targets = targets.expand(nets, -1, -1)
+    logits, targets = (t if t.stride(-1) == 1 else t.contiguous() for t in (logits, targets))
+    targets = targets.expand(nets, -1, -1)
     label_strides = (0, 0) if labels is None else labels.expand(nets, -1).stride()
     padded = max(2, triton.next_power_of_2(classes))
     rows = max(1, min(64, 2048 // padded))
@@ -141,9 +139,9 @@ def launch(
     parts = logits.new_empty(nets, programs, dtype=torch.float32)
     _, grad = _empty(logits, targets, labels, temperature, alpha)
     _loss_kernel[(nets * programs,)](
-        logits, targets, logits if labels is None else labels, temperature.contiguous(), parts,
-        grad, samples, classes, alpha, *logits.stride()[:2], *targets.stride()[:2], *label_strides,
-        HAS_LABELS=labels is not None, BM=rows, KP=padded, num_warps=4,
+        logits, targets, labels, temperature.contiguous(), parts, grad, samples, classes, alpha,
+        *logits.stride()[:2], *targets.stride()[:2], *label_strides, BM=rows, KP=padded,
+        num_warps=4,
     )  # fmt: skip
     return (parts.sum(1) / samples).to(logits.dtype), grad
 
@@ -158,13 +156,8 @@ _loss_backward = register(
 )
 
 
-def _context(ctx, inputs, output):
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], inputs[0])
+def _backward(g, needs, logits, targets, labels, temperature, alpha, loss, grad):
+    return _loss_backward(g, grad, logits), None, None, None, None
 
 
-def _backward(ctx, g, _):
-    return _loss_backward(g, *ctx.saved_tensors), None, None, None, None
-
-
-_distillation = register("distillation_loss", launch, _empty, _context, _backward)
+_distillation = register("distillation_loss", launch, _empty, _backward)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .backend import tl, triton
 from .common import act_backward, act_forward, autocast, check, fp32_precision, register
-from .layer import forward_tile, input_grad_tile, weight_grad_tile
+from .layer import forward_kernel, input_grad_kernel, weight_grad_kernel
 from .plan import INPUTS, NOTHING, OUTPUTS, SAMPLES, plan_of
 
 PROGRAMS = 384  # at least: three for each of an H100's 132 multiprocessors
@@ -64,33 +64,35 @@ def net(x, rows, plan, precision=None) -> torch.Tensor:
 
 
 @triton.jit
-def _at(place: tl.constexpr, x, out, scratch, b):
-    """Where the values of a program's b samples start that lie at `place`."""
+def _at(place: tl.constexpr, values, b):
+    """Where the values of a program's b samples start that lie at `place`.
+
+    `values` are those of inputs, outputs and scratch, or their gradients.
+    """
     if place == _INPUTS:
-        return x
+        return values[0]
     elif place == _OUTPUTS:
-        return out
+        return values[1]
     else:
-        return scratch + place * b
+        return values[2] + place * b
 
 
 @triton.jit
 def _forward_step(
-    x, row, out, scratch, b, step: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr
+    row, values, b, step: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One step for b samples of one net."""
-    source, y = _at(step.source, x, out, scratch, b), _at(step.out, x, out, scratch, b)
-    saved = _at(step.saved, x, out, scratch, b)
+    source, y = _at(step.source, values, b), _at(step.out, values, b)
     if step.kind == "layer":
         BM: tl.constexpr = step.forward_tile[0]
         BN: tl.constexpr = step.forward_tile[1]
+        bias = row + step.bias if step.bias >= 0 else None
         for index in range(0, tl.cdiv(b * step.U * step.V, BM) * tl.cdiv(step.O, BN)):
-            forward_tile(
-                index, source, row + step.weight, row + step.bias, y, saved, 1, b,
+            forward_kernel(
+                source, row + step.weight, bias, y, _at(step.saved, values, b), 1, b,
                 step.C, step.H, step.W, step.O, step.U, step.V,
                 step.C * step.H * step.W, 0, step.H * step.W, step.W, 1, 0, 0,
-                step.slope, step.omega, step.SH, step.SW, step.PH, step.PW, step.KH, step.KW,
-                step.bias >= 0, step.act, PRECISION, BM, BN, step.forward_tile[2],
+                step, PRECISION, BM, BN, step.forward_tile[2], index,
             )  # fmt: skip
     else:
         size = b * step.O * step.U * step.V
@@ -108,48 +110,41 @@ def _forward_step(
             else:
                 z += tl.load(source + at, mask=at < size, other=0).to(tl.float32)
                 if step.other != _NOTHING:
-                    other = _at(step.other, x, out, scratch, b)
+                    other = _at(step.other, values, b)
                     z += tl.load(other + at, mask=at < size, other=0).to(tl.float32)
-            z = act_forward(z, step.slope, step.omega, step.act)
-            tl.store(y + at, z.to(y.dtype.element_ty), mask=at < size)
+            tl.store(y + at, act_forward(z, step).to(y.dtype.element_ty), mask=at < size)
 
 
 @triton.jit
-def _layer_backward(
-    x, row, out, scratch, g, grads, parts, b, step: tl.constexpr, PRECISION: tl.constexpr
-):
+def _layer_backward(row, values, grads, parts, b, step: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of a layer's weights, and of its inputs unless they are the net's."""
-    gradient, saved = _at(step.out, x, g, grads, b), _at(step.saved, x, out, scratch, b)
-    source = _at(step.source, x, out, scratch, b)
-    pixels = b * step.U * step.V
+    gradient, saved = _at(step.out, grads, b), _at(step.saved, values, b)
     MM: tl.constexpr = step.weight_tile[0]
     MN: tl.constexpr = step.weight_tile[1]
+    db = parts + step.bias if step.bias >= 0 else None
     for index in range(0, tl.cdiv(step.O, MM) * tl.cdiv(step.C * step.KH * step.KW, MN)):
-        weight_grad_tile(
-            index, gradient, saved, source, parts + step.weight, parts + step.bias, 1, pixels, b,
-            step.C, step.H, step.W, step.O, step.U, step.V,
-            step.C * step.H * step.W, 0, step.H * step.W, step.W, 1, step.slope, step.omega,
-            step.SH, step.SW, step.PH, step.PW, step.KH, step.KW,
-            step.bias >= 0, step.act, PRECISION, MM, MN, step.weight_tile[2],
+        weight_grad_kernel(
+            gradient, saved, _at(step.source, values, b), parts + step.weight, db, 1,
+            b * step.U * step.V, b, step.C, step.H, step.W, step.O, step.U, step.V,
+            step.C * step.H * step.W, 0, step.H * step.W, step.W, 1,
+            step, PRECISION, MM, MN, step.weight_tile[2], index,
         )  # fmt: skip
     if step.source != _INPUTS:
         BM: tl.constexpr = step.input_tile[0]
         BN: tl.constexpr = step.input_tile[1]
         phase = b * tl.cdiv(step.H, step.SH) * tl.cdiv(step.W, step.SW)
-        tiles = step.SH * step.SW * tl.cdiv(phase, BM) * tl.cdiv(step.C, BN)
-        for index in range(0, tiles):
-            input_grad_tile(
-                index, gradient, saved, row + step.weight, _at(step.source, x, g, grads, b), 1, 1,
-                b, step.C, step.H, step.W, step.O, step.U, step.V, 0, step.slope, step.omega,
-                step.SH, step.SW, step.PH, step.PW, step.KH, step.KW,
-                step.act, step.add, PRECISION, BM, BN, step.input_tile[2],
+        for index in range(0, step.SH * step.SW * tl.cdiv(phase, BM) * tl.cdiv(step.C, BN)):
+            input_grad_kernel(
+                gradient, saved, row + step.weight, _at(step.source, grads, b), 1, 1,
+                b, step.C, step.H, step.W, step.O, step.U, step.V, 0,
+                step, PRECISION, BM, BN, step.input_tile[2], step.add, index,
             )  # fmt: skip
 
 
 @triton.jit
-def _other_backward(x, out, scratch, g, grads, b, step: tl.constexpr, BLOCK: tl.constexpr):
+def _other_backward(values, grads, b, step: tl.constexpr, BLOCK: tl.constexpr):
     """Gradients of what a sum or a pool took, unless it is the net's inputs."""
-    gradient, saved = _at(step.out, x, g, grads, b), _at(step.saved, x, out, scratch, b)
+    gradient, saved = _at(step.out, grads, b), _at(step.saved, values, b)
     size = b * step.C * step.H * step.W
     for start in range(0, size, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -160,11 +155,11 @@ def _other_backward(x, out, scratch, g, grads, b, step: tl.constexpr, BLOCK: tl.
             inside = inside & (u < step.U) & (v < step.V)
         z = tl.load(gradient + pixel, mask=inside, other=0).to(tl.float32) / (step.KH * step.KW)
         s = tl.load(saved + pixel, mask=inside, other=0).to(tl.float32)
-        z = act_backward(z, s, step.slope, step.omega, step.act)
+        z = act_backward(z, s, step)
         if step.source != _INPUTS:
-            _put(_at(step.source, x, g, grads, b) + at, z, at < size, step.add)
+            _put(_at(step.source, grads, b) + at, z, at < size, step.add)
         if step.other != _NOTHING and step.other != _INPUTS:
-            _put(_at(step.other, x, g, grads, b) + at, z, at < size, step.add_other)
+            _put(_at(step.other, grads, b) + at, z, at < size, step.add_other)
 
 
 @triton.jit
@@ -188,11 +183,9 @@ def _forward_kernel(
         b, sample = tl.minimum(few, end - start), n * B + start
         kept = sample if KEEP else tl.program_id(0).to(tl.int64) * few
         inputs = x + n * xn + tl.cast(start, tl.int64) * PLAN.inputs
-        answers, values = out + sample * PLAN.outputs, scratch + kept * PLAN.values
+        values = inputs, out + sample * PLAN.outputs, scratch + kept * PLAN.values
         for i in tl.static_range(len(PLAN.steps)):
-            _forward_step(
-                inputs, rows + n * rn, answers, values, b, PLAN.steps[i], PRECISION, BLOCK
-            )
+            _forward_step(rows + n * rn, values, b, PLAN.steps[i], PRECISION, BLOCK)
             tl.debug_barrier()  # what this step wrote is there before the next one reads it
 
 
@@ -206,18 +199,15 @@ def _backward_kernel(
     n, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
     start = split * part
     b, sample = tl.minimum(part, B - start), n * B + start
-    x += n * xn + tl.cast(start, tl.int64) * PLAN.inputs
-    rows += n * rn
+    inputs = x + n * xn + tl.cast(start, tl.int64) * PLAN.inputs
+    values = inputs, out + sample * PLAN.outputs, scratch + sample * PLAN.values
+    grads = inputs, g + sample * PLAN.outputs, grads + sample * PLAN.values
     parts += (split * nets + n) * PLAN.parameters
-    out += sample * PLAN.outputs
-    g += sample * PLAN.outputs
-    scratch += sample * PLAN.values
-    grads += sample * PLAN.values
     for i in tl.static_range(len(PLAN.steps) - 1, -1, -1):
         if PLAN.steps[i].kind == "layer":
-            _layer_backward(x, rows, out, scratch, g, grads, parts, b, PLAN.steps[i], PRECISION)
+            _layer_backward(rows + n * rn, values, grads, parts, b, PLAN.steps[i], PRECISION)
         else:
-            _other_backward(x, out, scratch, g, grads, b, PLAN.steps[i], BLOCK)
+            _other_backward(values, grads, b, PLAN.steps[i], BLOCK)
         tl.debug_barrier()  # what this step wrote is there before the one before it reads it
 
 
@@ -247,14 +237,10 @@ def launch_forward(
     out, scratch = _empty(x, rows, plan, keep, precision)
     (nets, samples, _), part = out.shape, _part(len(rows), x.shape[-2])
     _forward_kernel[(nets * triton.cdiv(samples, part),)](
-        x, rows, out, scratch, samples, part, _few(part, keep), x.stride(0) if x.ndim == 3 else 0,
+        x, rows, out, scratch, samples, part, _few(part, keep), x.expand(nets, -1, -1).stride(0),
         rows.stride(0), PLAN=plan_of(plan), KEEP=keep, PRECISION=precision, **HOW,
     )  # fmt: skip
     return out, scratch
-
-
-def _empty_backward(g, x, rows, out, scratch, plan, precision):
-    return rows.new_empty(rows.shape)
 
 
 def launch_backward(
@@ -266,25 +252,21 @@ def launch_backward(
     parts = drows if splits == 1 else rows.new_empty(splits, *rows.shape, dtype=torch.float32)
     _backward_kernel[(nets * splits,)](
         g.contiguous(), x, rows, out, scratch, torch.empty_like(scratch), parts, nets, samples,
-        part, x.stride(0) if x.ndim == 3 else 0, rows.stride(0),
+        part, x.expand(nets, -1, -1).stride(0), rows.stride(0),
         PLAN=plan_of(plan), PRECISION=precision, **HOW,
     )  # fmt: skip
     return drows if splits == 1 else parts.sum(0).to(rows.dtype)
 
 
-_net_backward = register("net_backward", launch_backward, _empty_backward)
+_net_backward = register(
+    "net_backward", launch_backward, lambda g, x, rows, *rest: rows.new_empty(rows.shape)
+)
 
 
-def _context(ctx, inputs, output):
-    x, rows, ctx.plan, ctx.kept, ctx.precision = inputs
-    ctx.save_for_backward(x, rows, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx, g, _):
-    if not ctx.kept:
+def _backward(g, needs, x, rows, plan, keep, precision, out, scratch):
+    if not keep:
         raise RuntimeError("net: rows that need no gradient were given, so no values were kept.")
-    return None, _net_backward(g, *ctx.saved_tensors, ctx.plan, ctx.precision), None, None, None
+    return None, _net_backward(g, x, rows, out, scratch, plan, precision), None, None, None
 
 
-_net = register("net", launch_forward, _empty, _context, _backward)
+_net = register("net", launch_forward, _empty, _backward)

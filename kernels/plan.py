@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .common import ACTIVATIONS, LEAKY, NONE, SINE, places, tile
+from .layer import Layer
 
 SAMPLES = 16  # that a program has at least: the rows of a tensor core
 # Values that a step reads and writes for one sample: those of 384 programs with 16 samples each,
@@ -21,19 +22,17 @@ WIDEST, LONGEST = 2048, 32
 INPUTS, OUTPUTS, NOTHING = -1, -2, -3  # where values lie that are not in scratch
 
 
-@dataclass(frozen=True)
-class Step:
+@dataclass(frozen=True, kw_only=True)
+class Step(Layer):
     """One step for images [C, H, W], with results [O, U, V]; a vector is an image of one pixel.
 
     Places of values count from the start of a sample's scratch, those of weights from the row's.
 
     Args:
         kind: "layer" (linear or convolution), "sum" (of one or two values), "pool" (mean).
-        SH to KW: stride, padding and kernel of its window.
         source, other: places of what it reads; `other` is a sum's second value or NOTHING.
         out, saved: places of its results and of what `act_backward` takes, else the same.
         weight, bias: places in the row; NOTHING if it has none.
-        act, slope, omega: the activation after it.
         add, add_other: whether gradients of `source` and `other` join those of later steps.
     """
 
@@ -47,18 +46,9 @@ class Step:
     source: int
     out: int
     saved: int
-    SH: int = 1
-    SW: int = 1
-    PH: int = 0
-    PW: int = 0
-    KH: int = 1
-    KW: int = 1
     other: int = NOTHING
     weight: int = NOTHING
     bias: int = NOTHING
-    act: int = NONE
-    slope: float = 0.0
-    omega: float = 1.0
     add: bool = False
     add_other: bool = False
 

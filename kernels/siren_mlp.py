@@ -105,42 +105,50 @@ def _layers(rows, h):
 
 
 @triton.jit
-def _first_layer(row, x0, x1, x2, k, h, omega):
+def _values(pointer, k, h):
+    """The values k of a vector of h, as fp32."""
+    return tl.load(pointer + k, mask=k < h, other=0).to(tl.float32)
+
+
+@triton.jit
+def _column(row, axis: tl.constexpr, k, h):
+    """W1's weights of one coordinate for the neurons k, as fp32."""
+    return tl.load(row + k * 3 + axis, mask=k < h, other=0).to(tl.float32)
+
+
+@triton.jit
+def _points(points, m, pb, pi, B):
+    """The coordinates of the points m: three fp32 vectors."""
+    at = points + m.to(tl.int64) * pb
+    x = tl.load(at, mask=m < B, other=0).to(tl.float32)
+    y = tl.load(at + pi, mask=m < B, other=0).to(tl.float32)
+    z = tl.load(at + 2 * pi, mask=m < B, other=0).to(tl.float32)
+    return x, y, z
+
+
+@triton.jit
+def _first_layer(row, p, k, h, omega):
     """ω(W1·p + b1) for the neurons k: [BM, BK] in fp32."""
-    inside = k < h
-    w0 = tl.load(row + k * 3, mask=inside, other=0).to(tl.float32)
-    w1 = tl.load(row + k * 3 + 1, mask=inside, other=0).to(tl.float32)
-    w2 = tl.load(row + k * 3 + 2, mask=inside, other=0).to(tl.float32)
-    bias = tl.load(row + 3 * h + k, mask=inside, other=0).to(tl.float32)
-    z = x0[:, None] * w0[None, :] + x1[:, None] * w1[None, :] + x2[:, None] * w2[None, :]
-    return (z + bias[None, :]) * omega
+    z = p[0][:, None] * _column(row, 0, k, h)[None, :]
+    for axis in tl.static_range(1, 3):
+        z += p[axis][:, None] * _column(row, axis, k, h)[None, :]
+    return (z + _values(row + 3 * h, k, h)[None, :]) * omega
 
 
 @triton.jit
 def _second_layer(
-    row, x0, x1, x2, col, h, omega,
+    row, p, col, h, omega,
     PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, HP: tl.constexpr,
 ):  # fmt: skip
     """ω(W2·sin(first layer) + b2): [BM, HP] in fp32."""
     acc = tl.zeros((BM, HP), tl.float32)
     for start in range(0, h, BK):
         k = start + tl.arange(0, BK)
-        hidden = sine(_first_layer(row, x0, x1, x2, k, h, omega))
+        hidden = sine(_first_layer(row, p, k, h, omega))
         inside = (k[:, None] < h) & (col[None, :] < h)
         w = tl.load(row + 4 * h + col[None, :] * h + k[:, None], mask=inside, other=0)
         acc = product(hidden.to(w.dtype), w, acc, PRECISION)
-    bias = tl.load(row + 4 * h + h * h + col, mask=col < h, other=0).to(tl.float32)
-    return (acc + bias[None, :]) * omega
-
-
-@triton.jit
-def _point(points, m, pb, pi, B):
-    """The coordinates of the points m, as three fp32 vectors."""
-    at = points + m.to(tl.int64) * pb
-    x0 = tl.load(at, mask=m < B, other=0).to(tl.float32)
-    x1 = tl.load(at + pi, mask=m < B, other=0).to(tl.float32)
-    x2 = tl.load(at + 2 * pi, mask=m < B, other=0).to(tl.float32)
-    return x0, x1, x2
+    return (acc + _values(row + 4 * h + h * h, col, h)[None, :]) * omega
 
 
 @triton.jit
@@ -151,14 +159,12 @@ def _forward_kernel(
     """Grid (N·⌈B/BM⌉,): the outputs of one net at BM points. HP is h up to a power of two."""
     tiles = tl.cdiv(B, BM)
     n = (tl.program_id(0) // tiles).to(tl.int64)
-    m = (tl.program_id(0) % tiles) * BM + tl.arange(0, BM)
-    col = tl.arange(0, HP)
+    m, col = (tl.program_id(0) % tiles) * BM + tl.arange(0, BM), tl.arange(0, HP)
     row = rows + n * rn
-    x0, x1, x2 = _point(points + n * pn, m, pb, pi, B)
-    angle = _second_layer(row, x0, x1, x2, col, h, omega, PRECISION, BM, BK, HP)
+    p = _points(points + n * pn, m, pb, pi, B)
+    angle = _second_layer(row, p, col, h, omega, PRECISION, BM, BK, HP)
     last = row + 5 * h + h * h
-    w3 = tl.load(last + col, mask=col < h, other=0).to(tl.float32)
-    y = tl.sum(sine(angle) * w3[None, :], 1) + tl.load(last + h).to(tl.float32)
+    y = tl.sum(sine(angle) * _values(last, col, h)[None, :], 1) + tl.load(last + h).to(tl.float32)
     tl.store(out + n * B + m, y.to(out.dtype.element_ty), mask=m < B)
 
 
@@ -176,40 +182,39 @@ def _backward_kernel(
     col = tl.arange(0, HP)
     row, size = rows + n * rn, h * h + 6 * h + 1
     part = parts + (split * nets + n) * size
-    w3 = tl.load(row + 5 * h + h * h + col, mask=col < h, other=0).to(tl.float32)
+    w3 = _values(row + 5 * h + h * h, col, h)
     dw3, db2 = tl.zeros((HP,), tl.float32), tl.zeros((HP,), tl.float32)
     db3 = tl.zeros((BM,), tl.float32)
     for tile in range(split, tl.cdiv(B, BM), splits):
         m = tile * BM + tl.arange(0, BM)
-        x0, x1, x2 = _point(points + n * pn, m, pb, pi, B)
-        go = tl.load(g + n * B + m, mask=m < B, other=0).to(tl.float32)
-        angle = _second_layer(row, x0, x1, x2, col, h, omega, PRECISION, BM, BK, HP)
+        p = _points(points + n * pn, m, pb, pi, B)
+        go = _values(g + n * B, m, B)
+        angle = _second_layer(row, p, col, h, omega, PRECISION, BM, BK, HP)
         g2 = go[:, None] * w3[None, :] * omega * cosine(angle)
         dw3 += tl.sum(go[:, None] * sine(angle), 0)
         db2 += tl.sum(g2, 0)
         db3 += go
         g2 = g2.to(rows.dtype.element_ty)
-        d0, d1, d2 = tl.zeros_like(x0), tl.zeros_like(x0), tl.zeros_like(x0)
+        d0, d1, d2 = tl.zeros_like(go), tl.zeros_like(go), tl.zeros_like(go)
         for start in range(0, h, BK):
             k = start + tl.arange(0, BK)
             inside = (col[:, None] < h) & (k[None, :] < h)
             w = tl.load(row + 4 * h + col[:, None] * h + k[None, :], mask=inside, other=0)
             g1 = product(g2, w, tl.zeros((BM, BK), tl.float32), PRECISION)
-            g1 = g1 * omega * cosine(_first_layer(row, x0, x1, x2, k, h, omega))
+            g1 = g1 * omega * cosine(_first_layer(row, p, k, h, omega))
             _add(part + 3 * h + k, tl.sum(g1, 0), k < h)
-            _add(part + k * 3, tl.sum(g1 * x0[:, None], 0), k < h)
-            _add(part + k * 3 + 1, tl.sum(g1 * x1[:, None], 0), k < h)
-            _add(part + k * 3 + 2, tl.sum(g1 * x2[:, None], 0), k < h)
+            for axis in tl.static_range(3):
+                _add(part + k * 3 + axis, tl.sum(g1 * p[axis][:, None], 0), k < h)
             if NEED_POINTS:
-                d0 += _first_layer_back(g1, row + k * 3, k < h)
-                d1 += _first_layer_back(g1, row + k * 3 + 1, k < h)
-                d2 += _first_layer_back(g1, row + k * 3 + 2, k < h)
+                d0 += tl.sum(g1 * _column(row, 0, k, h)[None, :], 1)
+                d1 += tl.sum(g1 * _column(row, 1, k, h)[None, :], 1)
+                d2 += tl.sum(g1 * _column(row, 2, k, h)[None, :], 1)
         tl.debug_barrier()  # what this tile added to `part` is there before the next one reads it
         if NEED_POINTS:
-            at = dpoints + (n * B + m) * 3
-            tl.store(at, d0.to(dpoints.dtype.element_ty), mask=m < B)
-            tl.store(at + 1, d1.to(dpoints.dtype.element_ty), mask=m < B)
-            tl.store(at + 2, d2.to(dpoints.dtype.element_ty), mask=m < B)
+            d = d0, d1, d2
+            for axis in tl.static_range(3):
+                at = dpoints + (n * B + m) * 3 + axis
+                tl.store(at, d[axis].to(dpoints.dtype.element_ty), mask=m < B)
     tl.store(part + 4 * h + h * h + col, db2, mask=col < h)
     tl.store(part + 5 * h + h * h + col, dw3, mask=col < h)
     tl.store(part + size - 1, tl.sum(db3, 0))
@@ -231,16 +236,15 @@ def _w2_grad_kernel(
     inside = (o[:, None] < h) & (k[None, :] < h)
     at = 4 * h + o[:, None] * h + k[None, :]
     w2 = tl.load(row + at, mask=inside, other=0)
-    b2 = tl.load(row + 4 * h + h * h + o, mask=o < h, other=0).to(tl.float32)
-    w3 = tl.load(row + 5 * h + h * h + o, mask=o < h, other=0).to(tl.float32)
+    b2, w3 = _values(row + 4 * h + h * h, o, h), _values(row + 5 * h + h * h, o, h)
     acc = tl.zeros((BO, HP), tl.float32)
     for tile in range(split, tl.cdiv(B, BM), splits):
         m = tile * BM + tl.arange(0, BM)
-        x0, x1, x2 = _point(points + n * pn, m, pb, pi, B)
-        go = tl.load(g + n * B + m, mask=m < B, other=0).to(tl.float32)
-        hidden = sine(_first_layer(row, x0, x1, x2, k, h, omega)).to(w2.dtype)
+        p = _points(points + n * pn, m, pb, pi, B)
+        hidden = sine(_first_layer(row, p, k, h, omega)).to(w2.dtype)
         z = product(hidden, tl.trans(w2), tl.zeros((BM, BO), tl.float32), PRECISION)
-        g2 = go[:, None] * w3[None, :] * omega * cosine((z + b2[None, :]) * omega)
+        g2 = _values(g + n * B, m, B)[:, None] * w3[None, :] * omega
+        g2 = g2 * cosine((z + b2[None, :]) * omega)
         acc = product(tl.trans(g2.to(w2.dtype)), hidden, acc, PRECISION)
     tl.store(parts + (split * nets + n) * size + at, acc, mask=inside)
 
@@ -248,16 +252,6 @@ def _w2_grad_kernel(
 @triton.jit
 def _add(pointer, value, mask):
     tl.store(pointer, tl.load(pointer, mask=mask, other=0) + value, mask=mask)
-
-
-@triton.jit
-def _first_layer_back(g1, pointer, mask):
-    w = tl.load(pointer, mask=mask, other=0).to(tl.float32)
-    return tl.sum(g1 * w[None, :], 1)
-
-
-def _point_strides(points):
-    return points.stride() if points.ndim == 3 else (0, *points.stride())
 
 
 def _options(hidden, precision, **tiles):
@@ -283,14 +277,14 @@ def launch_forward(
     nets, samples = out.shape
     options = _options(hidden, precision, BM=64, BK=16, num_stages=2)
     _forward_kernel[(nets * triton.cdiv(samples, options["BM"]),)](
-        points, rows, out, samples, hidden, *_point_strides(points), rows.stride(0), omega,
-        **options,
+        points, rows, out, samples, hidden, *points.expand(nets, -1, -1).stride(), rows.stride(0),
+        omega, **options,
     )  # fmt: skip
     return out
 
 
 def _empty_backward(g, points, rows, hidden, omega, need_points, precision):
-    return rows.new_empty(points.shape if need_points else 0), rows.new_empty(rows.shape)
+    return points.new_empty(points.shape if need_points else 0), rows.new_empty(rows.shape)
 
 
 def launch_backward(
@@ -302,7 +296,8 @@ def launch_backward(
     splits = max(1, min(triton.cdiv(samples, 64), 256 // nets))  # about 256 programs in all
     parts = rows.new_zeros(splits, nets, siren_params(hidden), dtype=torch.float32)
     dpoints = rows.new_empty((nets, samples, 3) if need_points else 0)
-    sizes = (samples, hidden, nets, splits, *_point_strides(points), rows.stride(0), omega)
+    strides = *points.expand(nets, -1, -1).stride(), rows.stride(0)
+    sizes = samples, hidden, nets, splits, *strides, omega
     g, options = g.contiguous(), _options(hidden, precision, BM=32, num_stages=1)
     _backward_kernel[(nets, splits)](
         g, points, rows, parts, dpoints, *sizes, NEED_POINTS=need_points, BK=32, **options
@@ -318,16 +313,9 @@ def launch_backward(
 _siren_backward = register("siren_mlp_backward", launch_backward, _empty_backward)
 
 
-def _context(ctx, inputs, output):
-    points, rows, ctx.hidden, ctx.omega, ctx.precision = inputs
-    ctx.save_for_backward(points, rows)
+def _backward(g, needs, points, rows, hidden, omega, precision, out):
+    dpoints, drows = _siren_backward(g, points, rows, hidden, omega, needs[0], precision)
+    return dpoints if needs[0] else None, drows, None, None, None
 
 
-def _backward(ctx, g):
-    points, rows = ctx.saved_tensors
-    need = ctx.needs_input_grad[0]
-    dpoints, drows = _siren_backward(g, points, rows, ctx.hidden, ctx.omega, need, ctx.precision)
-    return dpoints if need else None, drows, None, None, None
-
-
-_siren = register("siren_mlp", launch_forward, _empty, _context, _backward)
+_siren = register("siren_mlp", launch_forward, _empty, _backward)

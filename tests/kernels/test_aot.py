@@ -17,7 +17,7 @@ from netspace_lite.kernels.backend import HAS_TRITON
 # are from the table of compute capabilities in the CUDA C++ Programming Guide.
 ARCHS = (("80", "86", "89"), ("90",), ("100",), ("120",))
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-LAYER = {"_forward_kernel", "_input_grad_kernel", "_weight_grad_kernel"}
+LAYER = {"forward_kernel", "input_grad_kernel", "weight_grad_kernel"}
 MATRIX = {
     "linear": LAYER,
     "convolution": LAYER,
@@ -133,14 +133,14 @@ def show(launch):
         launch()
     for each in launches:
         print(json.dumps([each.name, each.grid]))
-show(lambda: aot.launch_layer(262_144, aot.meta(256, 256), (), ((1, 1), (0, 0), 2), True, False, "tf32"))
-show(lambda: aot.launch_layer(2, aot.meta(4, 3, 3, 3), (8, 8), ((2, 2), (1, 1), 1), True, False, "tf32", nets=70_000))
+show(lambda: aot.launch_layer(262_144, aot.meta(256, 256, 1, 1), 1, (1, 0, 2), True, False, "tf32"))
+show(lambda: aot.launch_layer(2, aot.meta(4, 3, 3, 3), 8, (2, 1, 1), True, False, "tf32", nets=70_000))
 points, rows = aot.meta(2_097_153, 3), aot.meta(2, aot.siren.siren_params(64))
 show(lambda: aot.siren.launch_forward(points, rows, 64, 30.0, "tf32"))
 show(lambda: aot.siren.launch_backward(aot.meta(2, len(points)), points, rows, 64, 30.0, True, "tf32"))
 z = aot.meta(70_000, 640, 1000)
 show(lambda: aot.loss.launch(z, z, None, aot.meta(70_000), 0.9))
-show(lambda: aot.pack.launch(aot.meta(2, 7, 20_000_000), aot.meta(2), None, aot.meta(7, 20_000_000), True, z.dtype))
+show(lambda: aot.pack.launch(aot.meta(2, 7, 20_000_000), aot.meta(2), None, aot.meta(7, 20_000_000), z.dtype))
 """  # noqa: E501
 
 
@@ -153,6 +153,6 @@ def test_large_grids_are_on_the_first_axis():
         assert first < 2**31, name
         assert all(n <= 256 for n in others), name
     grids = {(name, i): grid[0] for i, (name, grid) in enumerate(launches)}
-    assert grids["_forward_kernel", 0] == 8 * 4096 * 4
-    assert grids["_forward_kernel", 3] == 70_000
+    assert grids["forward_kernel", 0] == 8 * 4096 * 4
+    assert grids["forward_kernel", 3] == 70_000
     assert grids["_forward_kernel", 6] == 2 * 32_769

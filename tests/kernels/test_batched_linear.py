@@ -156,8 +156,9 @@ def test_unknown_precision(device):
 
 @pytest.mark.parametrize("activation", ["leaky_relu", "sine"])
 def test_opcheck(device, activation):
-    x = torch.randn(2, 3, 4, device=device, requires_grad=True)
-    w = torch.randn(2, 5, 4, device=device, requires_grad=True)
+    """The op sees a convolution of images of one pixel."""
+    x = torch.randn(3, 2, 4, 1, 1, device=device, requires_grad=True)
+    w = torch.randn(2, 5, 4, 1, 1, device=device, requires_grad=True)
     b = torch.randn(2, 5, device=device, requires_grad=True)
     args = (x, w, b, [1, 1], [0, 0], ACTIVATIONS.index(activation), 0.1, 2.0, "ieee")
     torch.library.opcheck(torch.ops.netspace_lite.layer.default, args)

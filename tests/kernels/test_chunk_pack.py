@@ -231,5 +231,5 @@ def test_opcheck(device):
     op, std = torch.ops.netspace_lite.chunk_scale.default, torch.rand(2, 3, device=device) + 1
     prep = torch.randn(2, 2, 3, device=device, requires_grad=True)
     used = torch.tensor([4, 6], device=device)
-    torch.library.opcheck(op, (prep, used, None, std, True, torch.float32))
-    torch.library.opcheck(op, (prep, used, std, std, False, torch.float32))
+    torch.library.opcheck(op, (prep, used, None, std, torch.float32))
+    torch.library.opcheck(op, (prep, None, std, std, torch.float32))
