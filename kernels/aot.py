@@ -18,8 +18,10 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from functools import partial
 from itertools import product
+from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 
@@ -33,8 +35,7 @@ layer, net, pack, siren, loss = (
     for name in ("layer", "net", "chunk_pack", "siren_mlp", "distillation_loss")
 )
 
-# Kilobytes of shared memory that a block may use (CUDA C++ Programming Guide, compute capabilities)
-SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+ARCHS = (80, 86, 89, 90, 100, 120)  # compute capabilities: A100, A40, L40, H100, B200, RTX 5090
 TENSOR_CORE = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*")
 PLAIN_DOT = re.compile(r"\btt\.dot .*-> tensor<[^>]*#blocked\d*>")  # a product on ordinary cores
 NUMBERS = {  # in the assembler's log
@@ -51,18 +52,14 @@ MODES = {
 }
 
 
-@dataclass
-class Launch:
-    """One recorded launch: the jitted function, its grid, arguments by name, and options."""
+class Launch(NamedTuple):
+    """One recorded launch: the kernel's name, the kernel, its grid, arguments, and options."""
 
+    name: str
     kernel: object
     grid: tuple
     args: dict
     options: dict
-
-    @property
-    def name(self) -> str:
-        return self.kernel.__name__
 
 
 @contextmanager
@@ -72,19 +69,16 @@ def recorded_launches():
 
     if INTERPRETED:
         raise RuntimeError("Launches are compiled, so unset TRITON_INTERPRET before Python starts.")
-    launches, run = [], JITFunction.run
+    launches = []
 
     def record(self, *args, grid, warmup=False, **kwargs):
         names = "num_warps", "num_stages", "maxnreg", "enable_fp_fusion"
         options = {name: kwargs.pop(name) for name in names if name in kwargs}
         named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
-        launches.append(Launch(self, grid, named, options))
+        launches.append(Launch(self.__name__, self, grid, named, options))
 
-    JITFunction.run = record
-    try:
+    with patch.object(JITFunction, "run", record):
         yield launches
-    finally:
-        JITFunction.run = run
 
 
 def compile_launch(launch: Launch, archs) -> dict:
@@ -173,65 +167,54 @@ def launch_layer(samples, weight, side, options, bias, shared, mode, nets=8):
     w = rows[:, 4 : 4 + size].view(nets, *weight.shape)
     x = meta(samples, *() if shared else (nets,), weight.shape[1], side, side, dtype=dtype)
     stride, padding, act = (options[0],) * 2, (options[1],) * 2, options[2]
-    how = stride, padding, act, 0.01, 30.0, precision
-    y, saved = layer.launch_forward(x, w, rows[:, 4 + size :] if bias else None, *how)
-    saved = saved if act == layer.SINE else y
-    layer.launch_backward(y, saved, x, w, bias, True, True, *how)
+    given = x, w, rows[:, 4 + size :] if bias else None
+    given += stride, padding, act, 0.01, 30.0, precision
+    y, saved = layer.launch_forward(*given)
+    layer.launch_backward(y, (True, True, bias), *given, y, saved)
 
 
 def _layer(samples, inner, out, side=1, kernel=1, stride=1, padding=0, act=1):
-    weight, options = meta(out, inner, kernel, kernel), (stride, padding, act)
-    return lambda *how: launch_layer(samples, weight, side, options, *how)
+    options = meta(out, inner, kernel, kernel), side, (stride, padding, act)
+    return partial(launch_layer, samples, *options)
 
 
-def _siren(hidden):
-    def launch(bias, shared, mode):
-        dtype, precision = MODES[mode]
-        if shared == (hidden in (128, 32)) and hidden <= siren.widest(dtype, precision):
-            rows = meta(4, siren.siren_params(hidden), dtype=dtype)
-            points = meta(*() if shared else (4,), 20_000, 3, dtype=dtype)
-            out = siren.launch_forward(points, rows, hidden, 30.0, precision)
-            siren.launch_backward(out, points, rows, hidden, 30.0, not shared, precision)
-
-    return launch
+def _siren(hidden, bias, shared, mode):
+    dtype, precision = MODES[mode]
+    if shared == (hidden in (128, 32)) and hidden <= siren.widest(dtype, precision):
+        rows = meta(4, siren.siren_params(hidden), dtype=dtype)
+        points = meta(*() if shared else (4,), 20_000, 3, dtype=dtype)
+        given = points, rows, hidden, 30.0, precision
+        out = siren.launch_forward(*given)
+        siren.launch_backward(out, (not shared, True), *given, out)
 
 
-def _net(name):
+def _net(name, bias, shared, mode):
     """A lite net on digits: inputs per net and a gradient to come, or neither; ResNets in tf32."""
-    module, image = lite_net(name, (1, 8, 8), 10), (1, 8, 8)
-
-    def launch(bias, shared, mode):
-        if name != "LeNetLike" and (mode, shared) != ("tf32", False):
-            return
-        dtype, precision = MODES[mode]
-        batched = Batched(module)
-        plan = batched._mode(torch.zeros(1), False).plan(batched.layout, torch.Size(image))
-        rows = meta(8, plan.parameters, dtype=dtype)
-        x = meta(*() if shared else (8,), 128, plan.inputs, dtype=dtype)
-        out, scratch = net.launch_forward(x, rows, plan.text, not shared, precision)
-        if not shared:
-            net.launch_backward(out, x, rows, out, scratch, plan.text, precision)
-
-    return launch
+    if name != "LeNetLike" and (mode, shared) != ("tf32", False):
+        return
+    dtype, precision = MODES[mode]
+    image = (1, 8, 8)
+    batched = Batched(lite_net(name, image, 10))
+    plan = batched._mode(torch.zeros(1), False).plan(batched.layout, torch.Size(image))
+    x, rows = meta(8, 128, plan.inputs, dtype=dtype), meta(8, plan.parameters, dtype=dtype)
+    given = x[0] if shared else x, rows, plan.text, not shared, precision
+    out, scratch = net.launch_forward(*given)
+    if not shared:
+        net.launch_backward(out, (False, True), *given, out, scratch)
 
 
-def _loss(classes):
-    def launch(bias, shared, mode):
-        if mode == "ieee":  # nothing to multiply, so tf32 said it
-            return
+def _loss(classes, bias, shared, mode):
+    if mode != "ieee":  # nothing to multiply, so tf32 said it
         logits = meta(8, 128, classes, dtype=MODES[mode][0])
         labels = meta(128, dtype=torch.int64) if bias else None
         loss.launch(logits, logits[0] if shared else logits, labels, meta(8), 0.9)
 
-    return launch
-
 
 def _pack(bias, shared, mode):
-    if mode == "ieee":
-        return
-    dtype, scale = MODES[mode][0], meta(7, 10_000)
-    prep, used = meta(8, 7, 10_000, dtype=dtype), meta(8, dtype=torch.int64)
-    pack.launch(prep, None if shared else used, scale if bias else None, scale, dtype)
+    if mode != "ieee":
+        dtype, scale = MODES[mode][0], meta(7, 10_000)
+        prep, used = meta(8, 7, 10_000, dtype=dtype), meta(8, dtype=torch.int64)
+        pack.launch(prep, None if shared else used, scale if bias else None, scale, dtype)
 
 
 # Between them every tile of `common.tile` for each kernel of linear layers and of convolutions, and
@@ -248,10 +231,10 @@ CASES = {
     "convolution 64 to 64, 3x3": _layer(128, 64, 64, 16, 3, 2, 1),
     "convolution of 16 pixels": _layer(1, 64, 64, 4, 3, 1, 1),
     "convolution 1 to 32, 3x3": _layer(128, 1, 32, 8, 3, 1, 1),
-    **{f"siren of width {hidden}": _siren(hidden) for hidden in (256, 128, 64, 32, 16)},
-    **{f"distillation loss of {classes}": _loss(classes) for classes in (10, 200, 1000)},
+    **{f"siren of width {hidden}": partial(_siren, hidden) for hidden in (256, 128, 64, 32, 16)},
+    **{f"distillation loss of {classes}": partial(_loss, classes) for classes in (10, 200, 1000)},
     "chunk packing": _pack,
-    **{f"net {name}": _net(name) for name in ("LeNetLike", "ResNet8")},
+    **{f"net {name}": partial(_net, name) for name in ("LeNetLike", "ResNet8")},
 }
 
 
@@ -278,16 +261,15 @@ def recorded(full=False, quick=False):
                 yield case, mode, bias, shared, launch
 
 
-def reports(archs, **which):
-    """`compile_launch` of everything `recorded`, with case, mode, bias and shared added."""
+def main(*words):
+    """Compile everything `recorded` and print a report a line, with what was launched added."""
+    archs = [int(word) for word in words if word.isdigit()] or ARCHS
+    which = {name: True for name in ("full", "quick") if f"--{name}" in words}
     for case, mode, bias, shared, launch in recorded(**which):
         how = {"case": case, "mode": mode, "bias": bias, "shared_input": shared}
         for arch, report in compile_launch(launch, archs).items():
-            yield {**how, "arch": arch, **report}
+            print(json.dumps({**how, "arch": arch, **report}), flush=True)
 
 
 if __name__ == "__main__":
-    chosen = [int(arch) for arch in sys.argv[1:] if arch.isdigit()] or list(SHARED_LIMIT)
-    which = {name: True for name in ("full", "quick") if f"--{name}" in sys.argv}
-    for report in reports(chosen, **which):
-        print(json.dumps(report), flush=True)
+    main(*sys.argv[1:])

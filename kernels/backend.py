@@ -9,6 +9,7 @@ GPU too, and asking for "triton" with them is an error, not a silent loss of dig
 
 import os
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 
@@ -16,17 +17,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # Triton is published for Linux; elsewhere the PyTorch references do the work
-
-    class _NoTriton:
-        """Stands in for `triton` and `triton.language` so that kernel files import anywhere."""
-
-        constexpr = int
-
-        @staticmethod
-        def jit(fn):
-            return fn
-
-    triton = tl = _NoTriton()
+    triton = tl = SimpleNamespace(jit=lambda fn: fn, constexpr=int)  # so that files import anywhere
 
 HAS_TRITON = hasattr(triton, "compile")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")

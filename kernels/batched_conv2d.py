@@ -42,11 +42,8 @@ def batched_conv2d(
     check("batched_conv2d", tensors, rows=("weight", "bias"))
     check_activation("batched_conv2d", activation, slope, (None, "leaky_relu"))
     stride, padding = _pair(stride), _pair(padding)
-    if (
-        min(stride) < 1
-        or min(padding) < 0
-        or min(size := output_size(x, weight, stride, padding)) < 1
-    ):
+    fits = min(stride) > 0 and min(padding) >= 0
+    if not fits or min(size := output_size(x, weight, stride, padding)) < 1:
         raise ValueError(
             f"batched_conv2d: a kernel {list(weight.shape[3:])} with stride {list(stride)} and "
             f"padding {list(padding)} does not fit images x {shape(x)}."
@@ -61,19 +58,17 @@ def batched_conv2d(
 
 
 def batched_conv2d_reference(
-    x, weight, bias=None, stride=1, padding=0, activation=None, slope=0.01, dilation=1, groups=1
+    x, weight, bias=None, stride=1, padding=0, activation=None, slope=0.01
 ):
     """The same in PyTorch, as one grouped convolution (one dense convolution if x is shared)."""
     nets, out = weight.shape[:2]
     kernel = weight.reshape(nets * out, *weight.shape[2:])
     flat_bias = None if bias is None else bias.reshape(nets * out)
-    if x.ndim == 4 and groups == 1:  # shared images: one convolution to N·O channels
-        y = F.conv2d(x, kernel, flat_bias, stride, padding, dilation)
+    if x.ndim == 4:  # shared images: one convolution to N·O channels
+        y = F.conv2d(x, kernel, flat_bias, stride, padding)
     else:
-        if x.ndim == 4:
-            x = x.unsqueeze(1).expand(-1, nets, -1, -1, -1)
         x = x.reshape(x.shape[0], nets * x.shape[2], *x.shape[3:])
-        y = F.conv2d(x, kernel, flat_bias, stride, padding, dilation, nets * groups)
+        y = F.conv2d(x, kernel, flat_bias, stride, padding, groups=nets)
     y = activate(y, activation, slope)
     return y.view(y.shape[0], nets, out, *y.shape[2:])
 

@@ -84,12 +84,13 @@ class Timing(NamedTuple):
 def time_in_turns(case, backward, ways, repeats, device):
     """A `Timing` for each way; every round runs each way once, after one that isn't timed."""
     times = torch.empty(repeats + 1, len(ways))
+    finish = torch.accelerator.synchronize if device.type == "cuda" else lambda: None
     for round in times:
         for k, way in enumerate(ways.values()):
-            torch.accelerator.synchronize() if device.type == "cuda" else None
+            finish()
             start = time.perf_counter()
             way()
-            torch.accelerator.synchronize() if device.type == "cuda" else None
+            finish()
             round[k] = 1e3 * (time.perf_counter() - start)
     found = times[1:].quantile(torch.tensor((0.5, 0.2, 0.8)), 0).T.tolist()
     return [Timing(case, way, backward, *three) for way, three in zip(ways, found, strict=True)]

@@ -170,11 +170,19 @@ def launch(
     return out
 
 
-def _backward(g, needs, prep, used, mean, std, dtype, out):
-    return _scale(g, used, None, std, prep.dtype), None, None, None, None
+_scale = register("chunk_scale", launch, _empty)
 
 
-_scale = register("chunk_scale", launch, _empty, _backward)
+def _context(ctx, inputs, output):
+    prep, ctx.used, _, ctx.std, _ = inputs
+    ctx.dtype = prep.dtype
+
+
+def _backward(ctx, g):  # the same op again, so differentiable as often as one likes
+    return _scale(g, ctx.used, None, ctx.std, ctx.dtype), None, None, None, None
+
+
+_scale.register_autograd(_backward, setup_context=_context)
 
 
 def _flatten(tensors):

@@ -1,6 +1,7 @@
 """What several ops share: checks, precision, tiles, activations, and how an op is registered."""
 
 import functools
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -43,15 +44,9 @@ def check(op, tensors, kind=None, rows=(), **sizes):
     for name, (tensor, *patterns) in tensors.items():
         if tensor is None:
             continue
-        given = tensor.shape
-        for pattern in patterns:
-            if len(pattern) == len(given):
-                for axis, size in zip(pattern, given, strict=True):
-                    if size < 1 or sizes.setdefault(axis, size) != size:
-                        break
-                else:  # every axis fits
-                    break
-        else:
+        pattern = next((p for p in patterns if len(p) == tensor.ndim), None)
+        axes = zip(pattern or "", tensor.shape, strict=False)
+        if pattern is None or any(n < 1 or sizes.setdefault(a, n) != n for a, n in axes):
             allowed = " or ".join(f"[{', '.join(p)}]" for p in patterns)
             where = ", ".join(f"{axis} = {size}" for axis, size in sizes.items())
             raise ValueError(
@@ -118,44 +113,79 @@ def fp32_precision(precision=None) -> str:
     return "tf32" if setting == "tf32" else "ieee"
 
 
-def register(name, launch, empty, backward=None):
+def register(name, launch, empty, launch_backward=None):
     """Make an op of a launcher, which autograd and `torch.compile` then see as one node.
 
     Args:
-        name: of the op in `torch.ops.netspace_lite`.
-        launch: annotated function of tensors and options. It runs on the device of its first
-            tensor: Triton launches on the current one. Only its first result is differentiable.
+        name: of the op in `torch.ops.netspace_lite`; its backward is one too, called after it.
+        launch: annotated function of tensors and options. Only its first result is differentiable.
         empty: of the same arguments, gives the results' shapes, dtypes and strides.
-        backward: of the first result's gradient, which arguments need theirs, all arguments and
-            all results; gives the arguments' gradients. Without it the op is itself a backward,
-            and differentiating it says that kernels are differentiable once.
+        launch_backward: of the first result's gradient, which arguments need theirs, all arguments
+            and all results; gives the gradients of the first arguments, contiguous.
     """
+    op = torch.library.custom_op(f"netspace_lite::{name}", _on_device(launch), mutates_args=())
+    op.register_fake(empty)
+    if launch_backward is None:
+        return op
+    arguments, _, results = torch.library.infer_schema(launch, mutates_args=()).partition(") -> ")
+    kept = "".join(f", Tensor result{i}" for i in range(results.count("Tensor")))
+    schema = f"(Tensor g, bool[] needs, {arguments[1:]}{kept}) -> Tensor[]"
+
+    def gradients(g, needs, *values):  # a list has a tensor in each place: empty where none belongs
+        found = zip_longest(launch_backward(g, needs, *values), needs)
+        return [grad if need else g.new_empty(0) for grad, need in found]
+
+    def empty_gradients(g, needs, *values):
+        pairs = zip(values, needs, strict=False)
+        return [v.new_empty(v.shape) if need else g.new_empty(0) for v, need in pairs]
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(
+            f"{name}: the Triton kernels are differentiable once. For second derivatives compute "
+            'the first ones under backend("torch").'
+        )
+
+    backward = torch.library.custom_op(
+        f"netspace_lite::{name}_backward", _on_device(gradients), mutates_args=(), schema=schema
+    )
+    backward.register_fake(empty_gradients)
+    backward.register_autograd(refuse)
+
+    def keep(ctx, inputs, output):
+        values = *inputs, *(output if isinstance(output, tuple) else (output,))
+        ctx.mark_non_differentiable(*values[len(inputs) + 1 :])
+        ctx.save_for_backward(*(v if isinstance(v, torch.Tensor) else None for v in values))
+        ctx.options = [None if isinstance(v, torch.Tensor) else v for v in values]
+
+    def differentiate(ctx, g, *_):
+        kept, needs = zip(ctx.saved_tensors, ctx.options, strict=True), ctx.needs_input_grad
+        grads = backward(g, list(needs), *(o if t is None else t for t, o in kept))
+        return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+    op.register_autograd(differentiate, setup_context=keep)
+    return op
+
+
+def _on_device(launch):
+    """The launcher on the device of its first tensor: Triton launches on the current one."""
 
     @functools.wraps(launch)
     def on_device(*args):
         with torch.cuda.device_of(next(a for a in args if isinstance(a, torch.Tensor))):
             return launch(*args)
 
-    def keep(ctx, inputs, output):
-        results = output if isinstance(output, tuple) else (output,)
-        ctx.mark_non_differentiable(*results[1:])
-        tensors = [v if isinstance(v, torch.Tensor) else None for v in (*inputs, *results)]
-        ctx.save_for_backward(*tensors)
-        ctx.options = [None if isinstance(v, torch.Tensor) else v for v in (*inputs, *results)]
+    return on_device
 
-    def differentiate(ctx, g, *_):
-        if backward is None:
-            raise RuntimeError(
-                f"{name}: the Triton kernels are differentiable once. For second derivatives "
-                'compute the first ones under backend("torch").'
-            )
-        kept = zip(ctx.saved_tensors, ctx.options, strict=True)
-        return backward(g, ctx.needs_input_grad, *(o if t is None else t for t, o in kept))
 
-    op = torch.library.custom_op(f"netspace_lite::{name}", on_device, mutates_args=())
-    op.register_fake(empty)
-    op.register_autograd(differentiate, setup_context=keep)
-    return op
+def in_parts(values, splits) -> torch.Tensor:
+    """Memory for a gradient of `values` in parts, [splits, ...], that programs write apart."""
+    dtype = values.dtype if splits == 1 else torch.float32
+    return values.new_empty(splits, *values.shape, dtype=dtype)
+
+
+def joined(parts, dtype) -> torch.Tensor:
+    """The sum of the parts. Without atomics it is the same in every run."""
+    return (parts[0] if len(parts) == 1 else parts.sum(0)).to(dtype)
 
 
 # ------------------------------------------------------------------------------ what kernels share
@@ -222,32 +252,24 @@ def _nearest_tf32(x):
 
 
 @triton.jit
-def _sine_of(x, turns):
-    """(−1)^k · sin(r) for r = x − turns·π in [−π/2, π/2], where k is `turns` rounded up.
+def sine_cosine(x):
+    """sin(x) and cos(x) of fp32 angles up to 2¹⁶ half turns; exact to fp32 rounding of x.
 
-    Triton's own sine carries code for angles of any size, which costs registers, spills and a
-    thousand instructions; SIREN's stay below 2¹⁶ half turns. π comes in two parts, the first,
-    201/64, with 8 significant bits, so that turns · 201/64 is exact. The polynomial is the best of
-    degree 9 on that interval (Chebyshev fit), 4e-9 off: below fp32's rounding.
+    Both are (−1)^k times a polynomial of r = x − k·π in [−π/2, π/2]; what isn't used the compiler
+    leaves out. Triton's own sine carries code for angles of any size, which costs registers, spills
+    and a thousand instructions; SIREN's stay below 2¹⁶ half turns. π comes in two parts, the first,
+    201/64, with 8 significant bits, so that k · 201/64 is exact. The polynomials, of degrees 9 and
+    10, are the best on that interval (Chebyshev fit), 4e-9 and 2e-10 off: below fp32's rounding.
     """
-    r = (x - turns * 3.140625) - turns * 0.0009676535897932
-    odd = (tl.floor(turns + 0.5).to(tl.int32) & 1) == 1
+    k = tl.floor(x * 0.3183098861837907 + 0.5)
+    r = (x - k * 3.140625) - k * 0.0009676535897932
+    sign = tl.where((k.to(tl.int32) & 1) == 1, -1.0, 1.0)
     t = r * r
     p = 0.00833305017067 + t * (-0.000198090174087 + t * 2.60510763533e-6)
     p = 0.999999995699 + t * (-0.166666579478 + t * p)
-    return tl.where(odd, -r, r) * p
-
-
-@triton.jit
-def sine(x):
-    """sin(x) of fp32 angles up to 2¹⁶ half turns; exact to fp32 rounding of x."""
-    return _sine_of(x, tl.floor(x * 0.3183098861837907 + 0.5))
-
-
-@triton.jit
-def cosine(x):
-    """cos(x) = sin(x + π/2), the quarter turn taken in the reduction, so without rounding."""
-    return _sine_of(x, tl.floor(x * 0.3183098861837907 + 1.0) - 0.5)
+    q = -0.00138883608425 + t * (2.47601355168e-5 + t * -2.60510763473e-7)
+    q = 0.99999999978 + t * (-0.49999999357 + t * (0.0416666362089 + t * q))
+    return sign * r * p, sign * q
 
 
 @triton.jit
@@ -256,7 +278,7 @@ def act_forward(z, step: tl.constexpr):
     if step.act == 1:
         z = tl.where(z > 0, z, z * step.slope)
     if step.act == 2:
-        z = sine(z * step.omega)
+        z = sine_cosine(z * step.omega)[0]
     return z
 
 
@@ -269,7 +291,7 @@ def act_backward(g, saved, step: tl.constexpr):
     if step.act == 1:
         g = tl.where(saved > 0, g, g * step.slope)
     if step.act == 2:
-        g = g * step.omega * cosine(saved * step.omega)
+        g = g * step.omega * sine_cosine(saved * step.omega)[1]
     return g
 
 

@@ -146,18 +146,9 @@ def launch(
     return (parts.sum(1) / samples).to(logits.dtype), grad
 
 
-def _scaled(g: Tensor, grad: Tensor, logits: Tensor) -> Tensor:
-    return grad * g[:, None, None]
+def launch_backward(g, needs, logits, targets, labels, temperature, alpha, loss, grad):
+    """The gradient of the logits, which the forward made already."""
+    return (grad * g[:, None, None],)
 
 
-# An op of its own, told the logits: else a second derivative would lack what runs through `grad`.
-_loss_backward = register(
-    "distillation_loss_backward", _scaled, lambda g, grad, logits: torch.empty_like(grad)
-)
-
-
-def _backward(g, needs, logits, targets, labels, temperature, alpha, loss, grad):
-    return _loss_backward(g, grad, logits), None, None, None, None
-
-
-_distillation = register("distillation_loss", launch, _empty, _backward)
+_distillation = register("distillation_loss", launch, _empty, launch_backward)

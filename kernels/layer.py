@@ -31,7 +31,19 @@ import torch
 from torch import Tensor
 
 from .backend import tl, triton
-from .common import NONE, SINE, act_backward, act_forward, place, places, product, register, tile
+from .common import (
+    NONE,
+    SINE,
+    act_backward,
+    act_forward,
+    in_parts,
+    joined,
+    place,
+    places,
+    product,
+    register,
+    tile,
+)
 
 
 @dataclass(frozen=True)
@@ -237,58 +249,32 @@ def launch_forward(
     return y, saved
 
 
-def _empty_backward(g, saved, x, weight, has_bias, need_x, need_w, *options):
-    return (
-        x.new_empty(x.shape if need_x else 0),
-        x.new_empty(weight.shape if need_w else 0),
-        x.new_empty(weight.shape[:2] if need_w and has_bias else 0),
-    )
-
-
 def launch_backward(
-    g: Tensor, saved: Tensor, x: Tensor, weight: Tensor, has_bias: bool, need_x: bool,
-    need_w: bool, stride: list[int], padding: list[int], act: int, slope: float, omega: float,
-    precision: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients (dx, dw, db); an empty tensor stands for each one that isn't needed."""
-    dx, dw, db = _empty_backward(g, saved, x, weight, has_bias, need_x, need_w)
+    g, needs, x, weight, bias, stride, padding, act, slope, omega, precision, y, saved
+):
+    """Gradients (dx, dw, db), None for those that aren't needed."""
     sizes, strides, step = _arguments(x, weight, stride, padding, act, slope, omega)
     samples, channels, height, width, out, u, v = sizes
-    g, nets = g.contiguous(), len(weight)
-    if need_x:
+    g, saved, nets = g.contiguous(), saved if act == SINE else y, len(weight)
+    dx = dw = db = None
+    if needs[0]:
         images, (sh, sw) = nets if x.ndim == 5 else 1, stride
         pixels = samples * triton.cdiv(height, sh) * triton.cdiv(width, sw)
+        dx = x.new_empty(x.shape)
         _launch(
             input_grad_kernel, images * sh * sw, pixels, channels, precision,
             x, g, saved, weight, dx, nets, nets // images, *sizes, weight.stride(0), step,
         )  # fmt: skip
-    if need_w:
+    if any(needs[1:3]):
         inner, pixels = weight[0, 0].numel(), samples * u * v
         splits = max(1, min(MOST_SPLITS, pixels // PART))
-        parts = [
-            t[None] if splits == 1 else t.new_empty(splits, *t.shape, dtype=torch.float32)
-            for t in (dw, db)
-        ]
+        parts = [t if t is None else in_parts(t, splits) for t in (weight, bias)]
         _launch(
             weight_grad_kernel, splits * nets, out, inner, precision,
-            x, g, saved, x, parts[0], parts[1] if has_bias else None, nets,
-            triton.cdiv(pixels, splits), *sizes, *strides, step,
+            x, g, saved, x, *parts, nets, triton.cdiv(pixels, splits), *sizes, *strides, step,
         )  # fmt: skip
-        if splits > 1:
-            dw, db = (p.sum(0).to(x.dtype) for p in parts)
+        dw, db = (t if t is None else joined(t, x.dtype) for t in parts)
     return dx, dw, db
 
 
-_layer_backward = register("layer_backward", launch_backward, _empty_backward)
-
-
-def _backward(g, needs, x, weight, bias, stride, padding, act, slope, omega, precision, y, saved):
-    saved, has_bias = saved if act == SINE else y, bias is not None
-    need_x, need_w = needs[0], any(needs[1:3])
-    options = stride, padding, act, slope, omega, precision
-    dx, dw, db = _layer_backward(g, saved, x, weight, has_bias, need_x, need_w, *options)
-    given = dx if need_x else None, dw if need_w else None, db if need_w and has_bias else None
-    return *given, *[None] * 6
-
-
-layer = register("layer", launch_forward, _empty, _backward)
+layer = register("layer", launch_forward, _empty, launch_backward)

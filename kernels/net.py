@@ -26,7 +26,16 @@ import torch
 from torch import Tensor
 
 from .backend import tl, triton
-from .common import act_backward, act_forward, autocast, check, fp32_precision, register
+from .common import (
+    act_backward,
+    act_forward,
+    autocast,
+    check,
+    fp32_precision,
+    in_parts,
+    joined,
+    register,
+)
 from .layer import forward_kernel, input_grad_kernel, weight_grad_kernel
 from .plan import INPUTS, NOTHING, OUTPUTS, SAMPLES, plan_of
 
@@ -59,7 +68,7 @@ def net(x, rows, plan, precision=None) -> torch.Tensor:
     tensors = {"rows": (rows, "NP"), "x": (x, "BI", "NBI")}
     check("net", tensors, rows=("rows",), P=plan.parameters, I=plan.inputs)
     keep = torch.is_grad_enabled() and rows.requires_grad
-    out = _net(x.contiguous(), rows, plan.text, keep, fp32_precision(precision))[0]
+    out = _net(x.detach().contiguous(), rows, plan.text, keep, fp32_precision(precision))[0]
     return out.unflatten(2, plan.answer)
 
 
@@ -78,9 +87,7 @@ def _at(place: tl.constexpr, values, b):
 
 
 @triton.jit
-def _forward_step(
-    row, values, b, step: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr
-):
+def _forward_step(row, values, b, step: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr):
     """One step for b samples of one net."""
     source, y = _at(step.source, values, b), _at(step.out, values, b)
     if step.kind == "layer":
@@ -243,30 +250,18 @@ def launch_forward(
     return out, scratch
 
 
-def launch_backward(
-    g: Tensor, x: Tensor, rows: Tensor, out: Tensor, scratch: Tensor, plan: str, precision: str
-) -> Tensor:
-    """The gradient [N, P] of the rows."""
+def launch_backward(g, needs, x, rows, plan, keep, precision, out, scratch):
+    """The gradient [N, P] of the rows, after None for that of x."""
+    if not keep:
+        raise RuntimeError("net: rows that need no gradient were given, so no values were kept.")
     (nets, samples, _), part = g.shape, _part(len(rows), x.shape[-2])
-    drows, splits = rows.new_empty(rows.shape), triton.cdiv(samples, part)
-    parts = drows if splits == 1 else rows.new_empty(splits, *rows.shape, dtype=torch.float32)
-    _backward_kernel[(nets * splits,)](
+    parts = in_parts(rows, triton.cdiv(samples, part))
+    _backward_kernel[(nets * len(parts),)](
         g.contiguous(), x, rows, out, scratch, torch.empty_like(scratch), parts, nets, samples,
         part, x.expand(nets, -1, -1).stride(0), rows.stride(0),
         PLAN=plan_of(plan), PRECISION=precision, **HOW,
     )  # fmt: skip
-    return drows if splits == 1 else parts.sum(0).to(rows.dtype)
+    return None, joined(parts, rows.dtype)
 
 
-_net_backward = register(
-    "net_backward", launch_backward, lambda g, x, rows, *rest: rows.new_empty(rows.shape)
-)
-
-
-def _backward(g, needs, x, rows, plan, keep, precision, out, scratch):
-    if not keep:
-        raise RuntimeError("net: rows that need no gradient were given, so no values were kept.")
-    return None, _net_backward(g, x, rows, out, scratch, plan, precision), None, None, None
-
-
-_net = register("net", launch_forward, _empty, _backward)
+_net = register("net", launch_forward, _empty, launch_backward)

@@ -7,7 +7,8 @@ Nothing here is measured. For each kernel it counts, from shapes alone,
     needed products multiplications and additions of the formula
     issued products those of whole tiles, masked or zero entries included
 
-and bounds the time by needed bytes / bandwidth and by issued products / peak, whichever is longer.
+for values of 4 bytes, and bounds the time by needed bytes / bandwidth and by issued products /
+peak, whichever is longer.
 `tests/kernels/test_roofline.py` checks the counts against the interpreter.
 """
 
@@ -54,65 +55,52 @@ def _product(rows, cols, inner):
     return m, n, 2 * rows * cols * inner, 2 * m * t["BM"] * n * t["BN"] * k * t["BK"]
 
 
-def conv_forward(nets, samples, inner, out, image, kernel, stride, shared=False, size=4) -> Count:
+def conv_forward(nets, samples, inner, out, image, kernel, stride, shared=False) -> Count:
     """The forward kernel of a layer on square images, with bias, no padding, without a sine."""
     side = (image - kernel) // stride + 1
     pixels, window = samples * side * side, inner * kernel * kernel
     m, n, needed, issued = _product(pixels, out, window)
     x, w, y = samples * inner * image * image, out * window, pixels * out
-    return Count(
-        needed_bytes=size * (x * (1 if shared else nets) + nets * (w + out + y)),
-        loaded_bytes=size * nets * (pixels * window * n + (w + out) * m + y),
-        needed_products=nets * needed,
-        issued_products=nets * issued,
-    )
+    needed_bytes = 4 * (x * (1 if shared else nets) + nets * (w + out + y))
+    loaded_bytes = 4 * nets * (pixels * window * n + (w + out) * m + y)
+    return Count(needed_bytes, loaded_bytes, nets * needed, nets * issued)
 
 
-def linear_forward(nets, samples, inner, out, shared=False, size=4) -> Count:
+def linear_forward(nets, samples, inner, out, shared=False) -> Count:
     """The same for a linear layer: images of one pixel."""
-    return conv_forward(nets, samples, inner, out, 1, 1, 1, shared, size)
+    return conv_forward(nets, samples, inner, out, 1, 1, 1, shared)
 
 
-def linear_weight_grad(nets, samples, inner, out, size=4) -> Count:
+def linear_weight_grad(nets, samples, inner, out) -> Count:
     """The weight gradient of `batched_linear` with bias and leaky ReLU, inputs per net."""
     m, n, needed, issued = _product(out, inner, samples)
     x, w, y = samples * inner, out * inner, samples * out
-    return Count(
-        needed_bytes=size * nets * (2 * y + x + w + out),
-        loaded_bytes=size * nets * (2 * y * n + x * m + w + out),
-        needed_products=nets * needed,
-        issued_products=nets * issued,
-    )
+    needed_bytes = 4 * nets * (2 * y + x + w + out)
+    loaded_bytes = 4 * nets * (2 * y * n + x * m + w + out)
+    return Count(needed_bytes, loaded_bytes, nets * needed, nets * issued)
 
 
-def siren_forward(nets, points, hidden, shared=False, size=4) -> Count:
+def siren_forward(nets, points, hidden, shared=False) -> Count:
     """The forward kernel of `siren_mlp`; products are the second layer's, on tensor cores."""
-    h, padded = hidden, max(16, 1 << (hidden - 1).bit_length())
+    padded, row = max(16, 1 << (hidden - 1).bit_length()), hidden * hidden + 6 * hidden + 1
     tiles, steps = ceil(points / 64), ceil(hidden / 16)
-    row = h * h + 6 * h + 1
-    return Count(
-        needed_bytes=size * (3 * points * (1 if shared else nets) + nets * (row + points)),
-        loaded_bytes=size * nets * (4 * points + tiles * row),
-        needed_products=2 * nets * points * h * h,
-        issued_products=2 * nets * tiles * 64 * steps * 16 * padded,
-    )
+    needed_bytes = 4 * (3 * points * (1 if shared else nets) + nets * (row + points))
+    loaded_bytes = 4 * nets * (4 * points + tiles * row)
+    needed, issued = 2 * points * hidden * hidden, 2 * tiles * 64 * steps * 16 * padded
+    return Count(needed_bytes, loaded_bytes, nets * needed, nets * issued)
 
 
-def loss(nets, samples, classes, rows, size=4) -> Count:
+def loss(nets, samples, classes, rows) -> Count:
     """`distillation_loss` with per-net targets and labels, `rows` samples a program."""
-    values, programs = nets * samples * classes, nets * ceil(samples / rows)
-    return Count(
-        needed_bytes=3 * size * values + 8 * samples + 4 * (nets + programs),
-        loaded_bytes=3 * size * values + 8 * nets * samples + 8 * programs,
-        needed_products=0,
-        issued_products=0,
-    )
+    moved, programs = 12 * nets * samples * classes, nets * ceil(samples / rows)
+    needed_bytes = moved + 8 * samples + 4 * (nets + programs)
+    return Count(needed_bytes, moved + 8 * nets * samples + 8 * programs, 0, 0)
 
 
-def standardise(nets, chunks, length, size=4) -> Count:
+def standardise(nets, chunks, length) -> Count:
     """The one pass over [N, T, L] that packing with mean and std adds to the copy."""
-    values, scale = chunks * length, 8 * chunks * length
-    moved, programs = 2 * size * nets * values, nets * ceil(values / 1024)
+    values, programs = chunks * length, nets * ceil(chunks * length / 1024)
+    moved, scale = 8 * nets * values, 8 * values
     return Count(moved + scale + 8 * nets, moved + nets * scale + 8 * programs, 0, 0)
 
 

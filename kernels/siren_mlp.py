@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .backend import tl, triton, use_triton
 from .batched_linear import batched_linear
-from .common import autocast, check, cosine, fp32_precision, product, register, sine
+from .common import autocast, check, fp32_precision, joined, product, register, sine_cosine
 
 CACHE_VALUES = 1 << 18  # hidden activations, in values, that nets of one block have on a CPU
 # A program holds all h sums of its points in registers, and without tensor cores the products' too.
@@ -144,7 +144,7 @@ def _second_layer(
     acc = tl.zeros((BM, HP), tl.float32)
     for start in range(0, h, BK):
         k = start + tl.arange(0, BK)
-        hidden = sine(_first_layer(row, p, k, h, omega))
+        hidden = sine_cosine(_first_layer(row, p, k, h, omega))[0]
         inside = (k[:, None] < h) & (col[None, :] < h)
         w = tl.load(row + 4 * h + col[None, :] * h + k[:, None], mask=inside, other=0)
         acc = product(hidden.to(w.dtype), w, acc, PRECISION)
@@ -164,15 +164,15 @@ def _forward_kernel(
     p = _points(points + n * pn, m, pb, pi, B)
     angle = _second_layer(row, p, col, h, omega, PRECISION, BM, BK, HP)
     last = row + 5 * h + h * h
-    y = tl.sum(sine(angle) * _values(last, col, h)[None, :], 1) + tl.load(last + h).to(tl.float32)
+    y = tl.sum(sine_cosine(angle)[0] * _values(last, col, h)[None, :], 1)
+    y += tl.load(last + h).to(tl.float32)
     tl.store(out + n * B + m, y.to(out.dtype.element_ty), mask=m < B)
 
 
 @triton.jit
 def _backward_kernel(
     g, points, rows, parts, dpoints, B, h, nets, splits, pn, pb, pi, rn, omega,
-    NEED_POINTS: tl.constexpr, PRECISION: tl.constexpr,
-    HP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, HP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Grid (N, S): all gradients but W2's, over every S-th tile of points of one net.
 
@@ -190,8 +190,9 @@ def _backward_kernel(
         p = _points(points + n * pn, m, pb, pi, B)
         go = _values(g + n * B, m, B)
         angle = _second_layer(row, p, col, h, omega, PRECISION, BM, BK, HP)
-        g2 = go[:, None] * w3[None, :] * omega * cosine(angle)
-        dw3 += tl.sum(go[:, None] * sine(angle), 0)
+        hidden, slope = sine_cosine(angle)
+        g2 = go[:, None] * w3[None, :] * omega * slope
+        dw3 += tl.sum(go[:, None] * hidden, 0)
         db2 += tl.sum(g2, 0)
         db3 += go
         g2 = g2.to(rows.dtype.element_ty)
@@ -201,16 +202,16 @@ def _backward_kernel(
             inside = (col[:, None] < h) & (k[None, :] < h)
             w = tl.load(row + 4 * h + col[:, None] * h + k[None, :], mask=inside, other=0)
             g1 = product(g2, w, tl.zeros((BM, BK), tl.float32), PRECISION)
-            g1 = g1 * omega * cosine(_first_layer(row, p, k, h, omega))
+            g1 = g1 * omega * sine_cosine(_first_layer(row, p, k, h, omega))[1]
             _add(part + 3 * h + k, tl.sum(g1, 0), k < h)
             for axis in tl.static_range(3):
                 _add(part + k * 3 + axis, tl.sum(g1 * p[axis][:, None], 0), k < h)
-            if NEED_POINTS:
+            if dpoints is not None:
                 d0 += tl.sum(g1 * _column(row, 0, k, h)[None, :], 1)
                 d1 += tl.sum(g1 * _column(row, 1, k, h)[None, :], 1)
                 d2 += tl.sum(g1 * _column(row, 2, k, h)[None, :], 1)
         tl.debug_barrier()  # what this tile added to `part` is there before the next one reads it
-        if NEED_POINTS:
+        if dpoints is not None:
             d = d0, d1, d2
             for axis in tl.static_range(3):
                 at = dpoints + (n * B + m) * 3 + axis
@@ -241,10 +242,10 @@ def _w2_grad_kernel(
     for tile in range(split, tl.cdiv(B, BM), splits):
         m = tile * BM + tl.arange(0, BM)
         p = _points(points + n * pn, m, pb, pi, B)
-        hidden = sine(_first_layer(row, p, k, h, omega)).to(w2.dtype)
+        hidden = sine_cosine(_first_layer(row, p, k, h, omega))[0].to(w2.dtype)
         z = product(hidden, tl.trans(w2), tl.zeros((BM, BO), tl.float32), PRECISION)
         g2 = _values(g + n * B, m, B)[:, None] * w3[None, :] * omega
-        g2 = g2 * cosine((z + b2[None, :]) * omega)
+        g2 = g2 * sine_cosine((z + b2[None, :]) * omega)[1]
         acc = product(tl.trans(g2.to(w2.dtype)), hidden, acc, PRECISION)
     tl.store(parts + (split * nets + n) * size + at, acc, mask=inside)
 
@@ -283,39 +284,20 @@ def launch_forward(
     return out
 
 
-def _empty_backward(g, points, rows, hidden, omega, need_points, precision):
-    return points.new_empty(points.shape if need_points else 0), rows.new_empty(rows.shape)
-
-
-def launch_backward(
-    g: Tensor, points: Tensor, rows: Tensor,
-    hidden: int, omega: float, need_points: bool, precision: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of the points (empty if not needed) and of the rows."""
-    nets, samples = rows.shape[0], points.shape[-2]
+def launch_backward(g, needs, points, rows, hidden, omega, precision, out):
+    """Gradients of the points, None if they need none, and of the rows."""
+    nets, samples = out.shape
     splits = max(1, min(triton.cdiv(samples, 64), 256 // nets))  # about 256 programs in all
     parts = rows.new_zeros(splits, nets, siren_params(hidden), dtype=torch.float32)
-    dpoints = rows.new_empty((nets, samples, 3) if need_points else 0)
+    dpoints = rows.new_empty(nets, samples, 3) if needs[0] else None
     strides = *points.expand(nets, -1, -1).stride(), rows.stride(0)
-    sizes = samples, hidden, nets, splits, *strides, omega
-    g, options = g.contiguous(), _options(hidden, precision, BM=32, num_stages=1)
-    _backward_kernel[(nets, splits)](
-        g, points, rows, parts, dpoints, *sizes, NEED_POINTS=need_points, BK=32, **options
-    )
-    _w2_grad_kernel[(nets, triton.cdiv(hidden, 32), splits)](
-        g, points, rows, parts, *sizes, BO=32, **options
-    )
-    if need_points and points.ndim == 2:
-        dpoints = dpoints.sum(0)
-    return dpoints, parts.sum(0).to(rows.dtype)
+    sizes, g = (samples, hidden, nets, splits, *strides, omega), g.contiguous()
+    options = _options(hidden, precision, BM=32, num_stages=1)
+    _backward_kernel[(nets, splits)](g, points, rows, parts, dpoints, *sizes, BK=32, **options)
+    grid = nets, triton.cdiv(hidden, 32), splits
+    _w2_grad_kernel[grid](g, points, rows, parts, *sizes, BO=32, **options)
+    shared = needs[0] and points.ndim == 2
+    return dpoints.sum(0) if shared else dpoints, joined(parts, rows.dtype)
 
 
-_siren_backward = register("siren_mlp_backward", launch_backward, _empty_backward)
-
-
-def _backward(g, needs, points, rows, hidden, omega, precision, out):
-    dpoints, drows = _siren_backward(g, points, rows, hidden, omega, needs[0], precision)
-    return dpoints if needs[0] else None, drows, None, None, None
-
-
-_siren = register("siren_mlp", launch_forward, _empty, _backward)
+_siren = register("siren_mlp", launch_forward, _empty, launch_backward)

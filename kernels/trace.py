@@ -7,6 +7,7 @@ programs[0].loaded_bytes, programs[0].stored, programs[0].products
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import numpy as np
 
@@ -56,36 +57,29 @@ def traced():
     from triton.runtime.interpreter import interpreter_builder as builder
 
     programs: list[Program] = []
-    names = "set_grid_idx", "create_masked_load", "create_masked_store", "create_dot"
-    begin, load, store, dot = (getattr(builder, name) for name in names)
+    load, store = builder.create_masked_load, builder.create_masked_store
+    begin, dot = builder.set_grid_idx, builder.create_dot
 
-    def addresses(pointers, mask):
-        return np.atleast_1d(pointers.data)[np.atleast_1d(mask.data).astype(bool)].astype(np.int64)
-
-    def size_of(pointers):
-        return max(8, pointers.get_element_ty().primitive_bitwidth) // 8
+    def seen(pointers, mask):
+        at = np.atleast_1d(pointers.data)[np.atleast_1d(mask.data).astype(bool)].astype(np.int64)
+        return at, max(8, pointers.get_element_ty().primitive_bitwidth) // 8
 
     def traced_begin(x, y, z):
         programs.append(Program((x, y, z)))
         return begin(x, y, z)
 
     def traced_load(pointers, mask, *args):
-        programs[-1].loads.append((addresses(pointers, mask), size_of(pointers)))
+        programs[-1].loads.append(seen(pointers, mask))
         return load(pointers, mask, *args)
 
     def traced_store(pointers, value, mask, *args):
-        programs[-1].stores.append((addresses(pointers, mask), size_of(pointers)))
+        programs[-1].stores.append(seen(pointers, mask))
         return store(pointers, value, mask, *args)
 
     def traced_dot(a, b, *args):
         programs[-1].products += 2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
         return dot(a, b, *args)
 
-    replacements = traced_begin, traced_load, traced_store, traced_dot
-    for name, replacement in zip(names, replacements, strict=True):
-        setattr(builder, name, replacement)
-    try:
+    traced_steps = {"create_masked_load": traced_load, "create_masked_store": traced_store}
+    with patch.multiple(builder, set_grid_idx=traced_begin, create_dot=traced_dot, **traced_steps):
         yield programs
-    finally:
-        for name in names:
-            delattr(builder, name)
