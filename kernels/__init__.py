@@ -4,9 +4,11 @@ The operations are registered with `torch.library.custom_op`, so that autograd a
 see one node each. `triton_op`, which would let the compiler look inside, runs eagerly in Triton's
 interpreter but not under `torch.compile` there, so what runs everywhere was kept.
 
-    backend.py            which implementation runs        common.py     checks, tiles, precision
-    batched_linear.py     batched_conv2d.py                layer.py      the kernels of both
-    chunk_pack.py         siren_mlp.py         distillation_loss.py
+    backend.py            which implementation runs
+    common.py  tiles.py   what ops share on the host, and what their kernels share
+    batched_linear.py     batched_conv2d.py       layer.py    the kernels of both
+    net.py     plan.py    a whole small net in one kernel
+    chunk_pack.py         siren_mlp.py            distillation_loss.py
     cpu.py                the fast convolution on a CPU
     aot.py  trace.py  roofline.py  bench.py    compile, watch, model and time the kernels
 """

@@ -1,12 +1,10 @@
-"""What several ops share: checks, precision, tiles, activations, and how an op is registered."""
+"""What several ops share on the host: checks, precision, the rule of tiles, registration."""
 
 import functools
 from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
-
-from .backend import INTERPRETED, tl, triton
 
 ACTIVATIONS = (None, "leaky_relu", "sine")
 NONE, LEAKY, SINE = 0, 1, 2  # how kernels know the activations, in the order of ACTIVATIONS
@@ -19,9 +17,6 @@ def activate(y, activation=None, slope=0.01, omega=1.0):
     if activation == "leaky_relu":
         return F.leaky_relu(y, slope)
     return torch.sin(omega * y)
-
-
-# ------------------------------------------------------------------ what an op does with arguments
 
 
 def check(op, tensors, kind=None, rows=(), **sizes):
@@ -188,9 +183,6 @@ def joined(parts, dtype) -> torch.Tensor:
     return (parts[0] if len(parts) == 1 else parts.sum(0)).to(dtype)
 
 
-# ------------------------------------------------------------------------------ what kernels share
-
-
 def tile(rows, cols, exact=False) -> dict:
     """Tile of a matrix product with a result [rows, cols]: BM, BN, BK and how the program runs.
 
@@ -211,88 +203,6 @@ def tile(rows, cols, exact=False) -> dict:
     warps = 8 if bm * bn == 64 * 64 else 4
     how = {"num_warps": warps, "num_stages": 3, "maxnreg": 255 if bm == bn and not exact else None}
     return {"BM": bm, "BN": bn, "BK": 32, **how}
-
-
-@triton.jit
-def place(index, rows, cols, BM: tl.constexpr, BN: tl.constexpr):
-    """Which of several results [rows, cols] has the tile `index`, and the tile's rows and columns.
-
-    Tiles of one result, and in it of the same rows, run side by side and meet in the cache.
-    """
-    across = tl.cdiv(cols, BN)
-    tiles = tl.cdiv(rows, BM) * across
-    share = index // tiles
-    at = index % tiles
-    row = (at // across) * BM + tl.arange(0, BM)
-    return share, row, (at % across) * BN + tl.arange(0, BN)
-
-
-# Triton's interpreter multiplies the bit patterns of bf16 as integers; it is given fp32 instead,
-# and it multiplies fp32 exactly under any precision.
-_INTERPRETED = tl.constexpr(INTERPRETED)
-
-
-@triton.jit
-def product(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b with fp32 accumulation; fp32 operands are multiplied as PRECISION says."""
-    if _INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    elif PRECISION == "tf32" and a.dtype == tl.float32:
-        a, b = _nearest_tf32(a), _nearest_tf32(b)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _nearest_tf32(x):
-    """fp32 rounded to the nearest tf32. Tensor cores cut the low 13 bits off instead, which makes
-    every operand a little smaller, and sums of products 0.07%."""
-    return tl.inline_asm_elementwise(
-        "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def sine_cosine(x):
-    """sin(x) and cos(x) of fp32 angles up to 2¹⁶ half turns; exact to fp32 rounding of x.
-
-    Both are (−1)^k times a polynomial of r = x − k·π in [−π/2, π/2]; what isn't used the compiler
-    leaves out. Triton's own sine carries code for angles of any size, which costs registers, spills
-    and a thousand instructions; SIREN's stay below 2¹⁶ half turns. π comes in two parts, the first,
-    201/64, with 8 significant bits, so that k · 201/64 is exact. The polynomials, of degrees 9 and
-    10, are the best on that interval (Chebyshev fit), 4e-9 and 2e-10 off: below fp32's rounding.
-    """
-    k = tl.floor(x * 0.3183098861837907 + 0.5)
-    r = (x - k * 3.140625) - k * 0.0009676535897932
-    sign = tl.where((k.to(tl.int32) & 1) == 1, -1.0, 1.0)
-    t = r * r
-    p = 0.00833305017067 + t * (-0.000198090174087 + t * 2.60510763533e-6)
-    p = 0.999999995699 + t * (-0.166666579478 + t * p)
-    q = -0.00138883608425 + t * (2.47601355168e-5 + t * -2.60510763473e-7)
-    q = 0.99999999978 + t * (-0.49999999357 + t * (0.0416666362089 + t * q))
-    return sign * r * p, sign * q
-
-
-@triton.jit
-def act_forward(z, step: tl.constexpr):
-    """The activation of an fp32 tile, as step.act says: none, leaky ReLU, or sin(omega · z)."""
-    if step.act == 1:
-        z = tl.where(z > 0, z, z * step.slope)
-    if step.act == 2:
-        z = sine_cosine(z * step.omega)[0]
-    return z
-
-
-@triton.jit
-def act_backward(g, saved, step: tl.constexpr):
-    """The gradient before the activation, from the one after it, in fp32.
-
-    `saved` is the output for leaky ReLU (its sign is the input's) and the input for sine.
-    """
-    if step.act == 1:
-        g = tl.where(saved > 0, g, g * step.slope)
-    if step.act == 2:
-        g = g * step.omega * sine_cosine(saved * step.omega)[1]
-    return g
 
 
 def places(size, kernel, stride, padding):

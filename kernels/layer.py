@@ -31,19 +31,8 @@ import torch
 from torch import Tensor
 
 from .backend import tl, triton
-from .common import (
-    NONE,
-    SINE,
-    act_backward,
-    act_forward,
-    in_parts,
-    joined,
-    place,
-    places,
-    product,
-    register,
-    tile,
-)
+from .common import NONE, SINE, in_parts, joined, places, register, tile
+from .tiles import act_backward, act_forward, place, product, put
 
 
 @dataclass(frozen=True)
@@ -155,10 +144,7 @@ def input_grad_kernel(
         acc = product(a, b, acc, PRECISION)
     at = (sample * (nets // summed) + first) * C * (H * W) + y * W + x
     at = at[:, None] + (col * (H * W))[None, :]
-    inside = in_image[:, None] & (col[None, :] < C)
-    if ADD:
-        acc += tl.load(dx + at, mask=inside, other=0).to(tl.float32)
-    tl.store(dx + at, acc.to(dx.dtype.element_ty), mask=inside)
+    put(dx + at, acc, in_image[:, None] & (col[None, :] < C), ADD)
 
 
 @triton.jit

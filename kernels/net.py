@@ -26,18 +26,10 @@ import torch
 from torch import Tensor
 
 from .backend import tl, triton
-from .common import (
-    act_backward,
-    act_forward,
-    autocast,
-    check,
-    fp32_precision,
-    in_parts,
-    joined,
-    register,
-)
+from .common import autocast, check, fp32_precision, in_parts, joined, register
 from .layer import forward_kernel, input_grad_kernel, weight_grad_kernel
 from .plan import INPUTS, NOTHING, OUTPUTS, SAMPLES, plan_of
+from .tiles import act_backward, act_forward, put
 
 PROGRAMS = 384  # at least: three for each of an H100's 132 multiprocessors
 MOST = 1024  # samples of a program: offsets in 32 bits
@@ -164,16 +156,9 @@ def _other_backward(values, grads, b, step: tl.constexpr, BLOCK: tl.constexpr):
         s = tl.load(saved + pixel, mask=inside, other=0).to(tl.float32)
         z = act_backward(z, s, step)
         if step.source != _INPUTS:
-            _put(_at(step.source, grads, b) + at, z, at < size, step.add)
+            put(_at(step.source, grads, b) + at, z, at < size, step.add)
         if step.other != _NOTHING and step.other != _INPUTS:
-            _put(_at(step.other, grads, b) + at, z, at < size, step.add_other)
-
-
-@triton.jit
-def _put(pointer, value, mask, ADD: tl.constexpr):
-    if ADD:
-        value += tl.load(pointer, mask=mask, other=0).to(tl.float32)
-    tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
+            put(_at(step.other, grads, b) + at, z, at < size, step.add_other)
 
 
 @triton.jit

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from .backend import tl, triton, use_triton
 from .batched_linear import batched_linear
-from .common import autocast, check, fp32_precision, joined, product, register, sine_cosine
+from .common import autocast, check, fp32_precision, joined, register
+from .tiles import product, put, sine_cosine
 
 CACHE_VALUES = 1 << 18  # hidden activations, in values, that nets of one block have on a CPU
 # A program holds all h sums of its points in registers, and without tensor cores the products' too.
@@ -203,9 +204,9 @@ def _backward_kernel(
             w = tl.load(row + 4 * h + col[:, None] * h + k[None, :], mask=inside, other=0)
             g1 = product(g2, w, tl.zeros((BM, BK), tl.float32), PRECISION)
             g1 = g1 * omega * sine_cosine(_first_layer(row, p, k, h, omega))[1]
-            _add(part + 3 * h + k, tl.sum(g1, 0), k < h)
+            put(part + 3 * h + k, tl.sum(g1, 0), k < h, True)
             for axis in tl.static_range(3):
-                _add(part + k * 3 + axis, tl.sum(g1 * p[axis][:, None], 0), k < h)
+                put(part + k * 3 + axis, tl.sum(g1 * p[axis][:, None], 0), k < h, True)
             if dpoints is not None:
                 d0 += tl.sum(g1 * _column(row, 0, k, h)[None, :], 1)
                 d1 += tl.sum(g1 * _column(row, 1, k, h)[None, :], 1)
@@ -248,11 +249,6 @@ def _w2_grad_kernel(
         g2 = g2 * sine_cosine((z + b2[None, :]) * omega)[1]
         acc = product(tl.trans(g2.to(w2.dtype)), hidden, acc, PRECISION)
     tl.store(parts + (split * nets + n) * size + at, acc, mask=inside)
-
-
-@triton.jit
-def _add(pointer, value, mask):
-    tl.store(pointer, tl.load(pointer, mask=mask, other=0) + value, mask=mask)
 
 
 def _options(hidden, precision, **tiles):
