@@ -38,12 +38,11 @@ layer, net, pack, siren, loss = (
 ARCHS = (80, 86, 89, 90, 100, 120)  # compute capabilities: A100, A40, L40, H100, B200, RTX 5090
 TENSOR_CORE = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*")
 PLAIN_DOT = re.compile(r"\btt\.dot .*-> tensor<[^>]*#blocked\d*>")  # a product on ordinary cores
-NUMBERS = {  # in the assembler's log
-    "registers": r"Used (\d+) registers",
-    "stack": r"(\d+) bytes stack frame",
-    "spill_stores": r"(\d+) bytes spill stores",
-    "spill_loads": r"(\d+) bytes spill loads",
-}
+SAID = re.compile(  # in the assembler's log, in this order
+    r"(?P<stack>\d+) bytes stack frame, (?P<spill_stores>\d+) bytes spill stores, "
+    r"(?P<spill_loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
 MODES = {
     "tf32": (torch.float32, "tf32"),
@@ -113,7 +112,7 @@ def compile_launch(launch: Launch, archs) -> dict:
                 k: v for k, v in launch.args.items() if len(k) > 1 and k.isupper() and k != "PLAN"
             },
             "shared": binary.metadata.shared,
-            **{name: int(re.search(pattern, log).group(1)) for name, pattern in NUMBERS.items()},
+            **{name: int(number) for name, number in SAID.search(log).groupdict().items()},
             "tensor_core": {name: found.count(name) for name in sorted(set(found))},
             "plain_dots": len(PLAIN_DOT.findall(binary.asm["ttgir"])),
             "rounded": ptx.count("cvt.rna.tf32"),
