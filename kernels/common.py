@@ -112,7 +112,7 @@ def register(name, launch, empty, launch_backward=None):
     """Make an op of a launcher, which autograd and `torch.compile` then see as one node.
 
     Args:
-        name: of the op in `torch.ops.netspace_lite`; its backward is one too, called after it.
+        name: of the op in `torch.ops.netspace_lite`; its backward is one too, `<name>_backward`.
         launch: annotated function of tensors and options. Only its first result is differentiable.
         empty: of the same arguments, gives the results' shapes, dtypes and strides.
         launch_backward: of the first result's gradient, which arguments need theirs, all arguments

@@ -15,10 +15,11 @@ Pointers and strides (in values):
     y, g [B, N, O, H', W']   contiguous, sample-major
     saved                    like y: the output (leaky ReLU) or the value before the sine
 
-Each program owns one tile of one net's result and walks the summed axis in steps of BK. What it
-does there is a function of the tile's index, which `net.py` calls for one tile after the other. The
-weight gradient sums over all B·H'·W' pixels into few values, so that axis is cut into `splits`
-parts, written apart and added by PyTorch: without atomics results are the same in every run.
+Each program owns one tile of one net's result and walks the summed axis in steps of BK. Launched, a
+kernel takes the tile of its program; `net.py` calls it as a function of a tile's `index`, for one
+tile after the other. What the compiler knows is in `step`, a `Layer`. The weight gradient sums over
+all B·H'·W' pixels into few values, so that axis is cut into `splits` parts, written apart and added
+by PyTorch: without atomics results are the same in every run.
 
 Traffic at its least, in bytes for values of s bytes: s·(B·N·C·H·W + P + B·N·O·H'·W') forward
 (inputs once, not N times, if shared), about twice that backward. Products: 2·B·N·O·H'·W'·C·kh·kw
