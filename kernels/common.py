@@ -122,11 +122,33 @@ def register(name, launch, empty, launch_backward=None):
     op.register_fake(empty)
     if launch_backward is None:
         return op
+    backward = _backward_op(name, launch, launch_backward)
+
+    def keep(ctx, inputs, output):
+        values = *inputs, *(output if isinstance(output, tuple) else (output,))
+        ctx.mark_non_differentiable(*values[len(inputs) + 1 :])
+        ctx.save_for_backward(*(v if isinstance(v, torch.Tensor) else None for v in values))
+        ctx.options = [None if isinstance(v, torch.Tensor) else v for v in values]
+
+    def differentiate(ctx, g, *_):
+        kept, needs = zip(ctx.saved_tensors, ctx.options, strict=True), ctx.needs_input_grad
+        grads = backward(g, list(needs), *(o if t is None else t for t, o in kept))
+        return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+    op.register_autograd(differentiate, setup_context=keep)
+    return op
+
+
+def _backward_op(name, launch, launch_backward):
+    """The op of the gradient, which arguments need theirs, and arguments and results of `launch`.
+
+    It gives a tensor for each place in `needs`, empty where none belongs. Its own gradient raises.
+    """
     arguments, _, results = torch.library.infer_schema(launch, mutates_args=()).partition(") -> ")
     kept = "".join(f", Tensor result{i}" for i in range(results.count("Tensor")))
     schema = f"(Tensor g, bool[] needs, {arguments[1:]}{kept}) -> Tensor[]"
 
-    def gradients(g, needs, *values):  # a list has a tensor in each place: empty where none belongs
+    def gradients(g, needs, *values):
         found = zip_longest(launch_backward(g, needs, *values), needs)
         return [grad if need else g.new_empty(0) for grad, need in found]
 
@@ -145,20 +167,7 @@ def register(name, launch, empty, launch_backward=None):
     )
     backward.register_fake(empty_gradients)
     backward.register_autograd(refuse)
-
-    def keep(ctx, inputs, output):
-        values = *inputs, *(output if isinstance(output, tuple) else (output,))
-        ctx.mark_non_differentiable(*values[len(inputs) + 1 :])
-        ctx.save_for_backward(*(v if isinstance(v, torch.Tensor) else None for v in values))
-        ctx.options = [None if isinstance(v, torch.Tensor) else v for v in values]
-
-    def differentiate(ctx, g, *_):
-        kept, needs = zip(ctx.saved_tensors, ctx.options, strict=True), ctx.needs_input_grad
-        grads = backward(g, list(needs), *(o if t is None else t for t, o in kept))
-        return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
-
-    op.register_autograd(differentiate, setup_context=keep)
-    return op
+    return backward
 
 
 def _on_device(launch):
