@@ -27,6 +27,11 @@ class Images:
     x: Tensor
     y: Tensor
 
+    def __post_init__(self):
+        if self.y.dim() and self.y.shape != self.x.shape[:1]:
+            given = f"images {list(self.x.shape)} with labels {list(self.y.shape)}"
+            raise ValueError(f"{given}: each image needs one label, y should be [B]")
+
     def __len__(self) -> int:
         return len(self.x)
 

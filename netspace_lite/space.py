@@ -40,6 +40,12 @@ class SpaceConfig:
     hidden: int = 256  # width of the decoder's hidden layer
     parts: str = "ours"  # or "paper": the authors' encoder and decoder, see `netspace_lite.paper`
 
+    def __post_init__(self):
+        for name, size in asdict(self).items():
+            least = int(name not in ("probes", "components"))
+            if type(size) is int and size < least:
+                raise ValueError(f"SpaceConfig.{name} should be at least {least}, not {size}")
+
 
 @dataclass
 class Features:

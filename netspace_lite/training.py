@@ -186,6 +186,13 @@ class Draw:
     chances: Sequence[float] | None = None
     analogies: float = 0.7
 
+    def __post_init__(self):
+        if min(self.nets, self.samples) < 1:
+            raise ValueError(f"a step needs nets and samples, not {self.nets} and {self.samples}")
+        if not (0 <= self.crossing <= 1 and 0 <= self.analogies <= 1):
+            given = f"{self.crossing} and {self.analogies}"
+            raise ValueError(f"crossing and analogies are shares, 0 to 1, not {given}")
+
 
 class Distillation:
     """Decoded nets answer like the very nets encoded, in their own or in another architecture.
@@ -214,6 +221,9 @@ class Distillation:
         about = {"per_net": per_net, "loss": loss, "samples": self.draw.samples}
         self.likeness = LikenessLoss(sources, inputs, **about)
         self.chances = torch.tensor(self.draw.chances or [1.0] * len(zoos)).float()
+        if len(self.chances) != len(zoos) or not (self.chances.min() >= 0 < self.chances.max()):
+            given = f"not {self.draw.chances} for {len(zoos)} zoos"
+            raise ValueError(f"chances should be one of each zoo, none under 0, {given}")
 
     def __call__(self, space: NetSpace, generator: torch.Generator) -> Tensor:
         group = int(torch.multinomial(self.chances, 1, generator=generator))
@@ -362,8 +372,8 @@ def fit(
     Raises ValueError naming the step whose loss is not finite, and if ``folder`` holds the fit of
     another space, objective, validation or schedule, naming which.
     """
-    if min(steps, epoch) < 1:
-        raise ValueError(f"a fit takes at least one step and epoch, not {steps} steps of {epoch}")
+    if min(steps, epoch) < 1 or not lr > 0:
+        raise ValueError(f"steps, epoch and lr should be over 0, not {steps}, {epoch} and {lr}")
     optimiser = Muon(space, lr)
     plan = {"steps": steps, "lr": lr, "epoch": epoch, "seed": getattr(space, "seed", 0)}
     plan["optimiser"] = type(optimiser).__name__

@@ -62,6 +62,9 @@ def draw_recipes(
     trained for 1 to 600 epochs do (section IV-A). ``stream`` names draws of one seed apart, such
     as those of several architectures, whose nets would share their data order otherwise.
     """
+    for low, high in (steps, lr, weight_decay):
+        if not 0 < low <= high:
+            raise ValueError(f"a range is (low, high) with 0 < low ≤ high, not {(low, high)}")
     rng = np.random.default_rng([seed, zlib.crc32(stream.encode())] if stream else seed)
 
     def draw(low, high):

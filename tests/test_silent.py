@@ -11,6 +11,7 @@ from toy import MixesSamples, generator, looped, mlp, random_nets, small_nets, t
 from netspace_lite import (
     Batched,
     Distillation,
+    Images,
     ImageTask,
     Layout,
     LeNetLike,
@@ -365,3 +366,42 @@ def test_nets_that_answer_values_are_learned(values):
 
     fit(space, Distillation(space, nets, x, loss=squared_error), error, 200, epoch=200)
     assert error(space)["score"] > -nets.outputs(x).var(0).mean() / 20
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"chances": (0.5, 0.5)}, "one of each zoo"),  # the second has no zoo: sometimes an error
+        ({"chances": (-1,)}, "none under 0"),
+        ({"chances": (0,)}, "none under 0"),
+        ({"analogies": 2}, "shares, 0 to 1"),
+        ({"crossing": -0.5}, "shares, 0 to 1"),
+        ({"nets": 0}, "needs nets and samples"),
+        ({"samples": 0}, "needs nets and samples"),
+    ],
+)
+def test_a_step_that_can_not_be_drawn_is_refused_before_the_first(zoo, given, said):
+    space = NetSpace.for_zoos(zoo, DATA.train.x, CONFIG)
+    with pytest.raises(ValueError, match=said):
+        Distillation(space, zoo, DATA.train.x, **given)
+
+
+def test_sizes_rates_and_ranges_that_mean_nothing_are_refused(zoo):
+    for name in ("embedding", "chunk", "hidden", "probes", "components"):
+        with pytest.raises(ValueError, match=f"{name} should be at least"):
+            SpaceConfig(**{name: -1})
+    SpaceConfig(probes=0, components=0)
+    space = NetSpace.for_zoos(zoo, DATA.train.x, CONFIG)
+    with pytest.raises(ValueError, match="should be over 0"):
+        fit(space, Distillation(space, zoo, DATA.train.x), lambda s: {"score": 0.0}, 1, lr=-1e-3)
+    for ranges in ({"steps": (0, 2)}, {"lr": (-1, 2)}, {"weight_decay": (2, 1)}):
+        with pytest.raises(ValueError, match="0 < low ≤ high"):
+            draw_recipes(3, **ranges)
+
+
+def test_labels_that_would_be_compared_crosswise_are_refused():
+    with pytest.raises(ValueError, match="each image needs one label"):
+        Images(DATA.val.x, DATA.val.y[:, None])
+    with pytest.raises(ValueError, match="each image needs one label"):
+        Images(DATA.val.x, DATA.val.y[1:])
+    assert Images(DATA.val.x, DATA.val.y)[0].y == DATA.val.y[0]
