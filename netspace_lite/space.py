@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from sklearn.decomposition import PCA
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from . import store
@@ -116,7 +117,8 @@ class Encoder(nn.Module):
         if known.std(0).max() < 1e-6:  # one net, or nets that answer alike
             return
         count = min(self.axes.shape[1], len(known))
-        pca = PCA(count, random_state=0).fit(known)
+        with threadpool_limits(1):  # or axes, and so resuming, would depend on how many there are
+            pca = PCA(count, random_state=0).fit(known)
         spread = torch.from_numpy(pca.singular_values_)
         root = spread.clamp_min(1e-3 * spread[0]).sqrt()
         root *= (spread / root).square().mean().div(len(known)).sqrt()  # values of size 1

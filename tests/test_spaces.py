@@ -1,9 +1,11 @@
 """The space: what it embeds and decodes, its architectures, round trips through a folder."""
 
+import os
 from dataclasses import replace
 
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 from torch import nn
 from toy import CLASSES, IMAGE, generator, mlp, random_nets, small_nets, small_zoos, toy_data
 
@@ -109,6 +111,20 @@ def test_answers_are_read_along_what_sets_a_zoo_apart():
     gains = (directions[:40] @ axes).abs()
     expected = torch.diag(spread[:40].rsqrt() / (spread[:40].mean() / 160) ** 0.5)
     torch.testing.assert_close(gains, expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
+
+
+@pytest.mark.skipif(os.cpu_count() < 2, reason="one processor has one thread")
+def test_axes_do_not_depend_on_how_many_threads_look_for_them():
+    config = SpaceConfig(embedding=4, probes=128, components=256, weights=False, hidden=8)
+    nets, x = (
+        random_nets(mlp(nn.Tanh(), 6, 8, 10), 2000),
+        torch.randn(200, 6, generator=generator()),
+    )
+    found = []
+    for threads in (1, 2):  # as OMP_NUM_THREADS would; torchrun sets it to 1
+        with threadpool_limits(threads):
+            found.append(NetSpace.for_zoos(nets, x, config).encoder.axes)
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_nets_that_answer_alike_are_read_along_any_axes():
