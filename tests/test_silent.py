@@ -1,7 +1,6 @@
 """Inputs that once gave a wrong answer without a word: each is right now, or refused."""
 
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -336,8 +335,7 @@ def test_a_fit_of_other_parameters_is_not_taken_for_this_one(tmp_path):
 def test_nets_that_answer_one_value_are_not_compared_by_class():
     nets = random_nets(nn.Linear(3, 1), 4)
     x, y = torch.randn(9, 3), torch.zeros(9, dtype=torch.long)
-    answers = nets.outputs(x)
-    asked = SimpleNamespace(x=x, y=y)
+    answers, asked = nets.outputs(x), Images(x, y)
     for compared in (
         lambda: nets.accuracy(asked),
         lambda: compare(answers, answers, y),

@@ -116,10 +116,8 @@ def test_answers_are_read_along_what_sets_a_zoo_apart():
 @pytest.mark.skipif(os.cpu_count() < 2, reason="one processor has one thread")
 def test_axes_do_not_depend_on_how_many_threads_look_for_them():
     config = SpaceConfig(embedding=4, probes=128, components=256, weights=False, hidden=8)
-    nets, x = (
-        random_nets(mlp(nn.Tanh(), 6, 8, 10), 2000),
-        torch.randn(200, 6, generator=generator()),
-    )
+    nets = random_nets(mlp(nn.Tanh(), 6, 8, 10), 2000)
+    x = torch.randn(200, 6, generator=generator())
     found = []
     for threads in (1, 2):  # as OMP_NUM_THREADS would; torchrun sets it to 1
         with threadpool_limits(threads):
