@@ -38,6 +38,7 @@ class SpaceConfig:
     components: int = 0  # how many principal components of answers are read; 0: answers themselves
     weights: bool | str = True  # whether the encoder reads the weights: chunks or "invariants"
     learn_probes: bool = False  # train the probes too; slower, since nets answer them every step
+    told: bool = True  # whether the encoder knows each net's architecture, and adds its offset
     hidden: int = 256  # width of the decoder's hidden layer
     parts: str = "ours"  # or "paper": the authors' encoder and decoder, see `netspace_lite.paper`
 
@@ -46,6 +47,8 @@ class SpaceConfig:
             least = int(name not in ("probes", "components"))
             if type(size) is int and size < least:
                 raise ValueError(f"SpaceConfig.{name} should be at least {least}, not {size}")
+        if self.weights and not self.told:
+            raise ValueError("weights tell the architecture: told=False needs weights=False")
 
 
 @dataclass
@@ -91,7 +94,7 @@ class Encoder(nn.Module):
             self.register_buffer("centre", centre)
             self.answers = nn.Linear(kept, config.embedding)
         self.offset = None
-        if len(shapes) > 1:  # where each architecture lies, whatever its nets answer: in a row
+        if config.told and len(shapes) > 1:  # where each architecture lies at first: in a row
             order = torch.arange(len(shapes))[:, None] - (len(shapes) - 1) / 2
             way = F.normalize(torch.randn(config.embedding), dim=0)
             self.offset = nn.Parameter(8 * order * way)
@@ -198,9 +201,9 @@ class NetSpace(nn.Module):
             else:
                 self.encoder = Encoder(config, shapes, answers)
                 self.decoder = Decoder(config, bases)
-            if len(self.batched) > 1:  # says which architecture z stands for: the nearest, at first
-                offset = self.encoder.offset
+            if len(self.batched) > 1:  # says which architecture z stands for
                 self.classifier = nn.Linear(config.embedding, len(self.batched))
+            if (offset := self.encoder.offset) is not None:  # the nearest, at first
                 self.classifier.weight.copy_(offset / 4)
                 self.classifier.bias.copy_(-offset.square().sum(1) / 8)
         self.to(inputs)
@@ -353,10 +356,13 @@ class NetSpace(nn.Module):
         return self.classify(z).argmax(1)
 
     def translate(self, z: Tensor, source, target) -> Tensor:
-        """Embeddings of ``source`` nets moved to another architecture: same answers, other form."""
+        """Embeddings of ``source`` nets moved to another architecture: same answers, other form.
+
+        They stay where they are in a space that isn't told architectures.
+        """
         z, source, target = self._check(z), self.index(source), self.index(target)
         offset = self.encoder.offset
-        return z if source == target else z - offset[source] + offset[target]
+        return z if source == target or offset is None else z - offset[source] + offset[target]
 
     def _check(self, z: Tensor) -> Tensor:
         z = z[None] if z.dim() == 1 else z

@@ -14,9 +14,12 @@ from .tutorial import Settings, chapters
 SPACES = {
     "single": lambda *given: [
         chapters.single_space(*given),
-        chapters.single_space(*given, "space-weights-only", **chapters.BLIND),
+        chapters.single_space(*given, "space-blind", blind=True, weights=False),
     ],
-    "several": lambda *given: [chapters.several_space(*given)],
+    "several": lambda *given: [
+        chapters.several_space(*given),
+        chapters.several_space(*given, blind=True),
+    ],
     "shapes": lambda settings, _: [chapters.shape_space(settings)],
 }
 

@@ -280,9 +280,13 @@ class ArchitectureClassification:
         nets: classified in a step.
         translated: classify embeddings moved to random architectures as those, too; for spaces
             trained to translate.
+
+    Raises ValueError if embeddings don't move because the encoder isn't told architectures.
     """
 
     def __init__(self, space: NetSpace, zoos, nets: int = 64, translated: bool = False):
+        if translated and space.encoder.offset is None:
+            raise ValueError("embeddings of this space move to no architecture: translated=False")
         self.pool, self.nets, self.translated = MixedZoo(space, zoos), nets, translated
 
     def __call__(self, space: NetSpace, generator: torch.Generator) -> Tensor:

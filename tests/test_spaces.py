@@ -13,6 +13,7 @@ from netspace_lite.architectures import LeNetLike, lite_net
 from netspace_lite.layout import Layout
 from netspace_lite.nets import Nets
 from netspace_lite.space import NetSpace, SpaceConfig, normalised_answers
+from netspace_lite.training import ArchitectureClassification
 from netspace_lite.zoo import Zoo, initial_rows
 
 CONFIG = SpaceConfig(embedding=16, probes=8, weights=False, hidden=16)
@@ -226,6 +227,24 @@ def test_translation_keeps_answers_apart_from_form(space, zoos):
         torch.testing.assert_close(moved, space.encoder(space.features(zoos[0].rows, 0), 2))
     torch.testing.assert_close(space.translate(moved, 2, 0), z)
     assert torch.equal(space.translate(z, 1, 1), z)
+
+
+def test_a_space_that_is_not_told_knows_nets_by_their_answers_alone(zoos, data, tmp_path):
+    space = NetSpace.for_zoos(zoos, data.train.x, replace(CONFIG, told=False))
+    z, answers = space.encode(zoos[0]), space.features(zoos[0].rows, 0)
+    assert torch.equal(space.encoder(answers, 0), space.encoder(answers, 3))
+    assert torch.equal(space.translate(z, 0, 3), z)
+    rows = (space.decode(z, a).rows.shape[1] for a in range(4))
+    assert list(rows) == [zoo.layout.size for zoo in zoos]
+    space.save(tmp_path)
+    assert torch.equal(NetSpace.load(tmp_path).encode(zoos), space.encode(zoos))
+    objective = ArchitectureClassification(space, zoos)
+    objective(space, generator()).backward()
+    assert space.encoder.answers.weight.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="translated=False"):
+        ArchitectureClassification(space, zoos, translated=True)
+    with pytest.raises(ValueError, match="told=False needs weights=False"):
+        replace(CONFIG, weights=True, told=False)
 
 
 def test_a_new_space_has_its_architectures_in_a_row(space):

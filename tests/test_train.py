@@ -214,7 +214,7 @@ def test_the_command_trains_once_what_notebooks_load(checkout, monkeypatch, caps
     said = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("['LeNetLike']: step 40") for line in said) == 2
     build = checkout / "build" / "smoke-digits-seed0"
-    for folder, name in (("zoo", "zoo"), ("space", "fit"), ("space-weights-only", "fit")):
+    for folder, name in (("zoo", "zoo"), ("space", "fit"), ("space-blind", "fit")):
         assert store.exists(build / folder, name)
     assert len(Zoo.load(build / "zoo")) == 48
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from netspace_lite.data import ImageData, Images
-from netspace_lite.tutorial import PRESETS, Settings, bootstrap, figures, seconds
+from netspace_lite.tutorial import PRESETS, Settings, bootstrap, chapters, figures, seconds
 from netspace_lite.tutorial.__main__ import main
 
 matplotlib.use("agg")
@@ -92,6 +92,17 @@ def test_larger_images_are_announced():
     said = Settings().describe(ImageData("own", images, images[:5], images[:7], classes=2))
     assert "30 train, 5 val, 7 test images of 3 × 16 × 16 values, 2 classes" in said
     assert "12 times the minutes" in said
+
+
+def test_noise_is_of_the_size_of_images_and_knows_nothing_else_of_them():
+    images = Images(torch.rand(9, 3, 6, 8), torch.zeros(9, dtype=torch.long))
+    dark = Images(torch.zeros_like(images.x), images.y)
+    bright, other = (ImageData("own", part, part, part, 2) for part in (images, dark))
+    noise = chapters.noise(bright, 0, 50)
+    assert noise.shape == (50, 3, 6, 8)
+    assert noise.std() == pytest.approx(1)
+    assert torch.equal(noise, chapters.noise(other, 0, 50))
+    assert not torch.equal(noise, chapters.noise(bright, 1, 50))
 
 
 def test_seconds_gives_the_result_and_the_time():

@@ -4,14 +4,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import netspace_lite as ns
 from netspace_lite import shapes
 
 from . import Settings
-
-# What an encoder reads that may not ask nets: what no order of hidden units changes.
-BLIND = {"probes": 0, "weights": "invariants"}
 
 
 class Chapter(NamedTuple):
@@ -25,6 +24,13 @@ class Chapter(NamedTuple):
     history: list[dict[str, float]]
 
 
+def noise(data: ns.ImageData, seed: int, count: int = 128) -> Tensor:
+    """Blurred noise [count, C, H, W], of the size and the spread of images and nothing else."""
+    white = torch.randn(count, *data.shape, generator=torch.Generator().manual_seed(seed))
+    blurred = F.avg_pool2d(white, 3, 1, 1, count_include_pad=False)
+    return (blurred / blurred.std()).to(data.train.x)
+
+
 def single_zoo(settings: Settings, data: ns.ImageData) -> ns.Zoo:
     """The zoo of notebook 1: one architecture, every net with its own length of training."""
     size = settings.sizes.zoo
@@ -33,14 +39,21 @@ def single_zoo(settings: Settings, data: ns.ImageData) -> ns.Zoo:
     return ns.train_zoo(settings.net(size.net, data), task, recipes, settings.folder("zoo"))
 
 
-def single_space(settings: Settings, data: ns.ImageData, name: str = "space", **config) -> Chapter:
-    """The space of notebook 2, kept in the folder ``name``; ``config`` goes to `SpaceConfig`."""
+def single_space(
+    settings: Settings, data: ns.ImageData, name: str = "space", blind: bool = False, **config
+) -> Chapter:
+    """The space of notebook 2, kept in the folder ``name``; ``config`` goes to `SpaceConfig`.
+
+    A ``blind`` one sees no image, its probes are `noise`, and learns from half as many nets a step.
+    """
     size = settings.sizes.fit
     own = {"chunk": settings.sizes.zoo.chunk, "probes": size.probes, "components": size.components}
     train, val, test = single_zoo(settings, data).split(size.val, size.test, settings.seed)
-    space = ns.NetSpace.for_zoos(train, data.train.x, ns.SpaceConfig(**own | config), settings.seed)
+    probes = noise(data, settings.seed, size.probes) if blind else data.train.x
+    space = ns.NetSpace.for_zoos(train, probes, ns.SpaceConfig(**own | config), settings.seed)
     kept = {"epoch": size.epoch, "folder": settings.folder(name)}
-    draw = {"nets": size.batch} if space.config.probes else {"analogies": 0}
+    rich = space.config.probes and not blind
+    draw = {"nets": size.batch} if rich else {"analogies": 0}
     objective = ns.Distillation(space, train, ns.blends(data.train.x[: size.images]), **draw)
     history = ns.fit(space, objective, lambda s: ns.scores(s, val, data.val), size.steps, **kept)
     return Chapter(space, train, val, test, history)
@@ -64,18 +77,23 @@ def agreements(space: ns.NetSpace, zoos: list[ns.Zoo], images) -> dict[str, floa
     return {"agreement": sum(found.values()) / len(found), **found}
 
 
-def several_space(settings: Settings, data: ns.ImageData) -> Chapter:
-    """The space of notebook 3 that learns from instances, answers translated between heads."""
+def several_space(settings: Settings, data: ns.ImageData, blind: bool = False) -> Chapter:
+    """The space of notebook 3 that learns from instances, answers translated between heads.
+
+    A ``blind`` one sees no image, its probes are `noise`, isn't told architectures, and takes half
+    as many steps.
+    """
     size, (train, val, test) = settings.sizes.several, several_zoos(settings, data)
-    config = ns.SpaceConfig(weights=False, hidden=size.hidden)
-    space = ns.NetSpace.for_zoos(train, data.train.x, config, settings.seed)
+    config = ns.SpaceConfig(weights=False, hidden=size.hidden, told=not blind)
+    probes = noise(data, settings.seed, config.probes) if blind else data.train.x
+    space = ns.NetSpace.for_zoos(train, probes, config, settings.seed)
     inputs = ns.blends(data.train.x[: size.images])
     # Analogies gain nothing here, and searches for another architecture end 1 to 2 points lower.
     instances = ns.Distillation(space, train, inputs, chances=size.chances, analogies=0)
-    naming = ns.ArchitectureClassification(space, train, translated=True)
+    naming = ns.ArchitectureClassification(space, train, translated=not blind)
     objective = ns.combine(instances, naming, weights=(1, 0.1))
-    kept = {"epoch": size.epoch, "folder": settings.folder("mixed/space")}
-    validate, steps = lambda s: agreements(s, val, data.val), size.instance_steps
+    kept = {"epoch": size.epoch, "folder": settings.folder("mixed/space" + blind * "-blind")}
+    validate, steps = lambda s: agreements(s, val, data.val), size.instance_steps // (1 + blind)
     return Chapter(space, train, val, test, ns.fit(space, objective, validate, steps, **kept))
 
 
