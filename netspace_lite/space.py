@@ -47,8 +47,6 @@ class SpaceConfig:
             least = int(name not in ("probes", "components"))
             if type(size) is int and size < least:
                 raise ValueError(f"SpaceConfig.{name} should be at least {least}, not {size}")
-        if self.weights and not self.told:
-            raise ValueError("weights tell the architecture: told=False needs weights=False")
 
 
 @dataclass

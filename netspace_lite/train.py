@@ -12,14 +12,8 @@ from .processes import rank, together, wait
 from .tutorial import Settings, chapters
 
 SPACES = {
-    "single": lambda *given: [
-        chapters.single_space(*given),
-        chapters.single_space(*given, "space-blind", blind=True, weights=False),
-    ],
-    "several": lambda *given: [
-        chapters.several_space(*given),
-        chapters.several_space(*given, blind=True),
-    ],
+    "single": lambda *given: [chapters.single_space(*given, blind=b) for b in (False, True)],
+    "several": lambda *given: [chapters.several_space(*given, b) for b in (False, True)],
     "shapes": lambda settings, _: [chapters.shape_space(settings)],
 }
 

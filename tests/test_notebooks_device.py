@@ -31,4 +31,4 @@ def test_it_runs_to_its_end(path, built, monkeypatch):
             exec(compile(source, f"{path.stem}, code cell {number}", "exec"), names)
             pyplot.close("all")
     assert names["data"].train.x.is_cuda if "data" in names else True
-    assert (built / "build" / "results" / f"{path.stem}.json").exists()
+    assert (built / f"build/smoke-digits-seed0/results/{path.stem}.json").exists()

@@ -134,7 +134,7 @@ def test_notebooks_run_in_place_and_print_their_results(checkout, capsys):
     assert "| `score` | 10.00 | 10.00 to 10.00 |" in printed
     done = nbformat.read(checkout / "build" / "notebooks" / "01_small.ipynb", as_version=4)
     assert done.cells[1].outputs[0].text == "hello\n"
-    record = json.loads((checkout / "build" / "results" / "01_small.json").read_text())
+    record = json.loads((checkout / "build/lite-digits-seed0/results/01_small.json").read_text())
     assert record == {"seed": 0, "preset": "lite", "data": "default", "score": 10.0, "word": "x"}
 
 

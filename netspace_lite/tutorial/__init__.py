@@ -65,14 +65,9 @@ class Settings:
         """Whether nets and images are those for a laptop."""
         return self.preset in ("lite", "smoke")
 
-    @property
-    def claims(self) -> bool:
-        """Whether this is the run that claims about quality are made for: lite, on the digits."""
-        return self.preset == "lite" and not self.data
-
     def claim(self, sentence: str, holds) -> None:
         """Assert what is claimed of a lite run on the digits; elsewhere say whether it holds."""
-        if self.claims and not holds:
+        if not holds and self.preset == "lite" and not self.data:
             raise AssertionError(f"this claim no longer holds: {sentence}")
         print(f"{'holds' if holds else 'does not hold here'}: {sentence}")
 
@@ -82,10 +77,8 @@ class Settings:
         All seeds see the same split, so that figures over seeds spread by training alone. They go
         to the GPU if there is one, and with them all that is trained on them.
         """
-        if self.data:
-            data = load_images(Path(self.data).expanduser())
-        else:
-            data = load_digits() if self.lite else load_cifar10()
+        own = Path(self.data).expanduser()
+        data = load_images(own) if self.data else load_digits() if self.lite else load_cifar10()
         return data.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def describe(self, data: ImageData) -> str:
@@ -106,16 +99,12 @@ class Settings:
         return root() / "build" / f"{self.preset}-{data}-seed{self.seed}" / name
 
     def write_results(self, notebook: str, results: dict[str, float]) -> None:
-        """Keep a notebook's headline numbers as flat JSON.
-
-        They go to ``build/results/<notebook>.json``, the latest run, and beside what else this seed
-        left in ``build``, where the table over seeds is made from.
-        """
+        """Keep a notebook's headline numbers as flat JSON, beside what else this seed left."""
         rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in results.items()}
         record = {"seed": self.seed, "preset": self.preset, "data": self.data or "default"}
-        for folder in (root() / "build" / "results", self.folder("results")):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{notebook}.json").write_text(json.dumps(record | rounded, indent=1))
+        path = self.folder("results") / f"{notebook}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record | rounded, indent=1))
 
 
 def seconds(run: Callable) -> tuple:

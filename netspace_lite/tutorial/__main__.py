@@ -51,9 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Execute notebooks in order, once a seed, and print what they found."""
     parser = ArgumentParser("python -m netspace_lite.tutorial", description=main.__doc__)
     parser.add_argument("names", nargs="*", help='how notebooks start ("02"); none means all')
-    parser.add_argument(
-        "--seeds", default=os.environ.get("NETSPACE_SEED", "0"), help="such as 0,1,2"
-    )
+    seed = os.environ.get("NETSPACE_SEED", "0")
+    parser.add_argument("--seeds", default=seed, help="such as 0,1,2")
     given, found = parser.parse_args(arguments), sorted((root() / "notebooks").glob("[0-9]*.ipynb"))
     notebooks = [n for n in found if n.name.startswith(tuple(given.names) or "")]
     if not notebooks:

@@ -4,8 +4,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 import netspace_lite as ns
 from netspace_lite import shapes
@@ -24,10 +22,10 @@ class Chapter(NamedTuple):
     history: list[dict[str, float]]
 
 
-def noise(data: ns.ImageData, seed: int, count: int = 128) -> Tensor:
+def noise(data: ns.ImageData, seed: int, count: int = 128) -> torch.Tensor:
     """Blurred noise [count, C, H, W], of the size and the spread of images and nothing else."""
     white = torch.randn(count, *data.shape, generator=torch.Generator().manual_seed(seed))
-    blurred = F.avg_pool2d(white, 3, 1, 1, count_include_pad=False)
+    blurred = torch.nn.functional.avg_pool2d(white, 3, 1, 1, count_include_pad=False)
     return (blurred / blurred.std()).to(data.train.x)
 
 
@@ -39,21 +37,20 @@ def single_zoo(settings: Settings, data: ns.ImageData) -> ns.Zoo:
     return ns.train_zoo(settings.net(size.net, data), task, recipes, settings.folder("zoo"))
 
 
-def single_space(
-    settings: Settings, data: ns.ImageData, name: str = "space", blind: bool = False, **config
-) -> Chapter:
+def single_space(settings: Settings, data, name="space", blind=False, **config) -> Chapter:
     """The space of notebook 2, kept in the folder ``name``; ``config`` goes to `SpaceConfig`.
 
-    A ``blind`` one sees no image, its probes are `noise`, and learns from half as many nets a step.
+    A ``blind`` one reads no weights and sees no image, its probes are `noise`, and learns from half
+    as many nets a step.
     """
     size = settings.sizes.fit
     own = {"chunk": settings.sizes.zoo.chunk, "probes": size.probes, "components": size.components}
+    own["weights"] = not blind
     train, val, test = single_zoo(settings, data).split(size.val, size.test, settings.seed)
     probes = noise(data, settings.seed, size.probes) if blind else data.train.x
     space = ns.NetSpace.for_zoos(train, probes, ns.SpaceConfig(**own | config), settings.seed)
-    kept = {"epoch": size.epoch, "folder": settings.folder(name)}
-    rich = space.config.probes and not blind
-    draw = {"nets": size.batch} if rich else {"analogies": 0}
+    kept = {"epoch": size.epoch, "folder": settings.folder(name + blind * "-blind")}
+    draw = {"analogies": 0} if blind or not space.config.probes else {"nets": size.batch}
     objective = ns.Distillation(space, train, ns.blends(data.train.x[: size.images]), **draw)
     history = ns.fit(space, objective, lambda s: ns.scores(s, val, data.val), size.steps, **kept)
     return Chapter(space, train, val, test, history)

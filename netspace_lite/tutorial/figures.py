@@ -86,8 +86,7 @@ def preps(preps: Tensor, titles: Sequence[str]) -> np.ndarray:
         colours = ax.pcolormesh(prep, cmap="RdBu", vmin=-limit, vmax=limit, rasterized=True)
         ax.figure.colorbar(colours, ax=ax, ticks=[-limit, 0, limit], format="%.2g")
         ax.set_title(title, fontsize=10)
-        ax.set_xlabel("value in chunk")
-        ax.invert_yaxis()
+        ax.set(xlabel="value in chunk", ylim=(len(prep), 0))
     axes[0, 0].set_ylabel("chunk")
     return axes[0]
 
