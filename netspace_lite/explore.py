@@ -334,13 +334,13 @@ class Gaussian:
     of the widest, so that leaving the zoo's subspace costs much, but not everything.
 
     Args:
-        embeddings: [N, E], at least two.
+        embeddings: [N, E], at least two that differ.
     """
 
     def __init__(self, embeddings: Tensor):
-        if embeddings.dim() != 2 or len(embeddings) < 2:
+        if embeddings.dim() != 2 or not (embeddings != embeddings[:1]).any():
             found = list(embeddings.shape)
-            raise ValueError(f"a distribution needs at least 2 embeddings [N, E], not {found}")
+            raise ValueError(f"at least 2 embeddings [N, E] that differ are needed: {found} given")
         self.mean = embeddings.mean(0)
         centred = embeddings - self.mean
         variance, axes = torch.linalg.eigh(centred.T @ centred / (len(embeddings) - 1))
