@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from .backend import use_triton
-from .common import ACTIVATIONS, activate, autocast, check, check_activation, fp32_precision, shape
+from .common import activate, autocast, check, check_activation, fp32_precision, output_size, pair
 from .cpu import UnfoldedConv2d, prefers_unfolding
-from .layer import layer, output_size
+from .layer import layer
 
 
 def batched_conv2d(
@@ -40,17 +40,17 @@ def batched_conv2d(
     x, weight, bias = autocast(x, weight, bias)
     tensors = {"weight": (weight, "NOCij"), "x": (x, "BCHW", "BNCHW"), "bias": (bias, "NO")}
     check("batched_conv2d", tensors, rows=("weight", "bias"))
-    check_activation("batched_conv2d", activation, slope, (None, "leaky_relu"))
-    stride, padding = _pair(stride), _pair(padding)
-    fits = min(stride) > 0 and min(padding) >= 0
-    if not fits or min(size := output_size(x, weight, stride, padding)) < 1:
+    act = check_activation("batched_conv2d", activation, slope, (None, "leaky_relu"))
+    stride, padding = pair(stride), pair(padding)
+    window, fits = (weight.shape[3:], stride, padding), min(stride) > 0 and min(padding) >= 0
+    if not fits or min(size := output_size(x.shape[-2:], *window)) < 1:
         raise ValueError(
             f"batched_conv2d: a kernel {list(weight.shape[3:])} with stride {list(stride)} and "
-            f"padding {list(padding)} does not fit images x {shape(x)}."
+            f"padding {list(padding)} does not fit images x {list(x.shape)}."
         )
     if use_triton(x):
-        act, precision = ACTIVATIONS.index(activation), fp32_precision(precision)
-        return layer(x, weight, bias, stride, padding, act, float(slope), 1.0, precision)[0]
+        how = act, float(slope), 1.0, fp32_precision(precision)
+        return layer(x, weight, bias, stride, padding, *how)[0]
     if prefers_unfolding(x, weight, size):
         slope = float(slope) if activation == "leaky_relu" else 1.0
         return UnfoldedConv2d.apply(x, weight, bias, stride, padding, slope)
@@ -71,7 +71,3 @@ def batched_conv2d_reference(
         y = F.conv2d(x, kernel, flat_bias, stride, padding, groups=nets)
     y = activate(y, activation, slope)
     return y.view(y.shape[0], nets, out, *y.shape[2:])
-
-
-def _pair(value):
-    return (value, value) if isinstance(value, int) else tuple(value)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .backend import use_triton
-from .common import ACTIVATIONS, activate, autocast, check, check_activation, fp32_precision
+from .common import activate, autocast, check, check_activation, fp32_precision
 from .layer import layer
 
 
@@ -37,12 +37,12 @@ def batched_linear(
     x, weight, bias = autocast(x, weight, bias)
     tensors = {"weight": (weight, "NOI"), "x": (x, "BI", "NBI"), "bias": (bias, "NO")}
     check("batched_linear", tensors, rows=("weight", "bias"))
-    check_activation("batched_linear", activation, slope)
+    act = check_activation("batched_linear", activation, slope)
     if use_triton(x):
-        options = ACTIVATIONS.index(activation), float(slope), float(omega)
         pixels = (x if x.ndim == 2 else x.transpose(0, 1))[..., None, None]
-        kernel, how = weight[..., None, None], (*options, fp32_precision(precision))
-        return layer(pixels, kernel, bias, [1, 1], [0, 0], *how)[0][..., 0, 0].transpose(0, 1)
+        how = act, float(slope), float(omega), fp32_precision(precision)
+        y = layer(pixels, weight[..., None, None], bias, [1, 1], [0, 0], *how)[0]
+        return y[..., 0, 0].transpose(0, 1)
     return batched_linear_reference(x, weight, bias, activation, slope, omega)
 
 

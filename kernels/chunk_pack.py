@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .backend import tl, triton, use_triton
-from .common import check, register, shape
+from .common import check, register
 
 BLOCK = 1024
 
@@ -216,13 +216,13 @@ def _check_shapes(prep, shapes):
     nets, T, L = prep.shape
     if not shapes or (isinstance(shapes[0], list) and len(shapes) != nets):
         raise ValueError(
-            f"chunk_unpack: got shapes of {len(shapes)} nets for prep {shape(prep)}; give one list "
+            f"chunk_unpack: got shapes of {len(shapes)} nets for prep {list(prep.shape)}; give one list "
             "for each net, or one flat list of tuples for all."
         )
     lists = shapes if isinstance(shapes[0], list) else [shapes]
     used = max(sum(math.prod(s) for s in net) for net in lists)
     if used > T * L:
         raise ValueError(
-            f"chunk_unpack: the shapes of a net hold {used} values but prep {shape(prep)} has only "
+            f"chunk_unpack: the shapes of a net hold {used} values but prep {list(prep.shape)} has only "
             f"{T * L} for each."
         )

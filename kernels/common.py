@@ -41,40 +41,35 @@ def check(op, tensors, kind=None, rows=(), **sizes):
             continue
         pattern = next((p for p in patterns if len(p) == tensor.ndim), None)
         axes = zip(pattern or "", tensor.shape, strict=False)
+        found, wrong = (tensor.device, tensor.dtype), None
         if pattern is None or any(n < 1 or sizes.setdefault(a, n) != n for a, n in axes):
             allowed = " or ".join(f"[{', '.join(p)}]" for p in patterns)
             where = ", ".join(f"{axis} = {size}" for axis, size in sizes.items())
-            raise ValueError(
-                f"{op}: {name} {shape(tensor)} must be {allowed} with no axis empty, where {where}."
-            )
-        found = tensor.device, tensor.dtype
-        if kind is None and not tensor.is_floating_point():
-            raise ValueError(f"{op}: {name} {shape(tensor)} must be floating, got {found[1]}.")
-        kind = kind or found
-        if kind != found:
-            raise ValueError(
-                f"{op}: {name} {shape(tensor)} must be {kind[1]} on {kind[0]}, as the tensors that "
-                f"it meets are, got {found[1]} on {found[0]}."
-            )
-        if name in rows and not tensor[0].is_contiguous():
-            raise ValueError(
-                f"{op}: the values of one net in {name} {shape(tensor)} (strides {tensor.stride()})"
-                " must be contiguous; only the stride between nets is free. Call .contiguous()."
-            )
+            wrong = f"must be {allowed} with no axis empty, where {where}."
+        elif kind is None and not tensor.is_floating_point():
+            wrong = f"must be floating, got {found[1]}."
+        elif found != (kind := kind or found):
+            others = f"must be {kind[1]} on {kind[0]}, as the tensors that it meets are"
+            wrong = f"{others}, got {found[1]} on {found[0]}."
+        elif name in rows and not tensor[0].is_contiguous():
+            wrong = f"(strides {tensor.stride()}) must be contiguous; only the stride between nets "
+            wrong += "is free. Call .contiguous()."
+        if wrong:
+            raise ValueError(f"{op}: {name} {list(tensor.shape)} {wrong}")
     return sizes
 
 
-def shape(tensor) -> str:
-    """The shape of a tensor as error messages print it."""
-    return str(list(tensor.shape))
-
-
 def check_activation(op, activation, slope, activations=ACTIVATIONS):
-    """Raise ValueError for an unknown activation or a slope that loses the input's sign."""
+    """Raise ValueError for an unknown activation or a slope that loses the input's sign.
+
+    Returns:
+        How kernels know the activation.
+    """
     if activation not in activations:
         raise ValueError(f"{op}: activation must be one of {activations}, not {activation!r}.")
     if slope < 0:
         raise ValueError(f"{op}: the slope of leaky_relu must not be negative, got {slope}.")
+    return ACTIVATIONS.index(activation)
 
 
 def autocast(*tensors, dtype=None):
@@ -214,6 +209,12 @@ def tile(rows, cols, exact=False) -> dict:
     return {"BM": bm, "BN": bn, "BK": 32, **how}
 
 
-def places(size, kernel, stride, padding):
-    """How many places a window has along one axis of an image."""
-    return (size + 2 * padding - kernel) // stride + 1
+def pair(value):
+    """An option of a window along both axes of an image."""
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def output_size(image, kernel, stride, padding):
+    """(H', W'): how many places a window has along each axis of an image (H, W)."""
+    sides = zip(image, kernel, stride, padding, strict=True)
+    return tuple((size + 2 * p - k) // s + 1 for size, k, s, p in sides)

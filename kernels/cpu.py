@@ -12,11 +12,13 @@ batched matrix product, and the result `[N, O, H', W', B]` is what the next laye
 is returned as a view `[B, N, O, H', W']`, so nobody else has to know.
 """
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .common import places
+from .common import output_size
 
 CHANNELS = 8  # fp32 channels in the blocks of oneDNN's layouts (nChw8c, nChw16c)
 GROWTH = 4  # unfolding may make images this many times larger before moving them costs the gain
@@ -65,9 +67,9 @@ class UnfoldedConv2d(torch.autograd.Function):
         x = x.permute(1, 2, 3, 4, 0)  # [N, C, H, W, B]
         nets, out = weight.shape[:2]
         window = _Window(x.shape, weight.shape, stride, padding)
-        y = x.new_empty(nets, out, window.height, window.width, x.shape[-1])
-        columns = []
-        for at in window.blocks(x):
+        y = x.new_empty(nets, out, *window.size, x.shape[-1])
+        ctx.window, ctx.slope, ctx.blocks, columns = window, slope, window.blocks(x), []
+        for at in ctx.blocks:
             cols = window.unfold(x[at])
             w = weight[at].reshape(len(cols), out, -1)
             y_block = y[at].view(len(cols), out, -1)
@@ -78,7 +80,6 @@ class UnfoldedConv2d(torch.autograd.Function):
             if slope != 1:
                 F.leaky_relu_(y_block, slope)
             columns.append(cols)
-        ctx.window, ctx.slope, ctx.has_bias = window, slope, bias is not None
         ctx.save_for_backward(weight, y if slope != 1 else y.new_empty(0), *columns)
         return y.permute(4, 0, 1, 2, 3)
 
@@ -86,21 +87,18 @@ class UnfoldedConv2d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         weight, y, *columns = ctx.saved_tensors
-        out, need_x = weight.shape[1], ctx.needs_input_grad[0]
+        out, (need_x, _, need_bias, *_) = weight.shape[1], ctx.needs_input_grad
         g = g.permute(1, 2, 3, 4, 0)
         dx = g.new_empty(ctx.window.images) if need_x else None
-        dw = torch.empty_like(weight)
-        db = g.new_empty(weight.shape[:2]) if ctx.has_bias else None
-        scratch, start = torch.empty_like(columns[0]), 0
-        for cols in columns:  # block by block, each while it lies in the cache
-            at = slice(start, start + len(cols))
-            start = at.stop
+        dw, scratch = torch.empty_like(weight), torch.empty_like(columns[0])
+        db = g.new_empty(weight.shape[:2]) if need_bias else None
+        for at, cols in zip(ctx.blocks, columns, strict=True):  # each while it lies in the cache
             g_block = g[at]
             if ctx.slope != 1:
                 g_block = torch.ops.aten.leaky_relu_backward(g_block, y[at], ctx.slope, True)
             g_block = g_block.reshape(len(cols), out, -1)
             torch.bmm(g_block, cols.mT, out=dw[at].view(len(cols), out, -1))
-            if ctx.has_bias:
+            if need_bias:
                 torch.sum(g_block, -1, out=db[at])
             if need_x:
                 w = weight[at].reshape(len(cols), out, -1)
@@ -115,8 +113,8 @@ class _Window:
 
     def __init__(self, images, weight, stride, padding):
         self.images, self.kernel = images, weight[3:]
-        sides = list(zip(images[2:4], self.kernel, stride, padding, strict=True))
-        self.height, self.width = (places(*side) for side in sides)
+        self.size = output_size(images[2:4], self.kernel, stride, padding)
+        sides = zip(images[2:4], self.size, self.kernel, stride, padding, strict=True)
         rows, columns = (list(_meetings(*side)) for side in sides)
         self.meetings = [
             ((slice(None), slice(None), i, j, u, v), (slice(None), slice(None), h, w))
@@ -126,8 +124,7 @@ class _Window:
 
     def blocks(self, x):
         """Slices of nets whose unfolded images fit BLOCK_BYTES, at least one net each."""
-        window = x.shape[1] * self.kernel[0] * self.kernel[1]
-        net = window * self.height * self.width * x.shape[-1] * x.element_size()
+        net = x.shape[1] * prod((*self.kernel, *self.size)) * x.shape[-1] * x.element_size()
         step = max(1, BLOCK_BYTES // net)
         return [slice(n, n + step) for n in range(0, len(x), step)]
 
@@ -135,10 +132,10 @@ class _Window:
         """[n, C, H, W, B] -> [n, C·kh·kw, H'·W'·B]."""
         n, channels, _, _, samples = x.shape
         x = x.contiguous()  # turned once here, not again in every place of the window
-        cols = x.new_empty(n, channels, *self.kernel, self.height, self.width, samples)
+        cols = x.new_empty(n, channels, *self.kernel, *self.size, samples)
         for in_window, in_image in self.meetings:
             place, seen = cols[in_window], x[in_image]
-            if place.shape[2:4] != (self.height, self.width):  # the rest lies in the padding
+            if place.shape[2:4] != self.size:  # the rest lies in the padding
                 cols[in_window[:4]].zero_()
             place.copy_(seen)
         return cols.view(n, channels * self.kernel[0] * self.kernel[1], -1)
@@ -146,17 +143,16 @@ class _Window:
     def fold(self, cols, out):
         """The transpose of `unfold`: adds [n, C·kh·kw, H'·W'·B] up into `out` [n, C, H, W, B]."""
         n, channels, _, _, samples = out.shape
-        cols = cols.view(n, channels, *self.kernel, self.height, self.width, samples)
+        cols = cols.view(n, channels, *self.kernel, *self.size, samples)
         out.zero_()
         for in_window, in_image in self.meetings:
             out[in_image] += cols[in_window]
 
 
-def _meetings(size, kernel, stride, padding):
+def _meetings(size, places, kernel, stride, padding):
     """For each value i of the window: the places u where it lies in the image, and its pixels."""
     for i in range(kernel):
         first = max(0, -((i - padding) // stride))  # s·u + i − p ≥ 0
-        last = min(places(size, kernel, stride, padding), (size - 1 - i + padding) // stride + 1)
-        last = max(first, last)
+        last = max(first, min(places, (size - 1 - i + padding) // stride + 1))
         pixel = first * stride + i - padding
         yield slice(first, last), slice(pixel, pixel + (last - first) * stride, stride)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from .backend import tl, triton
-from .common import NONE, SINE, in_parts, joined, places, register, tile
+from .common import NONE, SINE, in_parts, joined, output_size, register, tile
 from .tiles import act_backward, act_forward, place, product, put
 
 
@@ -136,10 +136,7 @@ def input_grad_kernel(
         met = (u >= 0) & (u < U) & (v >= 0) & (v < V)
         g_in = in_image[:, None] & in_window[None, :] & met
         w_in = in_window[:, None] & (col[None, :] < C)
-        a = tl.load(g + at, mask=g_in, other=0)
-        if step.act > 0:
-            s = tl.load(saved + at, mask=g_in, other=0)
-            a = act_backward(a.to(tl.float32), s.to(tl.float32), step).to(a.dtype)
+        a = act_backward(g, saved, at, g_in, step).to(g.dtype.element_ty)
         at_w = (o * C * area + i * step.KW + j)[:, None] + (col * area)[None, :]
         b = tl.load(w + n * wn + at_w, mask=w_in, other=0)
         acc = product(a, b, acc, PRECISION)
@@ -170,15 +167,11 @@ def weight_grad_kernel(
         sample, spot = (pixel // (U * V)).to(tl.int64), pixel % (U * V)
         g_in = (row[:, None] < O) & (pixel[None, :] < end)
         at = ((sample * nets + n) * O * (U * V) + spot)[None, :] + (row * (U * V))[:, None]
-        a = tl.load(g + at, mask=g_in, other=0)
-        grad = a.to(tl.float32)
-        if step.act > 0:
-            s = tl.load(saved + at, mask=g_in, other=0)
-            grad = act_backward(grad, s.to(tl.float32), step)
+        grad = act_backward(g, saved, at, g_in, step)
         if db is not None:
             total += tl.sum(grad, 1)
         b = _met(x + n * xn, pixel, col, end, C, H, W, U, V, xb, xc, xh, xw, step)
-        acc = product(grad.to(a.dtype), b, acc, PRECISION)
+        acc = product(grad.to(g.dtype.element_ty), b, acc, PRECISION)
     at = share.to(tl.int64) * O + row
     inside = (row[:, None] < O) & (col[None, :] < window)
     at_w = at[:, None] * window + col[None, :]
@@ -192,16 +185,10 @@ PART = 2048  # pixels that one program of the weight gradient adds at least: hid
 MOST_SPLITS = 64
 
 
-def output_size(x, weight, stride, padding):
-    """(H', W') of a convolution."""
-    sides = zip(x.shape[-2:], weight.shape[-2:], stride, padding, strict=True)
-    return tuple(places(*side) for side in sides)
-
-
-def _arguments(x, weight, stride, padding, *activation):
+def _arguments(x, weight, y, stride, padding, *activation):
     """What all kernels are told: sizes (B, C, H, W, O, U, V), strides of x, and the `Layer`."""
     images = x if x.ndim == 5 else x.unsqueeze(1).expand(-1, len(weight), -1, -1, -1)
-    sizes = len(x), *x.shape[-3:], weight.shape[1], *output_size(x, weight, stride, padding)
+    sizes = len(x), *x.shape[-3:], *y.shape[2:]
     return sizes, images.stride(), Layer(*stride, *padding, *weight.shape[3:], *activation)
 
 
@@ -216,7 +203,8 @@ def _launch(kernel, sets, rows, cols, precision, x, *args):
 
 
 def _empty(x, weight, bias, stride, padding, act, slope, omega, precision):
-    y = x.new_empty(len(x), *weight.shape[:2], *output_size(x, weight, stride, padding))
+    size = output_size(x.shape[-2:], weight.shape[3:], stride, padding)
+    y = x.new_empty(len(x), *weight.shape[:2], *size)
     return y, torch.empty_like(y) if act == SINE else x.new_empty(0)
 
 
@@ -226,7 +214,7 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the forward kernel; gives y and what a sine's backward needs besides."""
     y, saved = _empty(x, weight, bias, stride, padding, act, slope, omega, precision)
-    sizes, strides, step = _arguments(x, weight, stride, padding, act, slope, omega)
+    sizes, strides, step = _arguments(x, weight, y, stride, padding, act, slope, omega)
     samples, nets, out, u, v = y.shape
     _launch(
         forward_kernel, nets, samples * u * v, out, precision,
@@ -240,7 +228,7 @@ def launch_backward(
     g, needs, x, weight, bias, stride, padding, act, slope, omega, precision, y, saved
 ):
     """Gradients (dx, dw, db), None for those that aren't needed."""
-    sizes, strides, step = _arguments(x, weight, stride, padding, act, slope, omega)
+    sizes, strides, step = _arguments(x, weight, y, stride, padding, act, slope, omega)
     samples, channels, height, width, out, u, v = sizes
     g, saved, nets = g.contiguous(), saved if act == SINE else y, len(weight)
     dx = dw = db = None

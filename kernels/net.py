@@ -79,38 +79,38 @@ def _at(place: tl.constexpr, values, b):
 
 
 @triton.jit
+def _tiles(rows, cols, shape):
+    """How many tiles of this shape a result [rows, cols] has."""
+    return tl.cdiv(rows, shape.BM) * tl.cdiv(cols, shape.BN)
+
+
+@triton.jit
 def _forward_step(row, values, b, step: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr):
     """One step for b samples of one net."""
     source, y = _at(step.source, values, b), _at(step.out, values, b)
     if step.kind == "layer":
-        BM: tl.constexpr = step.forward_tile[0]
-        BN: tl.constexpr = step.forward_tile[1]
         bias = row + step.bias if step.bias >= 0 else None
-        for index in range(0, tl.cdiv(b * step.U * step.V, BM) * tl.cdiv(step.O, BN)):
+        for index in range(0, _tiles(b * step.U * step.V, step.O, step.forward_tile())):
             forward_kernel(
-                source, row + step.weight, bias, y, _at(step.saved, values, b), 1, b,
-                step.C, step.H, step.W, step.O, step.U, step.V,
-                step.C * step.H * step.W, 0, step.H * step.W, step.W, 1, 0, 0,
-                step, PRECISION, BM, BN, step.forward_tile[2], index,
+                source, row + step.weight, bias, y, _at(step.saved, values, b), 1, b, *step.sizes(),
+                *step.strides(), 0, 0, step, PRECISION, *step.forward_tile(), index,
             )  # fmt: skip
     else:
         size = b * step.O * step.U * step.V
         for start in range(0, size, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            z = tl.zeros((BLOCK,), tl.float32)
+            corner, z = at, tl.zeros((BLOCK,), tl.float32)
             if step.kind == "pool":
                 u, v = at // step.V % step.U, at % step.V
                 corner = at // (step.U * step.V) * (step.H * step.W)
                 corner += u * (step.KH * step.W) + v * step.KW
-                for k in range(0, step.KH * step.KW):
-                    pixel = source + corner + k // step.KW * step.W + k % step.KW
-                    z += tl.load(pixel, mask=at < size, other=0).to(tl.float32)
-                z = z / (step.KH * step.KW)
-            else:
-                z += tl.load(source + at, mask=at < size, other=0).to(tl.float32)
-                if step.other != _NOTHING:
-                    other = _at(step.other, values, b)
-                    z += tl.load(other + at, mask=at < size, other=0).to(tl.float32)
+            for k in range(0, step.KH * step.KW):
+                pixel = source + corner + k // step.KW * step.W + k % step.KW
+                z += tl.load(pixel, mask=at < size, other=0).to(tl.float32)
+            z = z / (step.KH * step.KW)
+            if step.other != _NOTHING:
+                other = _at(step.other, values, b)
+                z += tl.load(other + at, mask=at < size, other=0).to(tl.float32)
             tl.store(y + at, act_forward(z, step).to(y.dtype.element_ty), mask=at < size)
 
 
@@ -118,25 +118,19 @@ def _forward_step(row, values, b, step: tl.constexpr, PRECISION: tl.constexpr, B
 def _layer_backward(row, values, grads, parts, b, step: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of a layer's weights, and of its inputs unless they are the net's."""
     gradient, saved = _at(step.out, grads, b), _at(step.saved, values, b)
-    MM: tl.constexpr = step.weight_tile[0]
-    MN: tl.constexpr = step.weight_tile[1]
     db = parts + step.bias if step.bias >= 0 else None
-    for index in range(0, tl.cdiv(step.O, MM) * tl.cdiv(step.C * step.KH * step.KW, MN)):
+    for index in range(0, _tiles(step.O, step.C * step.KH * step.KW, step.weight_tile())):
         weight_grad_kernel(
             gradient, saved, _at(step.source, values, b), parts + step.weight, db, 1,
-            b * step.U * step.V, b, step.C, step.H, step.W, step.O, step.U, step.V,
-            step.C * step.H * step.W, 0, step.H * step.W, step.W, 1,
-            step, PRECISION, MM, MN, step.weight_tile[2], index,
+            b * step.U * step.V, b, *step.sizes(), *step.strides(),
+            step, PRECISION, *step.weight_tile(), index,
         )  # fmt: skip
     if step.source != _INPUTS:
-        BM: tl.constexpr = step.input_tile[0]
-        BN: tl.constexpr = step.input_tile[1]
         phase = b * tl.cdiv(step.H, step.SH) * tl.cdiv(step.W, step.SW)
-        for index in range(0, step.SH * step.SW * tl.cdiv(phase, BM) * tl.cdiv(step.C, BN)):
+        for index in range(0, step.SH * step.SW * _tiles(phase, step.C, step.input_tile())):
             input_grad_kernel(
-                gradient, saved, row + step.weight, _at(step.source, grads, b), 1, 1,
-                b, step.C, step.H, step.W, step.O, step.U, step.V, 0,
-                step, PRECISION, BM, BN, step.input_tile[2], step.add, index,
+                gradient, saved, row + step.weight, _at(step.source, grads, b), 1, 1, b,
+                *step.sizes(), 0, step, PRECISION, *step.input_tile(), step.add, index,
             )  # fmt: skip
 
 
@@ -152,9 +146,7 @@ def _other_backward(values, grads, b, step: tl.constexpr, BLOCK: tl.constexpr):
             u, v = at // step.W % step.H // step.KH, at % step.W // step.KW
             pixel = at // (step.H * step.W) * (step.U * step.V) + u * step.V + v
             inside = inside & (u < step.U) & (v < step.V)
-        z = tl.load(gradient + pixel, mask=inside, other=0).to(tl.float32) / (step.KH * step.KW)
-        s = tl.load(saved + pixel, mask=inside, other=0).to(tl.float32)
-        z = act_backward(z, s, step)
+        z = act_backward(gradient, saved, pixel, inside, step) / (step.KH * step.KW)
         if step.source != _INPUTS:
             put(_at(step.source, grads, b) + at, z, at < size, step.add)
         if step.other != _NOTHING and step.other != _INPUTS:

@@ -6,13 +6,14 @@
 import functools
 import json
 import operator
+from collections import namedtuple
 from dataclasses import asdict, dataclass, replace
 from math import prod
 
 import torch
 from torch import nn
 
-from .common import ACTIVATIONS, LEAKY, NONE, SINE, places, tile
+from .common import ACTIVATIONS, LEAKY, NONE, SINE, output_size, pair, tile
 from .layer import Layer
 
 SAMPLES = 16  # that a program has at least: the rows of a tensor core
@@ -20,6 +21,9 @@ SAMPLES = 16  # that a program has at least: the rows of a tensor core
 # 50 MB in fp32, are what an H100's second-level cache holds. And steps: the code grows with each.
 WIDEST, LONGEST = 2048, 32
 INPUTS, OUTPUTS, NOTHING = -1, -2, -3  # where values lie that are not in scratch
+# What kernels are called with; of tuples they take only named ones as arguments with a star.
+Tile = namedtuple("Tile", "BM BN BK")
+Sizes, Strides = namedtuple("Sizes", "C H W O U V"), namedtuple("Strides", "xb xn xc xh xw")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,23 +56,26 @@ class Step(Layer):
     add: bool = False
     add_other: bool = False
 
-    @property
+    def sizes(self):
+        return Sizes(self.C, self.H, self.W, self.O, self.U, self.V)
+
+    def strides(self):
+        return Strides(self.C * self.H * self.W, 0, self.H * self.W, self.W, 1)
+
     def forward_tile(self):
         return _small(SAMPLES * self.U * self.V, self.O, self.C * self.KH * self.KW)
 
-    @property
     def input_tile(self):
         return _small(SAMPLES * self.H * self.W, self.C, self.O * self.KH * self.KW)
 
-    @property
     def weight_tile(self):
         return _small(self.O, self.C * self.KH * self.KW, SAMPLES * self.U * self.V)
 
 
 def _small(rows, cols, inner):
-    """BM, BN and BK of a product [rows, inner] @ [inner, cols]: a tile for four warps."""
+    """A product [rows, inner] @ [inner, cols] by four warps."""
     shape = tile(rows, cols, exact=True)
-    return shape["BM"], shape["BN"], 16 if inner <= 16 else shape["BK"]
+    return Tile(shape["BM"], shape["BN"], 16 if inner <= 16 else shape["BK"])
 
 
 @dataclass(frozen=True, eq=False)  # one object for a text, see `plan_of`: quick to compare
@@ -173,7 +180,7 @@ def _does(node, part, shape, others):
         return does | {"O": part.out_features, "U": 1, "V": 1}, (part.out_features,)
     if len(shape) == 3 and (window := _window(part, shape)):
         out = part.out_channels if is_plain(part) else channels
-        u, v = (places(*side) for side in zip((height, width), *window, strict=True))
+        u, v = output_size(shape[1:], *window)
         names = "KH", "KW", "SH", "SW", "PH", "PW"
         does |= dict(zip(names, (n for pair in window for n in pair), strict=True))
         kind = "layer" if is_plain(part) else "pool"
@@ -193,10 +200,7 @@ def _window(part, image):
     if type(part) is nn.AdaptiveAvgPool2d and part.output_size in (1, (1, 1)):
         return image[1:], image[1:], (0, 0)
     if type(part) is nn.AvgPool2d and not part.ceil_mode and not part.divisor_override:
-        kernel, stride, padding = (
-            (n, n) if isinstance(n, int) else tuple(n)
-            for n in (part.kernel_size, part.stride, part.padding)
-        )
+        kernel, stride, padding = map(pair, (part.kernel_size, part.stride, part.padding))
         return (kernel, stride, padding) if kernel == stride and padding == (0, 0) else None
     return None
 

@@ -106,33 +106,24 @@ def _layers(rows, h):
 
 
 @triton.jit
-def _values(pointer, k, h):
-    """The values k of a vector of h, as fp32."""
-    return tl.load(pointer + k, mask=k < h, other=0).to(tl.float32)
-
-
-@triton.jit
-def _column(row, axis: tl.constexpr, k, h):
-    """W1's weights of one coordinate for the neurons k, as fp32."""
-    return tl.load(row + k * 3 + axis, mask=k < h, other=0).to(tl.float32)
+def _values(pointer, k, h, step=1):
+    """The values k of a vector of h, `step` apart, as fp32. W1 has a column for each axis."""
+    return tl.load(pointer + k * step, mask=k < h, other=0).to(tl.float32)
 
 
 @triton.jit
 def _points(points, m, pb, pi, B):
     """The coordinates of the points m: three fp32 vectors."""
     at = points + m.to(tl.int64) * pb
-    x = tl.load(at, mask=m < B, other=0).to(tl.float32)
-    y = tl.load(at + pi, mask=m < B, other=0).to(tl.float32)
-    z = tl.load(at + 2 * pi, mask=m < B, other=0).to(tl.float32)
-    return x, y, z
+    return [tl.load(at + axis * pi, mask=m < B, other=0).to(tl.float32) for axis in (0, 1, 2)]
 
 
 @triton.jit
 def _first_layer(row, p, k, h, omega):
     """ω(W1·p + b1) for the neurons k: [BM, BK] in fp32."""
-    z = p[0][:, None] * _column(row, 0, k, h)[None, :]
+    z = p[0][:, None] * _values(row, k, h, 3)[None, :]
     for axis in tl.static_range(1, 3):
-        z += p[axis][:, None] * _column(row, axis, k, h)[None, :]
+        z += p[axis][:, None] * _values(row + axis, k, h, 3)[None, :]
     return (z + _values(row + 3 * h, k, h)[None, :]) * omega
 
 
@@ -197,7 +188,7 @@ def _backward_kernel(
         db2 += tl.sum(g2, 0)
         db3 += go
         g2 = g2.to(rows.dtype.element_ty)
-        d0, d1, d2 = tl.zeros_like(go), tl.zeros_like(go), tl.zeros_like(go)
+        d = [tl.zeros_like(go) for _ in p]
         for start in range(0, h, BK):
             k = start + tl.arange(0, BK)
             inside = (col[:, None] < h) & (k[None, :] < h)
@@ -208,12 +199,10 @@ def _backward_kernel(
             for axis in tl.static_range(3):
                 put(part + k * 3 + axis, tl.sum(g1 * p[axis][:, None], 0), k < h, True)
             if dpoints is not None:
-                d0 += tl.sum(g1 * _column(row, 0, k, h)[None, :], 1)
-                d1 += tl.sum(g1 * _column(row, 1, k, h)[None, :], 1)
-                d2 += tl.sum(g1 * _column(row, 2, k, h)[None, :], 1)
+                w1 = [_values(row + axis, k, h, 3)[None, :] for axis in (0, 1, 2)]
+                d = [d[axis] + tl.sum(g1 * w1[axis], 1) for axis in (0, 1, 2)]
         tl.debug_barrier()  # what this tile added to `part` is there before the next one reads it
         if dpoints is not None:
-            d = d0, d1, d2
             for axis in tl.static_range(3):
                 at = dpoints + (n * B + m) * 3 + axis
                 tl.store(at, d[axis].to(dpoints.dtype.element_ty), mask=m < B)

@@ -73,16 +73,19 @@ def act_forward(z, step: tl.constexpr):
 
 
 @triton.jit
-def act_backward(g, saved, step: tl.constexpr):
-    """The gradient before the activation, from the one after it, in fp32.
+def act_backward(g, saved, at, mask, step: tl.constexpr):
+    """The gradient before the activation in fp32, from g, the one after it, at the places `at`.
 
-    `saved` is the output for leaky ReLU (its sign is the input's) and the input for sine.
+    `saved` holds the outputs for leaky ReLU (their signs are the inputs') and the inputs for sine.
     """
+    grad = tl.load(g + at, mask=mask, other=0).to(tl.float32)
+    if step.act > 0:
+        kept = tl.load(saved + at, mask=mask, other=0).to(tl.float32)
     if step.act == 1:
-        g = tl.where(saved > 0, g, g * step.slope)
+        grad = tl.where(kept > 0, grad, grad * step.slope)
     if step.act == 2:
-        g = g * step.omega * sine_cosine(saved * step.omega)[1]
-    return g
+        grad = grad * step.omega * sine_cosine(kept * step.omega)[1]
+    return grad
 
 
 @triton.jit
