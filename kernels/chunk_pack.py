@@ -45,7 +45,25 @@ def chunk_pack(tensors, T, L, mean=None, std=None, dtype=None) -> torch.Tensor:
         ValueError: if a net doesn't fit, there are no nets, devices are mixed, dtypes aren't
             floating, or `mean`/`std` have another shape or lie on another device.
     """
-    return _pack(tensors, T, L, mean, std, dtype, _standardise)
+    nets = _flatten(tensors)
+    flat, used = [t for net in nets for t in net], [sum(t.shape[-1] for t in net) for net in nets]
+    if len({t.device for t in flat}) > 1 or not all(t.is_floating_point() for t in flat):
+        kinds = sorted({f"{t.dtype} on {t.device}" for t in flat})
+        raise ValueError(f"chunk_pack: tensors must be floating and on one device, got {kinds}.")
+    _check_fits("chunk_pack", max(used), T, L)
+    dtype, scaled = dtype or flat[0].dtype, mean is not None or std is not None
+    between = torch.promote_types(dtype, torch.float32) if scaled else dtype
+    zeros = flat[0].new_zeros(()).expand(*flat[0].shape[:-1], T * L - min(used))
+    padded = [(*net, zeros[..., : T * L - size]) for net, size in zip(nets, used, strict=True)]
+    pieces = [t if t.dtype == between else t.to(between) for net in padded for t in net]
+    prep = torch.cat(pieces, -1).view(-1, T, L)
+    if not scaled:
+        return prep
+    if len(used) == 1:
+        used = torch.full((len(prep),), used[0], device=prep.device)  # a fill: no copy to wait for
+    else:
+        used = torch.tensor(used, device=prep.device)
+    return _standardise("chunk_pack", prep, used, mean, std, dtype)
 
 
 def chunk_unpack(prep, shapes, mean=None, std=None):
@@ -66,52 +84,25 @@ def chunk_unpack(prep, shapes, mean=None, std=None):
             `mean`/`std` have another shape or lie on another device.
     """
     check("chunk_unpack", {"prep": (prep, "NTL")}, rows=("prep",))
-    _check_shapes(prep, shapes)
-    return _unpack(prep, shapes, mean, std, _standardise)
-
-
-def chunk_pack_reference(tensors, T, L, mean=None, std=None, dtype=None):
-    """`chunk_pack` in PyTorch: one concatenation of all tensors and their padding."""
-    return _pack(tensors, T, L, mean, std, dtype, _standardise_reference)
-
-
-def chunk_unpack_reference(prep, shapes, mean=None, std=None):
-    """`chunk_unpack` in PyTorch: one split per net, or one for all."""
-    return _unpack(prep, shapes, mean, std, _standardise_reference)
-
-
-def _pack(tensors, T, L, mean, std, dtype, standardise):
-    nets = _flatten(tensors)
-    flat, used = [t for net in nets for t in net], [sum(t.shape[-1] for t in net) for net in nets]
-    _check_pack(flat, max(used), T, L)
-    dtype, scaled = dtype or flat[0].dtype, mean is not None or std is not None
-    between = torch.promote_types(dtype, torch.float32) if scaled else dtype
-    zeros = flat[0].new_zeros(()).expand(*flat[0].shape[:-1], T * L - min(used))
-    padded = [(*net, zeros[..., : T * L - size]) for net, size in zip(nets, used, strict=True)]
-    pieces = [t if t.dtype == between else t.to(between) for net in padded for t in net]
-    prep = torch.cat(pieces, -1).view(-1, T, L)
-    if not scaled:
-        return prep
-    if len(used) == 1:
-        used = torch.full((len(prep),), used[0], device=prep.device)  # a fill: no copy to wait for
-    else:
-        used = torch.tensor(used, device=prep.device)
-    return standardise(prep, used, mean, std, dtype)
-
-
-def _unpack(prep, shapes, mean, std, standardise):
+    one_a_net = bool(shapes) and isinstance(shapes[0], list)
+    if not shapes or (one_a_net and len(shapes) != len(prep)):
+        raise ValueError(
+            f"chunk_unpack: got shapes of {len(shapes)} nets for prep {list(prep.shape)}; give one "
+            "list for each net, or one flat list of tuples for all."
+        )
+    used = [sum(map(math.prod, net)) for net in (shapes if one_a_net else [shapes])]
+    _check_fits("chunk_unpack", max(used), *prep.shape[1:])
     if mean is not None or std is not None:
-        prep = standardise(prep, None, mean, std, prep.dtype)
+        prep = _standardise("chunk_unpack", prep, None, mean, std, prep.dtype)
     rows = prep.flatten(1)
-    if not isinstance(shapes[0], list):
-        return _split(rows, shapes)
-    return [_split(row, net) for row, net in zip(rows, shapes, strict=True)]
+    if one_a_net:
+        return [_split(row, net) for row, net in zip(rows, shapes, strict=True)]
+    return _split(rows, shapes)
 
 
-def _standardise(prep, used, mean, std, dtype):
-    op, (_, T, L) = "chunk_unpack" if used is None else "chunk_pack", prep.shape
+def _standardise(op, prep, used, mean, std, dtype):
     scales = {"mean": (mean, "TL"), "std": (std, "TL")}
-    check(op, scales, (prep.device, torch.float32), T=T, L=L)
+    check(op, scales, (prep.device, torch.float32), T=prep.shape[1], L=prep.shape[2])
     scale = _scale if use_triton(prep) else _standardise_reference
     return scale(prep, used, mean, std, dtype)
 
@@ -201,28 +192,9 @@ def _flatten(tensors):
     return [[t.reshape(len(t), -1) for t in tensors]]
 
 
-def _check_pack(flat, used, T, L):
-    if len({t.device for t in flat}) > 1 or not all(t.is_floating_point() for t in flat):
-        kinds = sorted({f"{t.dtype} on {t.device}" for t in flat})
-        raise ValueError(f"chunk_pack: tensors must be floating and on one device, got {kinds}.")
+def _check_fits(op, used, T, L):
     if used > T * L:
         raise ValueError(
-            f"chunk_pack: a net of {used} parameters does not fit {T} chunks of {L} values "
-            f"({T * L}); use at least {math.ceil(used / L)} chunks."
-        )
-
-
-def _check_shapes(prep, shapes):
-    nets, T, L = prep.shape
-    if not shapes or (isinstance(shapes[0], list) and len(shapes) != nets):
-        raise ValueError(
-            f"chunk_unpack: got shapes of {len(shapes)} nets for prep {list(prep.shape)}; give one list "
-            "for each net, or one flat list of tuples for all."
-        )
-    lists = shapes if isinstance(shapes[0], list) else [shapes]
-    used = max(sum(math.prod(s) for s in net) for net in lists)
-    if used > T * L:
-        raise ValueError(
-            f"chunk_unpack: the shapes of a net hold {used} values but prep {list(prep.shape)} has only "
-            f"{T * L} for each."
+            f"{op}: a net of {used} parameters does not fit {T} chunks of {L} values ({T * L}); "
+            f"use at least {math.ceil(used / L)} chunks."
         )
