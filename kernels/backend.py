@@ -50,9 +50,7 @@ def backend(name: str):
 
 def current_backend() -> str:
     """The backend in force here: the innermost `backend(...)`, `NETSPACE_BACKEND`, or "auto"."""
-    if _chosen is not None:
-        return _chosen
-    return _valid(os.environ.get("NETSPACE_BACKEND", "auto"), "NETSPACE_BACKEND")
+    return _chosen or _valid(os.environ.get("NETSPACE_BACKEND", "auto"), "NETSPACE_BACKEND")
 
 
 def use_triton(tensor: torch.Tensor) -> bool:
@@ -72,7 +70,7 @@ def use_triton(tensor: torch.Tensor) -> bool:
         )
     if not HAS_TRITON:
         raise RuntimeError("The triton backend was chosen but the triton package isn't installed.")
-    if name == "triton" and not (tensor.is_cuda or INTERPRETED):
+    if not (tensor.is_cuda or INTERPRETED):
         raise RuntimeError(
             f"The triton backend was chosen for a tensor on {tensor.device}. Move it to a CUDA "
             "device, or set TRITON_INTERPRET=1 before Python starts to run the kernels in "

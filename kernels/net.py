@@ -28,7 +28,7 @@ from torch import Tensor
 from .backend import tl, triton
 from .common import autocast, check, fp32_precision, in_parts, joined, register
 from .layer import forward_kernel, input_grad_kernel, weight_grad_kernel
-from .plan import INPUTS, NOTHING, OUTPUTS, SAMPLES, plan_of
+from .plan import INPUTS, NOTHING, SAMPLES, plan_of
 from .tiles import act_backward, act_forward, put
 
 PROGRAMS = 384  # at least: three for each of an H100's 132 multiprocessors
@@ -36,7 +36,7 @@ MOST = 1024  # samples of a program: offsets in 32 bits
 # Three programs share a multiprocessor's registers. That hides more than loading ahead would in
 # loops of a few steps, which takes registers besides.
 HOW = {"BLOCK": 512, "num_warps": 4, "num_stages": 1, "maxnreg": 168}
-_INPUTS, _OUTPUTS, _NOTHING = map(tl.constexpr, (INPUTS, OUTPUTS, NOTHING))  # as kernels read them
+_INPUTS, _NOTHING = tl.constexpr(INPUTS), tl.constexpr(NOTHING)  # as kernels read them
 
 
 def net(x, rows, plan, precision=None) -> torch.Tensor:
@@ -68,14 +68,13 @@ def net(x, rows, plan, precision=None) -> torch.Tensor:
 def _at(place: tl.constexpr, values, b):
     """Where the values of a program's b samples start that lie at `place`.
 
-    `values` are those of inputs, outputs and scratch, or their gradients.
+    `values` are those of scratch, outputs and inputs, or their gradients; OUTPUTS and INPUTS are
+    places from the end of the three.
     """
-    if place == _INPUTS:
-        return values[0]
-    elif place == _OUTPUTS:
-        return values[1]
+    if place < 0:
+        return values[place]
     else:
-        return values[2] + place * b
+        return values[0] + place * b
 
 
 @triton.jit
@@ -167,7 +166,7 @@ def _forward_kernel(
         b, sample = tl.minimum(few, end - start), n * B + start
         kept = sample if KEEP else tl.program_id(0).to(tl.int64) * few
         inputs = x + n * xn + tl.cast(start, tl.int64) * PLAN.inputs
-        values = inputs, out + sample * PLAN.outputs, scratch + kept * PLAN.values
+        values = scratch + kept * PLAN.values, out + sample * PLAN.outputs, inputs
         for i in tl.static_range(len(PLAN.steps)):
             _forward_step(rows + n * rn, values, b, PLAN.steps[i], PRECISION, BLOCK)
             tl.debug_barrier()  # what this step wrote is there before the next one reads it
@@ -184,8 +183,8 @@ def _backward_kernel(
     start = split * part
     b, sample = tl.minimum(part, B - start), n * B + start
     inputs = x + n * xn + tl.cast(start, tl.int64) * PLAN.inputs
-    values = inputs, out + sample * PLAN.outputs, scratch + sample * PLAN.values
-    grads = inputs, g + sample * PLAN.outputs, grads + sample * PLAN.values
+    values = scratch + sample * PLAN.values, out + sample * PLAN.outputs, inputs
+    grads = grads + sample * PLAN.values, g + sample * PLAN.outputs, inputs
     parts += (split * nets + n) * PLAN.parameters
     for i in tl.static_range(len(PLAN.steps) - 1, -1, -1):
         if PLAN.steps[i].kind == "layer":
