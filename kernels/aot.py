@@ -3,8 +3,8 @@
 `recorded_launches()` runs an op's launcher without running its kernels and keeps every launch:
 kernel, grid, arguments and options. Given tensors on the "meta" device no memory is needed either,
 so launches can be recorded at any size. `compile_launch` then compiles one of them for a named GPU
-with the compiler and assembler that ship with Triton, specialised exactly as a launch on that GPU
-would be, and reports registers, spills, shared memory and tensor cores.
+with the compiler and assembler that ship with Triton, specialised as a launch on that GPU would be,
+and reports registers, spills, shared memory and tensor cores.
 
     python -m netspace_lite.kernels.aot 80 86 89        # a JSON line for each, all archs if none
     python -m netspace_lite.kernels.aot 90 --quick      # or --full: see `recorded`
@@ -20,6 +20,7 @@ import tempfile
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -43,7 +44,6 @@ SAID = re.compile(  # in the assembler's log, in this order
     r"(?P<spill_loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
     re.DOTALL,
 )
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
 MODES = {
     "tf32": (torch.float32, "tf32"),
     "ieee": (torch.float32, "ieee"),
@@ -52,13 +52,12 @@ MODES = {
 
 
 class Launch(NamedTuple):
-    """One recorded launch: the kernel's name, the kernel, its grid, arguments, and options."""
+    """One recorded launch: the kernel's name, the kernel, its grid, and arguments with options."""
 
     name: str
     kernel: object
     grid: tuple
     args: dict
-    options: dict
 
 
 @contextmanager
@@ -71,10 +70,8 @@ def recorded_launches():
     launches = []
 
     def record(self, *args, grid, warmup=False, **kwargs):
-        names = "num_warps", "num_stages", "maxnreg", "enable_fp_fusion"
-        options = {name: kwargs.pop(name) for name in names if name in kwargs}
-        named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
-        launches.append(Launch(self.__name__, self, grid, named, options))
+        named = dict(zip(self.arg_names, args, strict=False))
+        launches.append(Launch(self.__name__, self, grid, named | kwargs))
 
     with patch.object(JITFunction, "run", record):
         yield launches
@@ -91,19 +88,15 @@ def compile_launch(launch: Launch, archs) -> dict:
         instruction counts by name, plain_dots that run without them, rounded operands, and the
         launch's constants.
     """
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    source = ASTSource(launch.kernel, *_specialise(launch.kernel, launch.args))
     reports, ptx = {}, ""
     triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
     for arch in archs:
         if arch in (86, 89) and 80 in reports:
             log = _assemble(ptx.replace(".target sm_80", f".target sm_{arch}"), arch)
         else:
-            with redirect_stdout(io.StringIO()) as printed:
-                target = GPUTarget("cuda", arch, 32)
-                binary = triton.compile(source, target=target, options=launch.options)
+            with redirect_stdout(io.StringIO()) as printed, _pretended(arch):
+                launch.kernel.device_caches.clear()
+                binary = launch.kernel.run(**launch.args, grid=launch.grid, warmup=True)
             ptx, log = binary.asm["ptx"], printed.getvalue()
         found = [m.group(0) for m in TENSOR_CORE.finditer(ptx)]
         reports[arch] = {
@@ -120,6 +113,15 @@ def compile_launch(launch: Launch, archs) -> dict:
     return reports
 
 
+def _pretended(arch):
+    """Inside the block Triton takes the machine for one with such a GPU, as far as it compiles."""
+    from triton.backends.compiler import GPUTarget
+
+    driver = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 0)
+    driver.get_current_target = lambda: GPUTarget("cuda", arch, 32)
+    return patch.object(triton.runtime.driver, "_active", driver)
+
+
 def _assemble(ptx, arch):
     from triton.backends.nvidia.compiler import get_ptxas
 
@@ -129,26 +131,6 @@ def _assemble(ptx, arch):
         file.flush()
         command += [file.name, "-o", "/dev/null"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
-
-
-def _specialise(kernel, values):
-    """Types, constants and alignment of arguments, as Triton's launcher would see them."""
-    signature, constants, attributes = {}, {}, {}
-    for index, (name, param) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
-        value, sixteen = values.get(name), False
-        if param.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-            sixteen = value.storage_offset() * value.element_size() % 16 == 0
-        elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            sixteen = value % 16 == 0
-        else:
-            signature[name] = "fp32"
-        if sixteen:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    return signature, constants, attributes
 
 
 def meta(*shape, dtype=torch.float32):
