@@ -155,9 +155,8 @@ def launch(
     """Standardise the chunks [N, T, L] in one pass, or undo it where `used` is None."""
     out, size = _empty(prep, used, mean, std, dtype), prep[0].numel()
     prep, mean, std = (t if t is None else t.contiguous() for t in (prep, mean, std))
-    grid = (len(prep) * triton.cdiv(size, BLOCK),)
-    options = {"BLOCK": BLOCK, "num_warps": 4, "enable_fp_fusion": False}
-    _scale_kernel[grid](prep, out, mean, std, used, size, **options)
+    grid, how = (len(prep) * triton.cdiv(size, BLOCK),), {"BLOCK": BLOCK, "enable_fp_fusion": False}
+    _scale_kernel[grid](prep, out, mean, std, used, size, **how)
     return out
 
 
@@ -178,8 +177,8 @@ _scale.register_autograd(_backward, setup_context=_context)
 
 def _flatten(tensors):
     """Lists of tensors: one of stacked ones, as [N, size], or one for each net, as [size]."""
-    tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
-    stacked = bool(tensors) and isinstance(tensors[0], torch.Tensor)
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    stacked = bool(tensors) and isinstance(tensors[0], Tensor)
     if not tensors or not (stacked or all(tensors)):
         raise ValueError(f"chunk_pack: there is nothing to pack in {len(tensors)} nets.")
     if not stacked:

@@ -50,9 +50,8 @@ def prefers_unfolding(x, weight, output_size) -> bool:
     """
     if x.ndim == 4 or x.dtype not in (torch.float32, torch.float64) or x.device.type != "cpu":
         return False
-    if torch.compiler.is_compiling() or any(
-        torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (x, weight)
-    ):
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    if torch.compiler.is_compiling() or wrapped(x) or wrapped(weight):
         return False
     growth = weight[0, 0, 0].numel() * output_size[0] * output_size[1] / x[0, 0, 0].numel()
     blocked = weight.shape[1] % CHANNELS == 0 and weight.shape[2] % CHANNELS == 0
