@@ -60,14 +60,8 @@ def batched_conv2d(
 def batched_conv2d_reference(
     x, weight, bias=None, stride=1, padding=0, activation=None, slope=0.01
 ):
-    """The same in PyTorch, as one grouped convolution (one dense convolution if x is shared)."""
-    nets, out = weight.shape[:2]
-    kernel = weight.reshape(nets * out, *weight.shape[2:])
-    flat_bias = None if bias is None else bias.reshape(nets * out)
-    if x.ndim == 4:  # shared images: one convolution to N·O channels
-        y = F.conv2d(x, kernel, flat_bias, stride, padding)
-    else:
-        x = x.reshape(x.shape[0], nets * x.shape[2], *x.shape[3:])
-        y = F.conv2d(x, kernel, flat_bias, stride, padding, groups=nets)
-    y = activate(y, activation, slope)
-    return y.view(y.shape[0], nets, out, *y.shape[2:])
+    """The same in PyTorch: a grouped convolution, or if x is shared a dense one to N·O channels."""
+    nets, bias = len(weight), None if bias is None else bias.flatten()
+    images, groups = (x, 1) if x.ndim == 4 else (x.flatten(1, 2), nets)
+    y = F.conv2d(images, weight.flatten(0, 1), bias, stride, padding, groups=groups)
+    return activate(y, activation, slope).unflatten(1, (nets, -1))

@@ -48,16 +48,14 @@ def batched_linear(
 
 def batched_linear_reference(x, weight, bias=None, activation=None, slope=0.01, omega=1.0):
     """The same in PyTorch: any device and dtype, differentiable, composes with torch.func."""
-    nets, out, inner = weight.shape
     if x.ndim == 2:  # all nets read the same inputs: one dense product with N·O outputs
-        flat_bias = None if bias is None else bias.reshape(nets * out)
-        y = F.linear(x, weight.reshape(nets * out, inner), flat_bias)
-        y = y.view(-1, nets, out).transpose(0, 1)
+        y = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+        y = y.unflatten(1, (len(weight), -1)).transpose(0, 1)
     elif x.stride(1) == 1:  # samples innermost, as `cpu.py` leaves them: outputs and gradients too
         bias = x.new_zeros(1, 1) if bias is None else bias
         y = torch.baddbmm(bias.unsqueeze(-1), weight, x.mT).mT
     elif bias is None:
-        y = torch.bmm(x, weight.transpose(1, 2))
+        y = torch.bmm(x, weight.mT)
     else:
-        y = torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+        y = torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
     return activate(y, activation, slope, omega)

@@ -64,14 +64,12 @@ class UnfoldedConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding, slope):
         x = x.permute(1, 2, 3, 4, 0)  # [N, C, H, W, B]
-        nets, out = weight.shape[:2]
         window = _Window(x.shape, weight.shape, stride, padding)
-        y = x.new_empty(nets, out, *window.size, x.shape[-1])
+        y = x.new_empty(*weight.shape[:2], *window.size, x.shape[-1])
         ctx.window, ctx.slope, ctx.blocks, columns = window, slope, window.blocks(x), []
         for at in ctx.blocks:
             cols = window.unfold(x[at])
-            w = weight[at].reshape(len(cols), out, -1)
-            y_block = y[at].view(len(cols), out, -1)
+            w, y_block = weight[at].flatten(2), y[at].flatten(2)
             if bias is None:
                 torch.bmm(w, cols, out=y_block)
             else:
@@ -86,21 +84,21 @@ class UnfoldedConv2d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         weight, y, *columns = ctx.saved_tensors
-        out, (need_x, _, need_bias, *_) = weight.shape[1], ctx.needs_input_grad
+        need_x, _, need_bias, *_ = ctx.needs_input_grad
         g = g.permute(1, 2, 3, 4, 0)
         dx = g.new_empty(ctx.window.images) if need_x else None
-        dw, scratch = torch.empty_like(weight), torch.empty_like(columns[0])
+        dw, scratch = weight.new_empty(weight.shape), torch.empty_like(columns[0])
         db = g.new_empty(weight.shape[:2]) if need_bias else None
         for at, cols in zip(ctx.blocks, columns, strict=True):  # each while it lies in the cache
             g_block = g[at]
             if ctx.slope != 1:
                 g_block = torch.ops.aten.leaky_relu_backward(g_block, y[at], ctx.slope, True)
-            g_block = g_block.reshape(len(cols), out, -1)
-            torch.bmm(g_block, cols.mT, out=dw[at].view(len(cols), out, -1))
+            g_block = g_block.flatten(2)
+            torch.bmm(g_block, cols.mT, out=dw[at].flatten(2))
             if need_bias:
                 torch.sum(g_block, -1, out=db[at])
             if need_x:
-                w = weight[at].reshape(len(cols), out, -1)
+                w = weight[at].flatten(2)
                 grad = torch.bmm(w.mT, g_block, out=scratch[: len(cols)])
                 ctx.window.fold(grad, dx[at])
         dx = dx.permute(4, 0, 1, 2, 3) if need_x else None

@@ -114,42 +114,40 @@ def _forward_step(row, values, b, step: tl.constexpr, PRECISION: tl.constexpr, B
 
 
 @triton.jit
-def _layer_backward(row, values, grads, parts, b, step: tl.constexpr, PRECISION: tl.constexpr):
-    """Gradients of a layer's weights, and of its inputs unless they are the net's."""
+def _backward_step(
+    row, values, grads, parts, b, step: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Gradients of a step's weights, and of what it took unless that is the net's inputs."""
     gradient, saved = _at(step.out, grads, b), _at(step.saved, values, b)
-    db = parts + step.bias if step.bias >= 0 else None
-    for index in range(0, _tiles(step.O, step.C * step.KH * step.KW, step.weight_tile())):
-        weight_grad_kernel(
-            gradient, saved, _at(step.source, values, b), parts + step.weight, db, 1,
-            b * step.U * step.V, b, *step.sizes(), *step.strides(),
-            step, PRECISION, *step.weight_tile(), index,
-        )  # fmt: skip
-    if step.source != _INPUTS:
-        phase = b * tl.cdiv(step.H, step.SH) * tl.cdiv(step.W, step.SW)
-        for index in range(0, step.SH * step.SW * _tiles(phase, step.C, step.input_tile())):
-            input_grad_kernel(
-                gradient, saved, row + step.weight, _at(step.source, grads, b), 1, 1, b,
-                *step.sizes(), 0, step, PRECISION, *step.input_tile(), step.add, index,
+    if step.kind == "layer":
+        db = parts + step.bias if step.bias >= 0 else None
+        for index in range(0, _tiles(step.O, step.C * step.KH * step.KW, step.weight_tile())):
+            weight_grad_kernel(
+                gradient, saved, _at(step.source, values, b), parts + step.weight, db, 1,
+                b * step.U * step.V, b, *step.sizes(), *step.strides(),
+                step, PRECISION, *step.weight_tile(), index,
             )  # fmt: skip
-
-
-@triton.jit
-def _other_backward(values, grads, b, step: tl.constexpr, BLOCK: tl.constexpr):
-    """Gradients of what a sum or a pool took, unless it is the net's inputs."""
-    gradient, saved = _at(step.out, grads, b), _at(step.saved, values, b)
-    size = b * step.C * step.H * step.W
-    for start in range(0, size, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        pixel, inside = at, at < size
-        if step.kind == "pool":
-            u, v = at // step.W % step.H // step.KH, at % step.W // step.KW
-            pixel = at // (step.H * step.W) * (step.U * step.V) + u * step.V + v
-            inside = inside & (u < step.U) & (v < step.V)
-        z = act_backward(gradient, saved, pixel, inside, step) / (step.KH * step.KW)
         if step.source != _INPUTS:
-            put(_at(step.source, grads, b) + at, z, at < size, step.add)
-        if step.other != _NOTHING and step.other != _INPUTS:
-            put(_at(step.other, grads, b) + at, z, at < size, step.add_other)
+            phase = b * tl.cdiv(step.H, step.SH) * tl.cdiv(step.W, step.SW)
+            for index in range(0, step.SH * step.SW * _tiles(phase, step.C, step.input_tile())):
+                input_grad_kernel(
+                    gradient, saved, row + step.weight, _at(step.source, grads, b), 1, 1, b,
+                    *step.sizes(), 0, step, PRECISION, *step.input_tile(), step.add, index,
+                )  # fmt: skip
+    else:
+        size = b * step.C * step.H * step.W
+        for start in range(0, size, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            pixel, inside = at, at < size
+            if step.kind == "pool":
+                u, v = at // step.W % step.H // step.KH, at % step.W // step.KW
+                pixel = at // (step.H * step.W) * (step.U * step.V) + u * step.V + v
+                inside = inside & (u < step.U) & (v < step.V)
+            z = act_backward(gradient, saved, pixel, inside, step) / (step.KH * step.KW)
+            if step.source != _INPUTS:
+                put(_at(step.source, grads, b) + at, z, at < size, step.add)
+            if step.other != _NOTHING and step.other != _INPUTS:
+                put(_at(step.other, grads, b) + at, z, at < size, step.add_other)
 
 
 @triton.jit
@@ -187,10 +185,7 @@ def _backward_kernel(
     grads = grads + sample * PLAN.values, g + sample * PLAN.outputs, inputs
     parts += (split * nets + n) * PLAN.parameters
     for i in tl.static_range(len(PLAN.steps) - 1, -1, -1):
-        if PLAN.steps[i].kind == "layer":
-            _layer_backward(rows + n * rn, values, grads, parts, b, PLAN.steps[i], PRECISION)
-        else:
-            _other_backward(values, grads, b, PLAN.steps[i], BLOCK)
+        _backward_step(rows + n * rn, values, grads, parts, b, PLAN.steps[i], PRECISION, BLOCK)
         tl.debug_barrier()  # what this step wrote is there before the one before it reads it
 
 

@@ -131,7 +131,7 @@ def translate(graph, parts, weights, parameters, image) -> Plan | None:
         (source, shape), *others = sources
         if node.op == "output":
             covered = sum(used.values()) == parameters
-            return _finished(steps, (source, shape), prod(image), parameters) if covered else None
+            return _finished(steps, source, prod(image), parameters, shape) if covered else None
         if _flattens(node, part):
             values[node] = source, (prod(shape),)
             continue
@@ -205,9 +205,9 @@ def _window(part, image):
     return None
 
 
-def _finished(steps, result, inputs, parameters) -> Plan | None:
-    """The plan of these steps, whose last one makes the result; None if it's none or too large."""
-    place, shape = result
+def _finished(steps, place, inputs, parameters, answer) -> Plan | None:
+    """The plan of these steps, whose last one makes the answer at `place`; None if it doesn't, and
+    where there are too many or one is too large."""
     read = {s.source for s in steps} | {s.other for s in steps}
     unread = {s.out for s in steps} - read
     widest = max((s.C * s.H * s.W + s.O * s.U * s.V for s in steps), default=0)
@@ -217,8 +217,7 @@ def _finished(steps, result, inputs, parameters) -> Plan | None:
     steps.append(replace(last, out=OUTPUTS, saved=OUTPUTS if last.saved == place else last.saved))
     later = set()
     for i, step in reversed(list(enumerate(steps))):
-        add, add_other = step.source in later, step.other in later
-        steps[i] = replace(step, add=add, add_other=add_other)
+        steps[i] = replace(step, add=step.source in later, add_other=step.other in later)
         later |= {step.source, step.other} - {NOTHING}
-    sizes = inputs, place, parameters, shape
-    return plan_of(json.dumps([[asdict(step) for step in steps], *sizes]))
+    fields = [asdict(step) for step in steps]
+    return plan_of(json.dumps([fields, inputs, place, parameters, answer]))
