@@ -127,20 +127,18 @@ class _Window:
 
     def unfold(self, x):
         """[n, C, H, W, B] -> [n, C·kh·kw, H'·W'·B]."""
-        n, channels, _, _, samples = x.shape
         x = x.contiguous()  # turned once here, not again in every place of the window
-        cols = x.new_empty(n, channels, *self.kernel, *self.size, samples)
+        cols = x.new_empty(*x.shape[:2], *self.kernel, *self.size, x.shape[-1])
         for in_window, in_image in self.meetings:
             place, seen = cols[in_window], x[in_image]
             if place.shape[2:4] != self.size:  # the rest lies in the padding
                 cols[in_window[:4]].zero_()
             place.copy_(seen)
-        return cols.view(n, channels * self.kernel[0] * self.kernel[1], -1)
+        return cols.flatten(4).flatten(1, 3)
 
     def fold(self, cols, out):
         """The transpose of `unfold`: adds [n, C·kh·kw, H'·W'·B] up into `out` [n, C, H, W, B]."""
-        n, channels, _, _, samples = out.shape
-        cols = cols.view(n, channels, *self.kernel, *self.size, samples)
+        cols = cols.view(*out.shape[:2], *self.kernel, *self.size, out.shape[-1])
         out.zero_()
         for in_window, in_image in self.meetings:
             out[in_image] += cols[in_window]

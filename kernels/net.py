@@ -35,7 +35,8 @@ PROGRAMS = 384  # at least: three for each of an H100's 132 multiprocessors
 MOST = 1024  # samples of a program: offsets in 32 bits
 # Three programs share a multiprocessor's registers. That hides more than loading ahead would in
 # loops of a few steps, which takes registers besides.
-HOW = {"BLOCK": 512, "num_warps": 4, "num_stages": 1, "maxnreg": 168}
+HOW = {"num_warps": 4, "num_stages": 1, "maxnreg": 168}
+_BLOCK = tl.constexpr(512)  # values that a program adds or pools at a time
 _INPUTS, _NOTHING = tl.constexpr(INPUTS), tl.constexpr(NOTHING)  # as kernels read them
 
 
@@ -84,7 +85,7 @@ def _tiles(rows, cols, shape):
 
 
 @triton.jit
-def _forward_step(row, values, b, step: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr):
+def _forward_step(row, values, b, step: tl.constexpr, PRECISION: tl.constexpr):
     """One step for b samples of one net."""
     source, y = _at(step.source, values, b), _at(step.out, values, b)
     if step.kind == "layer":
@@ -96,9 +97,9 @@ def _forward_step(row, values, b, step: tl.constexpr, PRECISION: tl.constexpr, B
             )  # fmt: skip
     else:
         size = b * step.O * step.U * step.V
-        for start in range(0, size, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            corner, z = at, tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, size, _BLOCK):
+            at = start + tl.arange(0, _BLOCK)
+            corner, z = at, tl.zeros((_BLOCK,), tl.float32)
             if step.kind == "pool":
                 u, v = at // step.V % step.U, at % step.V
                 corner = at // (step.U * step.V) * (step.H * step.W)
@@ -114,9 +115,7 @@ def _forward_step(row, values, b, step: tl.constexpr, PRECISION: tl.constexpr, B
 
 
 @triton.jit
-def _backward_step(
-    row, values, grads, parts, b, step: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr
-):
+def _backward_step(row, values, grads, parts, b, step: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of a step's weights, and of what it took unless that is the net's inputs."""
     gradient, saved = _at(step.out, grads, b), _at(step.saved, values, b)
     if step.kind == "layer":
@@ -136,8 +135,8 @@ def _backward_step(
                 )  # fmt: skip
     else:
         size = b * step.C * step.H * step.W
-        for start in range(0, size, BLOCK):
-            at = start + tl.arange(0, BLOCK)
+        for start in range(0, size, _BLOCK):
+            at = start + tl.arange(0, _BLOCK)
             pixel, inside = at, at < size
             if step.kind == "pool":
                 u, v = at // step.W % step.H // step.KH, at % step.W // step.KW
@@ -153,7 +152,7 @@ def _backward_step(
 @triton.jit
 def _forward_kernel(
     x, rows, out, scratch, B, part, few, xn, rn,
-    PLAN: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    PLAN: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (N·⌈B/part⌉,): the answers of one net to `part` samples, `few` of them at a time."""
     splits = tl.cdiv(B, part)
@@ -166,14 +165,14 @@ def _forward_kernel(
         inputs = x + n * xn + tl.cast(start, tl.int64) * PLAN.inputs
         values = scratch + kept * PLAN.values, out + sample * PLAN.outputs, inputs
         for i in tl.static_range(len(PLAN.steps)):
-            _forward_step(rows + n * rn, values, b, PLAN.steps[i], PRECISION, BLOCK)
+            _forward_step(rows + n * rn, values, b, PLAN.steps[i], PRECISION)
             tl.debug_barrier()  # what this step wrote is there before the next one reads it
 
 
 @triton.jit
 def _backward_kernel(
     g, x, rows, out, scratch, grads, parts, nets, B, part, xn, rn,
-    PLAN: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    PLAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (N·⌈B/part⌉,): the gradient of one net's row over `part` samples."""
     splits = tl.cdiv(B, part)
@@ -185,7 +184,7 @@ def _backward_kernel(
     grads = grads + sample * PLAN.values, g + sample * PLAN.outputs, inputs
     parts += (split * nets + n) * PLAN.parameters
     for i in tl.static_range(len(PLAN.steps) - 1, -1, -1):
-        _backward_step(rows + n * rn, values, grads, parts, b, PLAN.steps[i], PRECISION, BLOCK)
+        _backward_step(rows + n * rn, values, grads, parts, b, PLAN.steps[i], PRECISION)
         tl.debug_barrier()  # what this step wrote is there before the one before it reads it
 
 
