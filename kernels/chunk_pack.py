@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from .backend import tl, triton, use_triton
+from .backend import backend, tl, triton, use_triton
 from .common import check, register
 
 BLOCK = 1024
@@ -35,7 +35,8 @@ def chunk_pack(tensors, T, L, mean=None, std=None, dtype=None) -> torch.Tensor:
             of tensors (architectures and dtypes may differ); a list of stacked tensors
             `[N, *shape]` (one architecture, typically views of rows); or packed rows `[N, P]`.
         T, L: number and length of the chunks; T·L must hold the largest net.
-        mean, std: `[T, L]` fp32 standardisation per position, of any strides, or None.
+        mean, std: `[T, L]` standardisation per position, of any strides, or None; fp32, or fp64
+            if all is.
         dtype: of the result; None takes the first tensor's.
 
     Returns:
@@ -100,10 +101,24 @@ def chunk_unpack(prep, shapes, mean=None, std=None):
     return _split(rows, shapes)
 
 
+def chunk_pack_reference(*args, **kwargs):
+    """`chunk_pack` without its kernel, for any dtype: what the kernel is held against."""
+    with backend("torch"):
+        return chunk_pack(*args, **kwargs)
+
+
+def chunk_unpack_reference(*args, **kwargs):
+    """`chunk_unpack` without its kernel."""
+    with backend("torch"):
+        return chunk_unpack(*args, **kwargs)
+
+
 def _standardise(op, prep, used, mean, std, dtype):
     scales = {"mean": (mean, "TL"), "std": (std, "TL")}
-    check(op, scales, (prep.device, torch.float32), T=prep.shape[1], L=prep.shape[2])
-    scale = _scale if use_triton(prep) else _standardise_reference
+    wide = all(t is None or t.dtype == torch.float64 for t in (prep, mean, std))
+    kind = prep.device, torch.float64 if wide else torch.float32
+    check(op, scales, kind, T=prep.shape[1], L=prep.shape[2])
+    scale = _scale if use_triton(prep) and not wide else _standardise_reference
     return scale(prep, used, mean, std, dtype)
 
 

@@ -56,8 +56,8 @@ def test_lines_are_counted_as_said():
         # axes alike for any number of threads 2
         (list(LIBRARY.glob("*.py")), 2574),
         (list((LIBRARY / "shapes").rglob("*.py")), 456),
-        (list((LIBRARY / "tutorial").rglob("*.py")), 395),
-        ([p for p in KERNELS.glob("*.py") if p.stem not in STUDIES], 1256),  # 1,200 is the aim
+        (list((LIBRARY / "tutorial").rglob("*.py")), 394),
+        ([p for p in KERNELS.glob("*.py") if p.stem not in STUDIES], 1264),  # 1,200 is the aim
         ([p for p in KERNELS.glob("*.py") if p.stem in STUDIES], 400),
     ],
     ids=["core", "shapes", "tutorial", "kernels", "studies of kernels"],

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from netspace_lite.kernels import backend, chunk_pack, chunk_unpack
+from netspace_lite.kernels.chunk_pack import chunk_pack_reference, chunk_unpack_reference
 from torch import nn
 
 T, L = 3, 1000
@@ -12,12 +13,6 @@ SCALES = {
     "mean": (True, False),
     "std": (False, True),
 }
-
-
-def in_torch(op, *args, **kwargs):
-    """The reference: an op without its kernel."""
-    with backend("torch"):
-        return op(*args, **kwargs)
 
 
 def scale(kind, device):
@@ -58,7 +53,7 @@ def test_pack_nets(device, kind):
     nets, scales = some_nets(device), scale(kind, device)
     assert_same(
         lambda: chunk_pack(nets, T, L, **scales),
-        lambda: in_torch(chunk_pack, nets, T, L, **scales),
+        lambda: chunk_pack_reference(nets, T, L, **scales),
         leaves_of(nets),
     )
 
@@ -69,14 +64,14 @@ def test_pack_stacked_views_of_rows(device, kind):
     stacked = [rows[:, 3:9].view(4, 2, 3), rows[:, 20:2020].view(4, 8, 250), rows[:, 2100]]
     assert_same(
         lambda: chunk_pack(stacked, T, L, **scales),
-        lambda: in_torch(chunk_pack, stacked, T, L, **scales),
+        lambda: chunk_pack_reference(stacked, T, L, **scales),
         [rows],
     )
 
 
 def test_pack_rows(device):
     rows = torch.randn(5, 2999, device=device, requires_grad=True)
-    assert_same(lambda: chunk_pack(rows, T, L), lambda: in_torch(chunk_pack, rows, T, L), [rows])
+    assert_same(lambda: chunk_pack(rows, T, L), lambda: chunk_pack_reference(rows, T, L), [rows])
 
 
 @pytest.mark.parametrize("kind", SCALES)
@@ -85,7 +80,7 @@ def test_unpack_nets(device, kind):
     shapes = [[t.shape for t in net] for net in some_nets(device)]
     assert_same(
         lambda: chunk_unpack(prep, shapes, **scales),
-        lambda: in_torch(chunk_unpack, prep, shapes, **scales),
+        lambda: chunk_unpack_reference(prep, shapes, **scales),
         [prep],
     )
 
@@ -96,7 +91,7 @@ def test_unpack_stacked(device, kind):
     shapes = [(3, 5), (1000, 2), (1,)]
     assert_same(
         lambda: chunk_unpack(prep, shapes, **scales),
-        lambda: in_torch(chunk_unpack, prep, shapes, **scales),
+        lambda: chunk_unpack_reference(prep, shapes, **scales),
         [prep],
     )
 
@@ -124,7 +119,7 @@ def test_mixed_dtypes_and_cast(device):
     with backend("triton"):
         prep = chunk_pack(mixed, T, L, dtype=torch.float32)
         small = chunk_pack([[t.float() for t in mixed[0]]], T, L, dtype=torch.bfloat16)
-    assert torch.equal(prep, in_torch(chunk_pack, mixed, T, L, dtype=torch.float32))
+    assert torch.equal(prep, chunk_pack_reference(mixed, T, L, dtype=torch.float32))
     assert torch.equal(small, prep.bfloat16())
 
 
@@ -169,6 +164,15 @@ def test_module_order():
 def test_stacked_unpack_is_a_view():
     prep = torch.randn(2, T, L)
     assert chunk_unpack(prep, [(3, 5)])[0].data_ptr() == prep.data_ptr()
+
+
+def test_fp64_is_standardised_in_fp64():
+    rows, mean = torch.rand(2, 25).double(), torch.rand(3, 10).double()
+    prep = chunk_pack(rows, 3, 10, mean, mean + 1)
+    expected = (rows - mean.flatten()[:25]) / (mean.flatten()[:25] + 1)
+    assert torch.equal(prep.flatten(1)[:, :25], expected)
+    back = chunk_unpack(prep, [(25,)], mean, mean + 1)[0]
+    torch.testing.assert_close(back, rows, rtol=1e-14, atol=1e-14)
 
 
 row = torch.zeros(2, 25)
