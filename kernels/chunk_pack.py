@@ -115,7 +115,7 @@ def chunk_unpack_reference(*args, **kwargs):
 
 def _standardise(op, prep, used, mean, std, dtype):
     scales = {"mean": (mean, "TL"), "std": (std, "TL")}
-    wide = all(t is None or t.dtype == torch.float64 for t in (prep, mean, std))
+    wide = all(t is None or t.dtype == torch.float64 for t in (prep, mean, std))  # has no kernel
     kind = prep.device, torch.float64 if wide else torch.float32
     check(op, scales, kind, T=prep.shape[1], L=prep.shape[2])
     scale = _scale if use_triton(prep) and not wide else _standardise_reference
