@@ -33,6 +33,7 @@ from .kernels.plan import is_plain, translate
 from .layout import Layout, check_rows, one_by_one
 
 BLOCK = 32  # nets evaluated together: on a CPU, blocks of 16 to 80 nets fit the caches best
+VMAPPED = 1 << 20  # input values of all nets that vmap takes at a time: attention makes much of few
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _NORMS = (*_BATCH_NORMS, *_INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm, Affine)
@@ -93,10 +94,11 @@ class Batched:
         whole = way == "interpreted" and use_triton(rows) and not x.requires_grad
         if whole and (plan := mode.plan(self.layout, x.shape[1 + per_net :])):
             return net(x.flatten(1 + per_net), rows, plan)  # small: one launch, and one backward
-        step, run = nets_per_block(x[0] if per_net else x), getattr(mode, way)
-        if way != "interpreted" or rows.device.type != "cpu" or step >= len(rows):
+        own, run = x[0] if per_net else x, getattr(mode, way)
+        step = max(1, VMAPPED // own.numel()) if way == "vmap" else nets_per_block(own)
+        if way == "loop" or step >= len(rows) or (way != "vmap" and rows.device.type != "cpu"):
             return run(self._views(rows, running), x, per_net)
-        if step < 2:  # each net fills the caches alone
+        if step < 2 and way == "interpreted":  # each net fills the caches alone
             return mode.loop(self._views(rows, running), x, per_net)
         inputs = x.split(step) if per_net else itertools.repeat(x)
         states = itertools.repeat(None) if running is None else running.split(step)

@@ -190,8 +190,7 @@ class Draw:
         if min(self.nets, self.samples) < 1:
             raise ValueError(f"a step needs nets and samples, not {self.nets} and {self.samples}")
         if not (0 <= self.crossing <= 1 and 0 <= self.analogies <= 1):
-            given = f"{self.crossing} and {self.analogies}"
-            raise ValueError(f"crossing and analogies are shares, 0 to 1, not {given}")
+            raise ValueError(f"{self.crossing} and {self.analogies} should be shares, 0 to 1")
 
 
 class Distillation:

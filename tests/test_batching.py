@@ -13,7 +13,7 @@ from torch import nn
 from toy import MixesSamples, check_training_step, generator, looped, mlp, random_nets
 
 from netspace_lite.architectures import ResNet, Siren, lite_net
-from netspace_lite.batching import Batched
+from netspace_lite.batching import Batched, _Mode
 from netspace_lite.folding import fold_batchnorm
 from netspace_lite.layout import Layout
 
@@ -154,6 +154,20 @@ def test_what_cannot_be_interpreted_goes_on_and_says_why(case, per_net):
 def test_few_nets_at_a_time_equal_a_loop_too(monkeypatch, step, per_net):
     monkeypatch.setattr("netspace_lite.batching.nets_per_block", lambda inputs: step)
     check_against_loop(lite_net("ResNet8", (1, 8, 8), 10), (1, 8, 8), per_net)
+
+
+@pytest.mark.filterwarnings("ignore:Attention runs")
+@pytest.mark.parametrize("per_net", [False, True], ids=["shared", "per net"])
+def test_vmap_takes_few_nets_at_a_time(monkeypatch, per_net):
+    """Seen before: 32 nets on 1,500 images of 196 tokens took all of 24 GB, and the kernel died."""
+    monkeypatch.setattr("netspace_lite.batching.VMAPPED", 2 * 5 * 2 * 3 * 3)  # two nets' inputs
+    seen, vmapped = [], _Mode.vmap
+    monkeypatch.setattr(
+        _Mode, "vmap", lambda mode, views, *x: seen.append(views) or vmapped(mode, views, *x)
+    )
+    check_against_loop(Attention(), (2, 3, 3), per_net)
+    sizes = [len(next(iter(views.values()))) for views in seen]
+    assert sizes == [2, 2, 1]  # two to choose a way, three in two blocks
 
 
 def test_one_net_and_one_sample():

@@ -275,7 +275,7 @@ def test_the_gaussian_scores_and_draws_like_its_embeddings():
     off = flat.mean + torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
     assert flat(off)[0] > 5 * flat(off)[1]
     for alike in (z[:1], z[:1].repeat(5, 1), z[0]):  # else the prior of a search is 0 / 0
-        with pytest.raises(ValueError, match="at least 2 embeddings .* that differ"):
+        with pytest.raises(ValueError, match="at least 2 embeddings that differ"):
             Gaussian(alike)
 
 
