@@ -339,7 +339,7 @@ class Gaussian:
 
     def __init__(self, embeddings: Tensor):
         if embeddings.dim() != 2 or not (embeddings != embeddings[:1]).any():
-            raise ValueError(f"give at least 2 embeddings that differ: {list(embeddings.shape)}")
+            raise ValueError(f"give at least 2 embeddings that differ, not {[*embeddings.shape]}")
         self.mean = embeddings.mean(0)
         centred = embeddings - self.mean
         variance, axes = torch.linalg.eigh(centred.T @ centred / (len(embeddings) - 1))
