@@ -190,7 +190,7 @@ class Draw:
         if min(self.nets, self.samples) < 1:
             raise ValueError(f"a step needs nets and samples, not {self.nets} and {self.samples}")
         if not (0 <= self.crossing <= 1 and 0 <= self.analogies <= 1):
-            raise ValueError(f"crossing, analogies are shares, 0 to 1: {self.crossing}, {self.analogies}")
+            raise ValueError(f"crossing and analogies are shares, 0 to 1, not as in {self}")
 
 
 class Distillation:
