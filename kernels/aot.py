@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from itertools import product
@@ -88,15 +89,16 @@ def compile_launch(launch: Launch, archs) -> dict:
         instruction counts by name, plain_dots that run without them, rounded operands, and the
         launch's constants.
     """
-    reports, ptx = {}, ""
+    reports, ptx, kernel = {}, "", launch.kernel
     triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
     for arch in archs:
         if arch in (86, 89) and 80 in reports:
             log = _assemble(ptx.replace(".target sm_80", f".target sm_{arch}"), arch)
         else:
-            with redirect_stdout(io.StringIO()) as printed, _pretended(arch):
-                launch.kernel.device_caches.clear()
-                binary = launch.kernel.run(**launch.args, grid=launch.grid, warmup=True)
+            # Kept apart, or a GPU that is there would be given what was made for another.
+            caches = patch.object(kernel, "device_caches", defaultdict(kernel.create_binder))
+            with redirect_stdout(io.StringIO()) as printed, _pretended(arch), caches:
+                binary = kernel.run(**launch.args, grid=launch.grid, warmup=True)
             ptx, log = binary.asm["ptx"], printed.getvalue()
         found = [m.group(0) for m in TENSOR_CORE.finditer(ptx)]
         reports[arch] = {

@@ -157,3 +157,19 @@ def test_large_grids_are_on_the_first_axis():
     assert grids["forward_kernel", 0] == 8 * 4096 * 4
     assert grids["forward_kernel", 3] == 70_000
     assert grids["_forward_kernel", 6] == 2 * 32_769
+
+
+APART = """
+import json
+from netspace_lite.kernels import aot
+*_, launch = next(aot.recorded())
+caches = launch.kernel.device_caches
+tensor_cores = [r["tensor_core"] for r in aot.compile_launch(launch, (80, 90)).values()]
+print(json.dumps([launch.kernel.device_caches is caches, len(caches), tensor_cores]))
+"""
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton isn't published for this platform")
+def test_what_is_compiled_for_other_gpus_is_not_left_for_the_one_that_is_there():
+    ((kept, entries, tensor_cores),) = python("-c", APART)
+    assert (kept, entries, len(tensor_cores)) == (True, 0, 2)
