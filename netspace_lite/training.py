@@ -9,6 +9,7 @@ the generator, encodes, decodes, and compares what the decoded nets answer with 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import cos, inf, isfinite, isnan, nan, pi
 from statistics import fmean
 
@@ -114,7 +115,8 @@ class MixedZoo:
     """The nets of one or several zoos under one numbering, with what the encoder reads of each.
 
     Args:
-        space: the space to be trained; features are computed once, here, unless it learns probes.
+        space: the space to be trained; it reads the nets once, when a step first needs them,
+            unless it learns probes.
         zoos: `Nets` of one or several of its architectures.
 
     ``architecture``: [N] index of each net's architecture in the space, on the CPU.
@@ -128,7 +130,6 @@ class MixedZoo:
         self.first = self.sizes.cumsum(0) - self.sizes
         self.architecture = torch.tensor(self.present)[self.group]
         self._space, self._features = None, []
-        self._read(space)
 
     @torch.no_grad()
     def _read(self, space: NetSpace) -> None:
@@ -213,16 +214,19 @@ class Distillation:
         self, space: NetSpace, zoos, inputs: Tensor, *, per_net=False, loss=kl_divergence, **draw
     ):
         self.pool, self.draw = MixedZoo(space, zoos), Draw(**draw)
-        zoos, several = self.pool.zoos, len(self.pool.zoos) > 1
-        if per_net and several:
+        self.inputs, self.options, zoos = inputs, {"per_net": per_net, "loss": loss}, self.pool.zoos
+        if per_net and len(zoos) > 1:
             raise ValueError(f"inputs per net need one zoo, not {len(zoos)}: share the inputs")
-        sources = MixedNets(zoos) if several else zoos[0]
-        about = {"per_net": per_net, "loss": loss, "samples": self.draw.samples}
-        self.likeness = LikenessLoss(sources, inputs, **about)
         self.chances = torch.tensor(self.draw.chances or [1.0] * len(zoos)).float()
         if len(self.chances) != len(zoos) or not (self.chances.min() >= 0 < self.chances.max()):
             given = f"not {self.draw.chances} for {len(zoos)} zoos"
             raise ValueError(f"chances should be one of each zoo, none under 0, {given}")
+
+    @cached_property
+    def _likeness(self) -> LikenessLoss:
+        """Asks the nets when a step first needs it: a fit that is loaded takes no step."""
+        nets = MixedNets(self.pool.zoos) if len(self.pool.zoos) > 1 else self.pool.zoos[0]
+        return LikenessLoss(nets, self.inputs, samples=self.draw.samples, **self.options)
 
     def __call__(self, space: NetSpace, generator: torch.Generator) -> Tensor:
         group = int(torch.multinomial(self.chances, 1, generator=generator))
@@ -231,13 +235,13 @@ class Distillation:
             crossed = round(self.draw.nets * self.draw.crossing)
             n[:crossed] = self.pool.draw(crossed, generator)
         z, analogy = self.pool.encode(space, n, target), None
-        if self.draw.analogies and not self.likeness.per_net:
+        if self.draw.analogies and not self.options["per_net"]:
             far, moved = torch.rand(2, len(n), generator=generator)
             far = far / 2 * (moved < self.draw.analogies)
             z = z + far[:, None].to(z) * (z.roll(1, 0) - z.roll(2, 0))
             analogy = [share(part) for part in (far, n.roll(1), n.roll(2))]
         n, z = share(n), share(z)
-        losses = self.likeness(space.decode(z, target), generator, n, analogy)
+        losses = self._likeness(space.decode(z, target), generator, n, analogy)
         if not (good := losses.isfinite().cpu()).all():
             raise ValueError(f"the losses of nets {n[~good].unique().tolist()} are not finite")
         return losses.mean()
@@ -245,10 +249,8 @@ class Distillation:
 
 def decoded_loss(space: NetSpace, z: Tensor, architecture: Tensor, loss, generator) -> Tensor:
     """Mean loss of nets decoded from z [N, E], each as its own ``architecture`` [N]."""
-    losses = []
-    for a in architecture.unique().tolist():
-        losses.append(loss(space.decode(z[(architecture == a).to(z.device)], a), generator))
-    return torch.cat(losses).mean()
+    groups = [(a, (architecture == a).to(z.device)) for a in architecture.unique().tolist()]
+    return torch.cat([loss(space.decode(z[own], a), generator) for a, own in groups]).mean()
 
 
 class TeacherDistillation:

@@ -12,6 +12,7 @@ from toy import Interrupted, generator, interrupted, small_nets, small_zoos, toy
 from netspace_lite.architectures import paper_net
 from netspace_lite.data import Images
 from netspace_lite.explore import ImageLoss
+from netspace_lite.fingerprint import fingerprint
 from netspace_lite.metrics import scores
 from netspace_lite.nets import Nets
 from netspace_lite.space import NetSpace, SpaceConfig
@@ -162,8 +163,7 @@ def test_what_is_decoded_is_moved_as_its_answers_are(zoos, data, several, monkey
         seen.update(n=like, analogy=analogy)
         return nets.rows.sum(1)
 
-    likeness.per_net = False
-    monkeypatch.setattr(objective, "likeness", likeness)
+    monkeypatch.setattr(objective, "_likeness", likeness)
     objective(space, generator())
     share, p, q = seen["analogy"]
     still = share == 0
@@ -174,7 +174,7 @@ def test_what_is_decoded_is_moved_as_its_answers_are(zoos, data, several, monkey
     torch.testing.assert_close(seen["z"], z + share[:, None] * (apart - back))
     assert (seen["z"] - z).abs().amax(1)[~still & (p != q)].min() > 0
     objective = Distillation(space, chosen, data.train.x, analogies=0, **options)
-    monkeypatch.setattr(objective, "likeness", likeness)
+    monkeypatch.setattr(objective, "_likeness", likeness)
     objective(space, generator())
     assert seen["analogy"] is None
     torch.testing.assert_close(seen["z"], objective.pool.encode(space, seen["n"], seen["a"]))
@@ -256,6 +256,25 @@ def test_an_interrupted_fit_resumes_bit_for_bit(zoo, data, at, tmp_path, monkeyp
     assert torch.equal(finished.encode(zoo), whole.encode(zoo))
     with pytest.raises(ValueError, match="choose another folder"):
         fitted(zoo, data, steps=7, folder=tmp_path)
+
+
+def test_a_finished_fit_is_loaded_without_asking_its_nets(zoos, data, tmp_path, monkeypatch):
+    """Seen before: a whole zoo answered all images, minutes at 28×28, for a fit only loaded."""
+
+    def run():
+        space = NetSpace.for_zoos(zoos, data.train.x, CONFIG)
+        objective = distillation(space, zoos, data)
+        naming = ArchitectureClassification(space, zoos)
+        known = fingerprint(objective)
+        total, few = combine(objective, naming), validation(zoos[0], data.val)
+        history = fit(space, total, few, 2, epoch=2, folder=tmp_path)
+        assert fingerprint(objective) == known  # whatever was asked meanwhile
+        return history
+
+    history = run()
+    for kind, method in ((Nets, "outputs"), (NetSpace, "features")):
+        monkeypatch.setattr(kind, method, lambda *_: pytest.fail("a net was asked"))
+    assert run() == history
 
 
 def test_a_longer_fit_of_more_is_not_resumed_from_a_part(zoo, data, tmp_path):
