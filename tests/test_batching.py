@@ -170,6 +170,40 @@ def test_vmap_takes_few_nets_at_a_time(monkeypatch, per_net):
     assert sizes == [2, 2, 1]  # two to choose a way, three in two blocks
 
 
+class Viewed(nn.Module):
+    """A user's flatten without parameters, which takes memory as a convolution left it."""
+
+    def forward(self, x):
+        return x.view(len(x), -1)
+
+
+class Strided(nn.Module):
+    """Reads memory as it lies, which is wrong without a word where it lies otherwise."""
+
+    def forward(self, x):
+        return torch.as_strided(x, (len(x), x[0].numel()), (x.stride(0), 1))
+
+
+@pytest.mark.parametrize("per_net", [False, True], ids=["shared", "per net"])
+@pytest.mark.parametrize("flatten", [nn.Flatten, Viewed, Strided])
+def test_a_net_alone_has_channels_innermost_where_its_steps_allow_it(flatten, per_net):
+    """One net on these images fills the caches: it is run as its module, and so must equal it."""
+    layers = nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 6, 3), flatten(), nn.Linear(1014, 4)
+    module, seen = nn.Sequential(*layers), []
+    batched, rows = Batched(module), random_nets(module, 2, scale=0.1).rows
+    mode = batched._mode(rows, False)
+    mode.module[1].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    x = torch.randn(2, 30, 3, 32, 32) if per_net else torch.randn(30, 3, 32, 32)
+    rows.requires_grad_()
+    found, expected = batched(rows, x, per_net), looped(module, rows, x, per_net)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    grads = (torch.autograd.grad(y.square().sum(), rows)[0] for y in (found, expected))
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
+    assert batched.way(False, per_net) == "interpreted"
+    innermost = seen[-1].is_contiguous(memory_format=torch.channels_last)
+    assert innermost == (flatten is nn.Flatten)
+
+
 def test_one_net_and_one_sample():
     check_against_loop(lite_net("ResNet8", (1, 8, 8), 10), (1, 8, 8), False, nets=1, samples=1)
 

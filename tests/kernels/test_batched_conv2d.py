@@ -1,11 +1,18 @@
 """batched_conv2d: Triton and the CPU path against the fp64 reference, reference against modules."""
 
+import warnings
+
 import pytest
 import torch
 from netspace_lite.kernels import backend, batched_conv2d
 from netspace_lite.kernels import batched_conv2d as op
 from netspace_lite.kernels.batched_conv2d import batched_conv2d_reference
-from netspace_lite.kernels.cpu import UnfoldedConv2d, nets_per_block, prefers_unfolding
+from netspace_lite.kernels.cpu import (
+    UnfoldedConv2d,
+    channels_last,
+    nets_per_block,
+    prefers_unfolding,
+)
 from torch import nn
 
 # nets, samples, channels in and out, height, width, kernel (h, w), stride, padding
@@ -109,7 +116,7 @@ def test_unfolded_product_matches_reference(case, activation):
 
 
 def test_rule_of_the_cpu_path():
-    """Channels in eights stay grouped; so do images that unfolding would blow up."""
+    """Channels in eights stay grouped where oneDNN is; so do images that would be blown up."""
 
     def unfolds(inner, out, stride=2, shared=False, innermost=False):
         x = images((2, 4, inner, out, 8, 8, (3, 3), stride, 1), shared)
@@ -123,6 +130,22 @@ def test_rule_of_the_cpu_path():
     assert unfolds(8, 16, innermost=True)  # as the layer before it left them
     assert not unfolds(6, 12, stride=1)
     assert not unfolds(6, 12, shared=True)
+    with warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=False):
+        assert unfolds(8, 16, stride=1)
+        assert not unfolds(6, 12, shared=True)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_come_innermost_also_a_single_one(channels):
+    """PyTorch takes a single channel for ordered either way, and all layers go on as it lies."""
+    x = torch.randn(2, channels, 5, 4)
+    found, layer = channels_last(x), nn.Conv2d(channels, 8, 3)
+    torch.testing.assert_close(found, x, rtol=0, atol=0)
+    assert found.stride() == (20 * channels, 1, 4 * channels, channels)
+    assert layer(found).is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(layer(found), layer(x))
+    flat = torch.randn(2, 3)
+    assert channels_last(flat) is flat
 
 
 def test_nets_per_block():
