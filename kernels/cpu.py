@@ -40,12 +40,17 @@ def nets_per_block(inputs) -> int:
     return 1 if size > ALONE else min(MOST_NETS, BLOCK_INPUTS // size)
 
 
+def has_onednn() -> bool:
+    """Whether PyTorch convolves through oneDNN, as on x86; on Macs it doesn't."""
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+
+
 def channels_last(x):
     """Images [B, C, H, W] on a CPU with their channels innermost, which oneDNN convolves fastest.
 
     What is anything else stays as it is.
     """
-    if x.ndim != 4 or x.device.type != "cpu":
+    if x.ndim != 4 or x.device.type != "cpu" or not has_onednn():
         return x
     pixels = x.movedim(1, -1).flatten(1)  # no `contiguous`: it sees no order in a single channel
     return pixels.unflatten(1, (*x.shape[2:], -1)).movedim(-1, 1)
@@ -66,8 +71,7 @@ def prefers_unfolding(x, weight, output_size) -> bool:
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     if torch.compiler.is_compiling() or wrapped(x) or wrapped(weight):
         return False
-    onednn = torch.backends.mkldnn
-    if not (onednn.is_available() and onednn.enabled):
+    if not has_onednn():
         return True
     growth = weight[0, 0, 0].numel() * output_size[0] * output_size[1] / x[0, 0, 0].numel()
     blocked = weight.shape[1] % CHANNELS == 0 and weight.shape[2] % CHANNELS == 0

@@ -132,6 +132,7 @@ def test_rule_of_the_cpu_path():
     assert not unfolds(6, 12, shared=True)
     with warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=False):
         assert unfolds(8, 16, stride=1)
+        assert channels_last(x := torch.randn(2, 3, 5, 4)) is x
         assert not unfolds(6, 12, shared=True)
 
 
