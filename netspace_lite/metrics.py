@@ -123,7 +123,7 @@ def novelty(nets: Nets, x: Tensor, zoo: Nets | None = None) -> dict[str, Tensor]
     others = nets if zoo is None else zoo
     distances = {"function": disagreement(nets.outputs(x), others.outputs(x))}
     exact = "donot_use_mm_for_euclid_dist"  # products would not give 0 for copies
-    distances["weights"] = torch.cdist(nets.rows, others.rows, compute_mode=exact)
+    distances["weights"] = torch.cdist(*_alike(nets, others), compute_mode=exact)
     if zoo is None:
         for distance in distances.values():
             distance.fill_diagonal_(torch.inf)

@@ -7,7 +7,7 @@ from scipy.stats import pearsonr
 from sklearn.linear_model import Ridge
 from sklearn.metrics import accuracy_score
 from torch import nn
-from toy import generator, random_nets, small_nets, toy_data
+from toy import generator, mlp, random_nets, small_nets, toy_data
 
 from netspace_lite import metrics
 from netspace_lite.metrics import averages, disagreement, novelty, readout
@@ -119,6 +119,14 @@ def test_novelty_is_zero_for_copies_and_finds_the_nearest():
     by_hand = min(float((classes[0] != c).float().mean() * 100) for c in classes[1:])
     assert float(within["function"][0]) == pytest.approx(by_hand)
     assert disagreement(zoo.outputs(x), zoo.outputs(x)).diagonal().sum() == 0
+
+
+def test_novelty_in_weights_is_of_nets_that_compute_alike():
+    """Seen before: nets of Tanh were as near as copies to nets of ReLU with the same weights."""
+    relu, tanh = (random_nets(mlp(f), 3) for f in (nn.ReLU(), nn.Tanh()))
+    for other in (tanh, nets(3)):
+        with pytest.raises(ValueError, match="compute something else: no comparing their weights"):
+            novelty(relu, torch.randn(5, 4), other)
 
 
 def test_averages_of_all_nets_are_the_mean_net():
