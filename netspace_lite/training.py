@@ -129,14 +129,16 @@ class MixedZoo:
         self.group = torch.arange(len(self.sizes)).repeat_interleave(self.sizes)
         self.first = self.sizes.cumsum(0) - self.sizes
         self.architecture = torch.tensor(self.present)[self.group]
-        self._space, self._features = None, []
+        self._read_of, self._features = [], []
 
     @torch.no_grad()
     def _read(self, space: NetSpace) -> None:
         """Keep what this space reads of the nets, unless that changes while it learns."""
-        if space is not self._space:
+        constant = (t for t in (*space.buffers(), *space.parameters()) if not t.requires_grad)
+        read_of = [space, *(t._version for t in constant)]  # which counts what was written to it
+        if read_of != self._read_of:
             pairs = () if space.config.learn_probes else zip(self.zoos, self.present, strict=True)
-            self._space, self._features = space, [space.features(z.rows, a) for z, a in pairs]
+            self._read_of, self._features = read_of, [space.features(z.rows, a) for z, a in pairs]
 
     def __len__(self) -> int:
         return len(self.group)

@@ -367,6 +367,15 @@ def test_a_mixed_zoo_encodes_like_the_space(space, zoos):
     assert MixedZoo(space, zoos[1]).present == [1]
 
 
+def test_nets_are_read_anew_once_the_space_was_given_other_probes(zoo, data):
+    """Seen before: what the first probes had been answered was encoded by the second space."""
+    space, other = (make(zoo, data, seed=seed) for seed in (0, 1))
+    mixed, n = MixedZoo(space, zoo), torch.arange(len(zoo))
+    mixed.encode(space, n)
+    space.load_state_dict(other.state_dict())
+    assert torch.equal(mixed.encode(space, n), other.encode(zoo))
+
+
 def test_combine_is_a_weighted_sum(space):
     parts = [lambda space, generator, v=v: torch.tensor(v) for v in (1.0, 10.0)]
     assert float(combine(*parts, weights=(0.5, 2))(space, generator())) == 20.5
