@@ -398,8 +398,7 @@ def fit(
                 optimiser.param_groups[0]["lr"] = learning_rate(step, steps, lr)
                 losses.append(_descend(space, objective, generator, optimiser, step))
                 bar.update()
-            if not (found := agreed({k: float(v) for k, v in validate(space).items()})):
-                raise ValueError("validate returned no score: a dict of at least one is needed")
+            found = _scored(space, validate)
             row = {"step": step + 1, "seconds": time.monotonic() - started, "loss": fmean(losses)}
             name, score = next(iter(found.items()))
             bar.set_postfix(loss=f"{row['loss']:.4f}", **{name: f"{score:.2f}"})
@@ -413,6 +412,15 @@ def fit(
             _checkpoint(folder, plan, space, optimiser, generator, history, best)
     space._begun = None
     return history
+
+
+def _scored(space, validate) -> dict[str, float]:
+    """What ``validate`` found, by names that leave those of a row of the history alone."""
+    found = validate(space)
+    if not (isinstance(found, dict) and found) or found.keys() & {"step", "seconds", "loss"}:
+        wanted = "a dict of a score or more, none named step, seconds or loss"
+        raise ValueError(f"validate should return {wanted}, not {found!r}")
+    return agreed({k: float(v) for k, v in found.items()})
 
 
 def _descend(space, objective, generator, optimiser, step: int) -> float:
