@@ -456,6 +456,9 @@ def _resume(folder, plan, space, optimiser, generator) -> tuple[list, dict[str, 
     found = store.exists(folder, "fit")
     plan["space"] = origin if found and begun == str(folder) else fingerprint(space)
     plan["learned"] = fingerprint([n for n, p in space.named_parameters() if p.requires_grad])
+    if begun == str(folder) and plan["space"] != origin:
+        what = f"the fit into {folder} stopped before an epoch was saved, with the space half way"
+        raise ValueError(f"{what}: build the space anew, or choose another folder to go on from it")
     space._begun = str(folder), plan["space"]
     if not found:
         return [], {}

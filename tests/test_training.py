@@ -258,6 +258,22 @@ def test_an_interrupted_fit_resumes_bit_for_bit(zoo, data, at, tmp_path, monkeyp
         fitted(zoo, data, steps=7, folder=tmp_path)
 
 
+def test_a_fit_stopped_before_an_epoch_was_saved_is_not_begun_from_where_it_was(
+    zoo, data, tmp_path
+):
+    """Seen before: the same call began at step 0 from weights that had trained already."""
+    space = make(zoo, data)
+    objective, validate = distillation(space, zoo, data), validation(zoo, data.val)
+    options = {"steps": 4, "epoch": 2, "folder": tmp_path}
+    for at in (1, 2):  # nothing has moved yet in the first step, so that the same space begins
+        with pytest.raises(Interrupted):
+            fit(space, interrupted(objective, at), validate, **options)
+    with pytest.raises(ValueError, match="build the space anew"):
+        fit(space, objective, validate, **options)
+    history = fit(make(zoo, data), objective, validate, **options)
+    assert [row["loss"] for row in history] == [row["loss"] for row in fitted(zoo, data, 4)[1]]
+
+
 def test_a_finished_fit_is_loaded_without_asking_its_nets(zoos, data, tmp_path, monkeypatch):
     """Seen before: a whole zoo answered all images, minutes at 28×28, for a fit only loaded."""
 
