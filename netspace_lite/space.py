@@ -44,6 +44,8 @@ class SpaceConfig:
 
     def __post_init__(self):
         for name, size in asdict(self).items():
+            if hasattr(size, "item"):  # a NumPy number, which JSON does not take
+                object.__setattr__(self, name, size := size.item())
             least = int(name not in ("probes", "components"))
             if type(size) is int and size < least:
                 raise ValueError(f"SpaceConfig.{name} should be at least {least}, not {size}")
@@ -162,7 +164,7 @@ class NetSpace(nn.Module):
 
     def __init__(self, modules, inputs: Tensor, config: SpaceConfig | None = None, seed: int = 0):
         super().__init__()
-        self.config, self.seed = config or SpaceConfig(), seed
+        self.config, self.seed = config or SpaceConfig(), int(seed)
         config, answers = self.config, 0
         if not (config.weights or config.probes):
             raise ValueError("an encoder needs weights=True, or probes > 0, to read anything")
@@ -262,6 +264,8 @@ class NetSpace(nn.Module):
             wanted = structure(module)
         elif architecture is None and len(names) == 1:
             wanted = 0
+        elif getattr(architecture, "ndim", None) == 0:  # a number of NumPy's, or of `predict`
+            wanted = architecture.item()
         for a, (name, batched) in enumerate(zip(names, self.batched, strict=True)):
             if wanted in (name, batched.fingerprint) or (type(wanted) is int and wanted == a):
                 return a

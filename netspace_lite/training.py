@@ -382,8 +382,8 @@ def fit(
     if min(steps, epoch) < 1 or not lr > 0:
         raise ValueError(f"steps, epoch and lr should be over 0, not {steps}, {epoch} and {lr}")
     optimiser = Muon(space, lr)
-    plan = {"steps": steps, "lr": lr, "epoch": epoch, "seed": getattr(space, "seed", 0)}
-    plan["optimiser"] = type(optimiser).__name__
+    plan = {"steps": int(steps), "lr": float(lr), "epoch": int(epoch)}  # of NumPy's, too
+    plan |= {"seed": int(getattr(space, "seed", 0)), "optimiser": type(optimiser).__name__}
     generator = torch.Generator().manual_seed(plan["seed"])
     history, best = [], {}
     if folder is not None:
