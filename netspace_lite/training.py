@@ -252,7 +252,8 @@ class Distillation:
 def decoded_loss(space: NetSpace, z: Tensor, architecture: Tensor, loss, generator) -> Tensor:
     """Mean loss of nets decoded from z [N, E], each as its own ``architecture`` [N]."""
     groups = [(a, (architecture == a).to(z.device)) for a in architecture.unique().tolist()]
-    return torch.cat([loss(space.decode(z[own], a), generator) for a, own in groups]).mean()
+    losses = [loss(space.decode(z[own], a), generator).expand(int(own.sum())) for a, own in groups]
+    return torch.cat(losses).mean()
 
 
 class TeacherDistillation:

@@ -418,6 +418,17 @@ def test_teacher_distillation_is_the_papers_loss(space, zoos, data):
     assert all(head.weight.grad is not None for head in space.decoder.heads)
 
 
+def test_a_mean_loss_of_nets_teaches_as_the_loss_of_each(space, zoos, data):
+    """Seen before: the scalar losses that `ImageLoss` takes could not be joined."""
+    each, mean = (
+        ImageLoss(data.train, loss=lambda logits, y, dims=dims: logits.square().mean(dims))
+        for dims in ((1, 2), None)
+    )
+    for make in (TeacherDistillation, Interpolation):
+        found = [make(space, zoos, loss)(space, generator()) for loss in (each, mean)]
+        torch.testing.assert_close(*found)
+
+
 def rows_loss(nets, generator):
     return nets.rows.sum(1)
 
