@@ -428,8 +428,8 @@ def _descend(space, objective, generator, optimiser, step: int) -> float:
     """One step of training; returns the loss."""
     try:
         loss = objective(space, generator)
-        if not loss.isfinite():
-            raise ValueError(f"the loss is {loss.item()}")
+        if loss.numel() != 1 or not loss.isfinite():
+            raise ValueError(f"the loss is {loss.tolist()}, where one finite number is needed")
     except ValueError as error:
         raise ValueError(f"step {step}: {error}") from error
     optimiser.zero_grad()
