@@ -166,7 +166,8 @@ class MixedZoo:
         """`encode` for nets of one zoo."""
         zoo, a = self.zoos[group], self.present[group]
         i = (n - self.first[group]).to(zoo.rows.device)
-        features = self._features[group][i] if self._features else space.features(zoo.rows[i], a)
+        known = self._features  # learned probes ask anew, and teach no net of the zoo anything
+        features = known[group][i] if known else space.features(zoo.rows[i].detach(), a)
         z = space.encoder(features, a)
         return z if target is None else space.translate(z, a, target)
 

@@ -395,6 +395,14 @@ def test_nets_are_read_anew_once_the_space_was_given_other_probes(zoo, data):
     assert torch.equal(mixed.encode(space, n), other.encode(zoo))
 
 
+def test_learned_probes_ask_nets_that_were_decoded(zoo, data):
+    """Seen before: the second step went back through the graph that the nets came from."""
+    nets = make(zoo, data).decode(make(zoo, data).encode(zoo))
+    space = make(nets, data, CONFIGS["learned probes"])
+    history = fit(space, distillation(space, nets, data), validation(zoo, data.val), 3)
+    assert math.isfinite(history[-1]["loss"])
+
+
 def test_combine_is_a_weighted_sum(space):
     parts = [lambda space, generator, v=v: torch.tensor(v) for v in (1.0, 10.0)]
     assert float(combine(*parts, weights=(0.5, 2))(space, generator())) == 20.5
