@@ -220,7 +220,8 @@ class Distillation:
         self.inputs, self.options, zoos = inputs, {"per_net": per_net, "loss": loss}, self.pool.zoos
         if per_net and len(zoos) > 1:
             raise ValueError(f"inputs per net need one zoo, not {len(zoos)}: share the inputs")
-        self.chances = torch.tensor(self.draw.chances or [1.0] * len(zoos)).float()
+        chances = [1.0] * len(zoos) if self.draw.chances is None else self.draw.chances
+        self.chances = torch.as_tensor(chances).float()
         if len(self.chances) != len(zoos) or not (self.chances.min() >= 0 < self.chances.max()):
             given = f"not {self.draw.chances} for {len(zoos)} zoos"
             raise ValueError(f"chances should be one of each zoo, none under 0, {given}")

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -393,6 +394,15 @@ def test_nets_are_read_anew_once_the_space_was_given_other_probes(zoo, data):
     mixed.encode(space, n)
     space.load_state_dict(other.state_dict())
     assert torch.equal(mixed.encode(space, n), other.encode(zoo))
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_chances_may_be_an_array(zoos, data, kind):
+    space = make(zoos, data)
+    shares = [0.1, 0.2, 0.3, 0.4]
+    given = (distillation(space, zoos, data, chances=c) for c in (shares, kind(shares)))
+    plain, array = (objective(space, generator()) for objective in given)
+    assert torch.equal(plain, array)
 
 
 def test_learned_probes_ask_nets_that_were_decoded(zoo, data):
