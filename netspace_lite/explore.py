@@ -214,6 +214,7 @@ def optimise_weights(
     return _descend(decode, nets.rows, loss, validate, *free, config, progress)
 
 
+@torch.inference_mode(False)
 def refine(
     space: NetSpace, nets: Nets, like, steps: int = 50, *, z: Tensor | None = None, lr=0.2, seed=0
 ) -> Tensor:
@@ -248,6 +249,7 @@ def _start_points(space: NetSpace, starts, prior, seed: int) -> Tensor:
     return z
 
 
+@torch.inference_mode(False)  # gradients are needed, whatever the caller does
 def _descend(decode, start, loss, validate, penalty, reached, config, progress) -> Search:
     """Adam on ``start`` [N, E] through ``decode``, the best state of each row kept."""
     z, stopped = start.detach().clone().requires_grad_(), ""
@@ -275,7 +277,7 @@ def _descend(decode, start, loss, validate, penalty, reached, config, progress) 
             if not losses:
                 raise
             stopped = str(error)
-            warnings.warn(f"{error}; the best state so far is returned", stacklevel=3)
+            warnings.warn(f"{error}; the best state so far is returned", stacklevel=4)
     z, scores, there = (torch.stack(part) for part in zip(*path, strict=True))
     best = _best(scores, there)
     score, n = scores.gather(0, best[None])[0], torch.arange(len(start))

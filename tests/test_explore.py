@@ -257,8 +257,9 @@ def test_nan_and_ctrl_c_return_the_best_so_far(space, images):
     assert torch.equal(search.scores, whole.scores[:13])
     assert torch.equal(search.score, search.scores.max(0).values)
     nan = failing(ImageLoss(images), 12, lambda loss: loss * torch.tensor([1, 1, torch.nan, 1]))
-    with pytest.warns(UserWarning, match=r"nan at step 12 for starts \[2\]; the best state so far"):
+    with pytest.warns(UserWarning, match=r"nan at step 12 for starts \[2\]; the best") as said:
         search = optimise(space, starts, nan, images, **options)
+    assert said[0].filename == __file__  # where it was called from
     assert torch.equal(search.scores, whole.scores[:13])
     with warnings.catch_warnings(), pytest.raises(KeyboardInterrupt):
         optimise(space, starts, ImageLoss(images), interrupt, **options)
@@ -346,6 +347,22 @@ def test_refining_brings_decoded_nets_closer_and_leaves_the_space(nets, images):
     assert all(torch.equal(space.state_dict()[name], value) for name, value in before.items())
     again = refine(space, nets, images.x, 100, z=space.encode(nets))
     assert torch.equal(again, z)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_search_has_gradients_where_the_caller_has_none(space, nets, images, mode):
+    """Seen before: the loss, it was said, did not depend on the nets."""
+    config, loss = Descent(3), ImageLoss(images, nets[0])
+    options = {"prior": Gaussian(space.encode(nets)), "config": config} | QUIET
+    searches = [
+        lambda: refine(space, nets, images.x, 3),
+        lambda: optimise(space, nets, loss, images, **options).best,
+        lambda: optimise_weights(nets, loss, config=config, **QUIET).best,
+    ]
+    for search in searches:
+        with mode():
+            found = search()
+        assert torch.equal(found, search())
 
 
 def test_without_validation_the_last_state_is_kept(space, images):
