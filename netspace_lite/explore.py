@@ -93,6 +93,8 @@ class ImageLoss:
             with torch.no_grad():  # in parts, or a deep teacher's activations fill the memory
                 self.targets = torch.cat([teacher(x) for x in images.x.split(4096)])[None]
         elif teacher is not None:
+            if not isinstance(teacher, Nets | MixedNets) or len(teacher) != 1:
+                raise ValueError(f"a teacher is one net, zoo[n] or a module, not {teacher!r}")
             self.targets = teacher[0].outputs(images.x)
 
     def __call__(self, nets: Nets, generator: torch.Generator) -> Tensor:

@@ -107,6 +107,13 @@ def test_a_net_can_teach_and_a_callable_can_be_the_loss(nets, images):
     assert used(nets, generator()).shape == (12,)
 
 
+def test_a_zoo_is_no_teacher(nets, images):
+    """Seen before: its first net taught, whichever was the best."""
+    for teacher in (nets, lambda x: x):
+        with pytest.raises(ValueError, match=r"a teacher is one net, zoo\[n\] or a module, not"):
+            ImageLoss(images, teacher)
+
+
 def test_optimise_weights_is_adam_on_each_net_alone(nets, images):
     def closeness(nets):
         return -cross_entropy(nets.outputs(images.x), images.y)
