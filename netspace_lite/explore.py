@@ -370,11 +370,14 @@ def sample(embeddings: Tensor, n: int, density=None, bandwidth=0.5, seed: int = 
         density: any scikit-learn estimator with ``fit`` and ``sample``, such as a
             ``GaussianMixture``; None: a Gaussian of width ``bandwidth``, in standard deviations,
             around every embedding: small values copy, large ones wander.
+        seed: of the draws, and of an estimator whose ``random_state`` is None.
     """
     if n < 1 or embeddings.dim() != 2 or len(embeddings) < 2:
         found = f"n = {n} and {list(embeddings.shape)}"
         raise ValueError(f"sampling needs n ≥ 1 and at least 2 embeddings [N, E], not {found}")
-    model = KernelDensity(bandwidth=bandwidth) if density is None else density
+    model = KernelDensity(bandwidth=bandwidth) if density is None else copy.copy(density)
+    if getattr(model, "random_state", seed) is None:
+        model.random_state = seed
     z = embeddings.detach().cpu().double().numpy()
     pca = PCA(0.99, whiten=True, svd_solver="full").fit(z)
     model.fit(pca.transform(z))
