@@ -134,7 +134,8 @@ class DescribedDistillation:
 
     def __init__(self, modules, z: Tensor, loss, nets: int = 2, kinds: int = 3):
         self.batched = [Batched(module) for module in modules]
-        self.z, self.loss, self.nets, self.kinds = z.detach(), loss, nets, kinds
+        self.z, self.loss, self.nets = z.detach(), loss, nets
+        self.kinds = min(kinds, len(self.batched))
 
     def __call__(self, decoder: DescribedDecoder, generator: torch.Generator) -> Tensor:
         total = 0

@@ -69,6 +69,15 @@ def test_largest_of_modules_holds_them():
         DescribedDecoder(4, hidden=4, largest=largest).decode(torch.zeros(4), module)
 
 
+def test_few_modules_weigh_as_much_as_many():
+    """Seen before: with more kinds asked for than there are, the loss was a share of itself."""
+    loss, z = (lambda nets, generator: torch.ones(len(nets))), torch.randn(5, 16)
+    for count, kinds in ((1, 3), (2, 3), (2, 2), (2, 1)):
+        objective = DescribedDistillation([resnet(8), resnet(14)][:count], z, loss, kinds=kinds)
+        found = objective(DescribedDecoder(16, hidden=4), torch.Generator())
+        assert float(found) == pytest.approx(1)
+
+
 def test_training_lowers_the_loss_of_every_module_named():
     lenet = LeNetLike(IMAGE, 3, channels=(4,), hidden=(8,), kernel=3)
     decoder, x = DescribedDecoder(16, hidden=16), torch.randn(30, *IMAGE)
