@@ -59,6 +59,9 @@ def test_what_cannot_be_made_is_named():
         decoder.decode(torch.zeros(16), nn.Sequential(nn.Conv2d(1, 8, 3)))
     with pytest.raises(ValueError, match="'in_proj' of shape .* is no layer"):
         describe_layers(Layout(("in_proj",), ((2, 3, 4),)))
+    for layer in (nn.LayerNorm(6), nn.PReLU()):  # seen before: the same as a bias, near 0
+        with pytest.raises(ValueError, match=r"parameter '1\.weight' of shape .* is no layer"):
+            decoder.decode(torch.zeros(16), nn.Sequential(nn.Linear(5, 6), layer))
 
 
 def test_largest_of_modules_holds_them():
