@@ -89,8 +89,11 @@ def load_images(path, seed: int = 0, val: float = 0.2) -> ImageData:
     """
     names = "x_train", "y_train", "x_test", "y_test"
     x, y, x_test, y_test = store.load_arrays(path, names).values()
+    alike = x.dtype.kind == x_test.dtype.kind
     x, y = _check("train", x, y)
     x_test, y_test = _check("test", x_test, y_test)
+    if not alike and (min(x.min(), x_test.min()) < 0 or max(x.max(), x_test.max()) > 1):
+        raise ValueError("x_train and x_test: one is uint8, one float beyond 0..1; save both alike")
     if x.shape[1:] != x_test.shape[1:]:
         raise ValueError(f"x_train is {x.shape} but x_test is {x_test.shape}: sizes differ")
     known = np.unique(y)
