@@ -121,7 +121,7 @@ def _check(part: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndar
     if y.shape != (len(x),):
         raise ValueError(f"y_{part} should be one label an image, [{len(x)}], not {y.shape}")
     if y.dtype.kind not in "iu" or y.astype(np.int64).min() < 0:
-        raise ValueError(f"y_{part} should be whole numbers from 0, not {y.dtype} from {y.min()}")
+        raise ValueError(f"y_{part} should be whole numbers from 0, not {y.dtype} from {min(y)}")
     return x, y.astype(np.int64)
 
 

@@ -71,6 +71,7 @@ WRONG = {
     "sizes differ": ({"x_test": np.zeros((9, 4, 4), np.uint8)}, "sizes differ"),
     "label count": ({"y_train": np.zeros(29, int)}, r"y_train should be one label an image"),
     "float labels": ({"y_train": np.zeros(30)}, "whole numbers from 0, not float64"),
+    "words": ({"y_train": np.array(["cat", "dog", "ox"] * 10)}, "whole numbers from 0.*from cat"),
     "negative label": ({"y_test": np.full(9, -1)}, "whole numbers from 0, not int64 from -1"),
     "label gap": ({"y_train": np.arange(30) % 3 * 2}, "without gaps; it holds 3 classes up to 4"),
     "unknown class": ({"y_test": np.full(9, 7)}, "3 classes up to 2, y_test up to 7"),
