@@ -303,9 +303,10 @@ class TestDeepSDF:
             ({"pos": np.zeros((3, 4))}, "lacks neg; it should hold neg, pos"),
             ({"pos": np.zeros((3, 3)), "neg": np.zeros((3, 4))}, "pos should be floats x, y, z"),
             ({"pos": np.zeros((0, 4)), "neg": np.zeros((3, 4))}, "no usable row in pos"),
+            ({"pos": np.full((3, 4), 9.0), "neg": np.zeros((3, 4))}, "far from the unit sphere"),
             ({"pos": np.array([{}]), "neg": np.zeros((3, 4))}, "pickled"),
         ],
-        ids=["missing", "columns", "empty", "pickled"],
+        ids=["missing", "columns", "empty", "units", "pickled"],
     )
     def test_malformed(self, tmp_path, arrays, message):
         with pytest.raises(ValueError, match=message):

@@ -229,10 +229,11 @@ def load_deepsdf(path, samples: int = 20_000, seed: int = 0) -> Samples:
     """Samples of one shape from a DeepSDF ``.npz``: ``pos`` and ``neg``, rows of x, y, z, sdf.
 
     Rows with NaN are dropped, and a warning counts them. Half of ``samples`` comes from each array,
-    rows drawn again only where an array has too few. Returns N = 1.
+    rows drawn again only where an array has too few. Returns N = 1; DeepSDF's points fill the cube
+    -1..1, beyond the unit ball.
 
     Raises FileNotFoundError, and ValueError for damaged files, other contents, pickled objects, or
-    a side without a usable row.
+    a side without a usable row, or points in other units than those of the unit sphere.
     """
     _check_count(samples)
     rng, half, halves = np.random.default_rng(seed), samples // 2, []
@@ -244,6 +245,8 @@ def load_deepsdf(path, samples: int = 20_000, seed: int = 0) -> Samples:
             raise ValueError(f"{path} has no usable row in {name}: both sides are needed")
         if dropped := len(rows) - len(good):
             warnings.warn(f"{path}: dropped {dropped} rows with NaN or infinity", stacklevel=3)
+        if np.abs(good[:, :3]).max() > 2:  # DeepSDF's own fill the cube -1..1
+            raise ValueError(f"{path} has points far from the unit sphere in {name}: scale them")
         halves.append(good[rng.choice(len(good), half, replace=len(good) < half)])
     rows = torch.from_numpy(np.concatenate(halves).astype(np.float32))[None]
     return Samples(rows[..., :3], rows[..., 3])
