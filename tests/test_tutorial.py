@@ -128,6 +128,16 @@ def test_bootstrap_draws_the_same_nets_and_images_of_all_tables():
     assert bootstrap(torch.mean, torch.ones(4, 5), draws=20) == (1, 1)
 
 
+def test_all_curves_levels_and_panels_are_drawn_however_many():
+    """Seen before: there were six colours, and what came after the sixth was left out."""
+    ys = {f"net {n}": torch.arange(3.0) + n for n in range(8)}
+    ax = figures.curves(range(3), ys, "step", "score", levels={"chance": 10.0})
+    assert ax.get_legend_handles_labels()[1] == [*ys, "chance: 10.0"]
+    pairs = {name: (y, y) for name, y in ys.items()}
+    assert all(len(panel.collections) == 1 for panel in figures.predicted(pairs))
+    plt.close("all")
+
+
 def test_notebooks_run_in_place_and_print_their_results(checkout, capsys):
     main([])
     printed = capsys.readouterr().out
