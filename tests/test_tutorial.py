@@ -155,6 +155,24 @@ def test_several_seeds_give_a_table_with_median_and_range(checkout, capsys):
     assert "| `score` | 11.00 | 10.00 to 15.00 |" in printed
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--seeds=0,1,"], "--seeds should be whole numbers such as 0,1,2, not '0,1,'"),
+        (["--seeds=0, 1"], "not '0, 1'"),
+        (["01", "o2", "3"], "no notebook starts with o2 or 3"),
+    ],
+    ids=str,
+)
+def test_what_can_not_be_run_is_refused_before_anything_runs(checkout, capsys, given, said):
+    """Seen before: a name of none was passed over, a seed of none ended the run without tables."""
+    with pytest.raises(SystemExit):
+        main(given)
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert not printed.out
+
+
 def test_a_failing_notebook_stops_the_run_and_is_kept(checkout, capsys):
     from nbclient.exceptions import CellExecutionError
 

@@ -55,10 +55,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", default=seed, help="such as 0,1,2")
     given, found = parser.parse_args(arguments), sorted((root() / "notebooks").glob("[0-9]*.ipynb"))
     notebooks = [n for n in found if n.name.startswith(tuple(given.names) or "")]
-    if not notebooks:
-        parser.error(f"no notebook starts with {' or '.join(given.names)} in {root()}/notebooks")
-    folders = []
-    for seed in given.seeds.split(","):
+    unknown = [m for m in given.names or [""] if not any(n.name.startswith(m) for n in found)]
+    if unknown:
+        parser.error(f"no notebook starts with {' or '.join(unknown)} in {root()}/notebooks")
+    folders, seeds = [], given.seeds.split(",")
+    if not all(seed.isdigit() for seed in seeds):
+        parser.error(f"--seeds should be whole numbers such as 0,1,2, not {given.seeds!r}")
+    for seed in seeds:
         os.environ["NETSPACE_SEED"] = seed
         folders.append(Settings.from_environment().folder("results"))
         for notebook in notebooks:
