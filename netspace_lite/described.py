@@ -134,13 +134,12 @@ class DescribedDistillation:
 
     def __init__(self, modules, z: Tensor, loss, nets: int = 2, kinds: int = 3):
         self.batched = [Batched(module) for module in modules]
-        self.z, self.loss, self.nets = z.detach(), loss, nets
-        self.kinds = min(kinds, len(self.batched))
+        self.z, self.loss, self.nets, self.kinds = z.detach(), loss, nets, kinds
 
     def __call__(self, decoder: DescribedDecoder, generator: torch.Generator) -> Tensor:
         total = 0
         for a in torch.randperm(len(self.batched), generator=generator)[: self.kinds].tolist():
             n = torch.randint(len(self.z), (self.nets,), generator=generator)
             nets = decoder.decode(self.z[n.to(self.z.device)], self.batched[a])
-            total = total + self.loss(nets, generator).mean() / self.kinds
+            total = total + self.loss(nets, generator).mean() / min(self.kinds, len(self.batched))
         return total

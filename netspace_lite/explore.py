@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .data import Images
 from .nets import MixedNets, Nets
 from .progress import progress_bar
-from .space import NetSpace
+from .space import NetSpace, check_finite
 from .training import LikenessLoss, NetsLoss, kl_divergence, learning_rate
 
 Validation = Images | Callable[[Nets], Tensor] | None
@@ -184,11 +184,10 @@ def optimise(
     Raises ValueError if the starts or the first loss can't be used. If the loss fails later (NaN),
     the search warns, stops and returns the best so far.
     """
-    config, wanted = config or Descent(), None
+    config, named = config or Descent(), len(space.batched) > 1 and architecture is not None
     decode = partial(space.decode, architecture=architecture)
     start = _start_points(space, starts, prior, config.seed)
-    if len(space.architectures) > 1 and architecture is not None:
-        wanted = space.index(architecture)
+    wanted = space.index(architecture) if named else None
 
     def penalty(z):
         total = 0.0 if prior is None else config.prior_weight * prior(z)
@@ -244,10 +243,8 @@ def _start_points(space: NetSpace, starts, prior, seed: int) -> Tensor:
         starts = prior.sample(starts, seed)
     if len(starts) == 0:
         raise ValueError("no starts: give at least one embedding or net to start from")
-    z = torch.atleast_2d(starts) if isinstance(starts, Tensor) else space.encode(starts)
-    size = space.config.embedding
-    if z.dim() != 2 or z.shape[1] != size or not z.isfinite().all():
-        raise ValueError(f"starts should be embeddings [N, {size}], not {list(z.shape)}, no NaN")
+    z = space.check(starts if isinstance(starts, Tensor) else space.encode(starts))
+    check_finite(z, "starts")
     return z
 
 

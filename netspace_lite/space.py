@@ -335,7 +335,7 @@ class NetSpace(nn.Module):
 
         Differentiable: gradients of anything the nets answer flow back to ``z``.
         """
-        z = self._check(z)
+        z = self.check(z)
         if architecture is None and len(self.batched) > 1:
             predicted = self.predict(z)
             members = [(predicted == a).nonzero()[:, 0] for a in range(len(self.batched))]
@@ -351,7 +351,7 @@ class NetSpace(nn.Module):
         """
         if len(self.batched) == 1:
             raise ValueError(f"this space has one architecture only, {self.architectures[0]}")
-        return self.classifier(self._check(z))
+        return self.classifier(self.check(z))
 
     def predict(self, z: Tensor) -> Tensor:
         """Index [N] of the architecture that embeddings z [N, E] stand for."""
@@ -362,14 +362,14 @@ class NetSpace(nn.Module):
 
         They stay where they are in a space that isn't told architectures.
         """
-        z, source, target = self._check(z), self.index(source), self.index(target)
+        z, source, target = self.check(z), self.index(source), self.index(target)
         offset = self.encoder.offset
         return z if source == target or offset is None else z - offset[source] + offset[target]
 
-    def _check(self, z: Tensor) -> Tensor:
-        z = z[None] if z.dim() == 1 else z
-        if z.dim() != 2 or z.shape[1] != self.config.embedding or len(z) == 0:
-            size = self.config.embedding
+    def check(self, z: Tensor) -> Tensor:
+        """Embeddings [N, E], or one of them, [E] -> [N, E]; ValueError if z is neither."""
+        z, size = torch.atleast_2d(z), self.config.embedding
+        if z.dim() != 2 or z.shape[1] != size or len(z) == 0:
             raise ValueError(f"embeddings should be [N, {size}], not {list(z.shape)}")
         return z
 

@@ -165,9 +165,8 @@ class MixedZoo:
     def _encode(self, space: NetSpace, group: int, n: Tensor, target: int | None) -> Tensor:
         """`encode` for nets of one zoo."""
         zoo, a = self.zoos[group], self.present[group]
-        i = (n - self.first[group]).to(zoo.rows.device)
-        known = self._features  # learned probes ask anew, and teach no net of the zoo anything
-        features = known[group][i] if known else space.features(zoo.rows[i].detach(), a)
+        rows, i = zoo.rows.detach(), (n - self.first[group]).to(zoo.rows.device)
+        features = self._features[group][i] if self._features else space.features(rows[i], a)
         z = space.encoder(features, a)
         return z if target is None else space.translate(z, a, target)
 
@@ -273,8 +272,7 @@ class TeacherDistillation:
         self.pool, self.loss, self.nets = MixedZoo(space, zoos), loss, nets
 
     def __call__(self, space: NetSpace, generator: torch.Generator) -> Tensor:
-        groups = range(len(self.pool.zoos))
-        n = torch.cat([self.pool.draw(self.nets, generator, group) for group in groups])
+        n = torch.cat([self.pool.draw(self.nets, generator, g) for g in range(len(self.pool.zoos))])
         z, architecture = self.pool.encode(space, n), self.pool.architecture[n]
         return decoded_loss(space, z, architecture, self.loss, generator)
 

@@ -208,10 +208,10 @@ def test_bad_starts_are_refused(space, two, images, nets):
         optimise(space, starts, ImageLoss(images), images, **options, **QUIET)
 
     for starts, message in (
-        (torch.zeros(2, 5), r"embeddings \[N, 6\], not \[2, 5\]"),
+        (torch.zeros(2, 5), r"should be \[N, 6\], not \[2, 5\]"),
         (torch.zeros(0, 6), "no starts"),
         ([], "no starts"),
-        (torch.full((1, 6), torch.nan), "NaN"),
+        (torch.full((1, 6), torch.nan), r"starts \[0\] are not finite"),
         (3, "prior="),
         (
             Nets(nn.Sequential(nn.Linear(2, 3)), torch.zeros(1, 9)),

@@ -45,7 +45,7 @@ def test_inspect_names_the_net_its_accuracy_and_what_it_confuses(space, images):
 
 @pytest.mark.parametrize("absent", [1, 2])
 def test_the_table_keeps_classes_in_place_where_images_lack_one(space, images, absent):
-    """Seen before: rows after it bore the name of the class before, and without the last: no table."""
+    """Seen before: rows after it bore the name of the class before; without the last, an error."""
     z, few = torch.randn(9, 6), images[images.y != absent]
     _, whole = inspect(space, z, torch.rand(9), z[2], images)
     _, right = inspect(space, z, torch.rand(9), z[2], few)

@@ -120,9 +120,8 @@ def draw_meshes(meshes, titles=None, columns=None, color="#5b8db8", size=2.0, tu
         size: inches a mesh.
         turn, tilt: the camera's degrees about the y axis and above the floor.
     """
-    columns = columns or len(meshes)
+    columns, titles = columns or len(meshes), titles or [""] * len(meshes)
     rows = -(-len(meshes) // columns)
-    titles = titles or [""] * len(meshes)
     colors = [color] * len(meshes) if isinstance(color, str) else color
     if not len(titles) == len(colors) == len(meshes):
         raise ValueError(f"{len(meshes)} meshes but {len(titles)} titles and {len(colors)} colors")
@@ -143,13 +142,11 @@ def draw_meshes(meshes, titles=None, columns=None, color="#5b8db8", size=2.0, tu
 
 def _draw(axis, mesh, color, camera):
     """Painter's algorithm: faces seen from the front, farthest first, in Lambert shades."""
-    rgb = plt.matplotlib.colors.to_rgba_array(color)[:, :3]  # one row, or one a face
-    rgb = np.broadcast_to(rgb, (len(mesh.faces), 3))
+    rgb = np.broadcast_to(plt.matplotlib.colors.to_rgba_array(color)[:, :3], mesh.faces.shape)
     if len(mesh.faces) > MAX_FACES:  # vertices up to 0.025 apart become one: enough to draw
         mesh = mesh.copy().apply_scale(0.4)
         mesh.merge_vertices(merge_norm=True, digits_vertex=2)
-        kept = mesh.nondegenerate_faces()
-        mesh.update_faces(kept)
+        mesh.update_faces(kept := mesh.nondegenerate_faces())
         mesh, rgb = mesh.apply_scale(2.5), rgb[kept]
     light = np.array([-0.1, 0.9, 0.42])  # a unit vector: from above, in front, a little left
     height = (mesh.vertices[:, 1:2] - mesh.bounds[0, 1]) / light[1]

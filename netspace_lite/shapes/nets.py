@@ -137,8 +137,7 @@ def scan(sdf, towards: Tensor, points: int = 300, noise: float = 0.01, seed: int
         raise ValueError(f"directions should have length 1, not {towards.norm(dim=-1).tolist()}")
     generator, rays, towards = torch.Generator().manual_seed(seed), 12 * points, towards[:, None]
     turn, area = torch.rand(2, len(towards), rays, 1, generator=generator).to(towards.device)
-    up = torch.tensor([[[0.0, 1.0, 0.1]]]).to(towards.device)
-    side = F.normalize(torch.linalg.cross(towards, up), dim=-1)
+    side = F.normalize(torch.linalg.cross(towards, towards.new_tensor([[[0, 1, 0.1]]])), dim=-1)
     other, angle = torch.linalg.cross(towards, side), 2 * torch.pi * turn
     x = towards + area.sqrt() * (angle.cos() * side + angle.sin() * other)  # a disc of rays
     for _ in range(64):
