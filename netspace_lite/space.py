@@ -154,7 +154,7 @@ class NetSpace(nn.Module):
     """An embedding space of one or several architectures.
 
     Args:
-        modules: one module of each architecture.
+        modules: one module of each architecture; of a single one the module itself will do.
         inputs: [S, ...] typical inputs; the probes start as M of them.
         config: sizes.
         seed: of the initialisation.
@@ -172,6 +172,8 @@ class NetSpace(nn.Module):
         for name, kinds in known.items():
             if (given := getattr(config, name)) not in kinds:
                 raise ValueError(f"{name} should be one of {kinds}, not {given!r}")
+        alone = isinstance(modules, nn.Module) and not isinstance(modules, nn.ModuleList)
+        modules = [modules] if alone else list(modules)
         reads = len(modules), config.weights, config.probes
         if config.parts == "paper" and reads != (1, True, 0):
             raise ValueError("the paper's parts read one architecture's weights: pass probes=0")

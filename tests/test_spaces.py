@@ -373,6 +373,15 @@ def test_wrong_input_is_refused_in_a_sentence(zoos, data):
         NetSpace([net, LeNetLike(IMAGE, 4, (4,), (8,), 3)], data.train.x, CONFIG)
 
 
+@pytest.mark.parametrize("net", [small_nets()[0], nn.Sequential(nn.Flatten(), *mlp(nn.ReLU(), 64))])
+def test_a_single_module_is_an_architecture_of_its_own(data, tmp_path, net):
+    """Seen before: a net has no len(), and of a Sequential each layer was one."""
+    space = NetSpace(net, data.train.x, CONFIG)
+    space.save(tmp_path)
+    for modules in (net, nn.ModuleList([net]), iter([net])):
+        assert torch.equal(NetSpace.load(tmp_path, modules).encode(net), space.encode(net))
+
+
 def test_modules_of_batch_norms_are_folded_on_the_way_in(data, tmp_path):
     """What is encoded as a module is what a zoo of it holds."""
     layers = nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(108, CLASSES)
