@@ -334,8 +334,7 @@ def _make(make: Make, seed: int) -> nn.Module:
             return built
     module = copy.deepcopy(make).cpu()  # random numbers are the CPU's
     for name, layer in reversed(list(module.named_modules())):  # parents have the last word
-        names = ("reset_parameters", "_reset_parameters")
-        reset = next((getattr(layer, n) for n in names if hasattr(layer, n)), None)
+        reset = getattr(layer, "reset_parameters", getattr(layer, "_reset_parameters", None))
         if reset is not None:
             reset()
         elif next(layer.parameters(recurse=False), None) is not None:
@@ -561,10 +560,10 @@ def _finished(batched: Batched, states: list[dict], order: Tensor):
     losses = nn.utils.rnn.pad_sequence(losses, True, torch.nan)[order]
     if not batched.running.size:
         return batched, rows, losses
-    nets = [copy.deepcopy(batched.module) for _ in rows]
-    states = zip(nets, batched.layout.unpack(rows), batched.running.unpack(running), strict=True)
-    for net, parameters, statistics in states:
-        net.load_state_dict(parameters | statistics, strict=False)
-    nets = [fold_batchnorm(net) for net in nets]
+    module, nets = copy.deepcopy(batched.module), []
+    states = zip(batched.layout.unpack(rows), batched.running.unpack(running), strict=True)
+    for parameters, statistics in states:
+        module.load_state_dict(parameters | statistics, strict=False)
+        nets.append(fold_batchnorm(module))
     folded = Batched(nets[0])
     return folded, folded.layout.pack(nets).to(rows), losses
