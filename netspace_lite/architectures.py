@@ -45,7 +45,9 @@ def describe(module: nn.Module) -> dict:
 
     ``config`` is None for a module whose class is not registered; only its user can build it.
     """
-    return {"name": type(module).__name__, "config": getattr(module, "config", None)}
+    name = type(module).__name__
+    config = getattr(module, "config", None) if name in ARCHITECTURES else None  # not anyone's own
+    return {"name": name, "config": config}
 
 
 def build(description: dict) -> nn.Module:

@@ -60,8 +60,9 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
         if not name:
             return layer
         folded.set_submodule(name, layer)
-    if getattr(folded, "config", {}).get("batch_norm"):
-        folded.config = {**folded.config, "batch_norm": False}
+    config = getattr(folded, "config", None)
+    if isinstance(config, dict) and config.get("batch_norm"):
+        folded.config = config | {"batch_norm": False}
     return folded
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,6 +240,25 @@ def test_nets_without_a_history_save_and_load(tmp_path):
     assert again.losses is None
     assert again.scores == {}
     assert again.members.tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="decorate its class"):
+        Zoo.load(tmp_path)
+
+
+class OwnConfig(nn.Module):
+    """A module with settings of its own, no JSON values, under the name that ours are kept by."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.layer = SimpleNamespace(width=10), nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.layer(x.flatten(1))
+
+
+def test_a_module_may_have_a_config_of_its_own(task, tmp_path):
+    zoo = Zoo.from_modules([OwnConfig(), OwnConfig()], task)
+    zoo.save(tmp_path)
+    assert torch.equal(Zoo.load(tmp_path, OwnConfig()).rows, zoo.rows)
     with pytest.raises(ValueError, match="decorate its class"):
         Zoo.load(tmp_path)
 
