@@ -84,7 +84,7 @@ class Batched:
     def __call__(self, rows: Tensor, x: Tensor, per_net: bool = False, running=None) -> Tensor:
         check_rows(rows, self.layout.size)
         _check_inputs(rows, x, per_net)
-        if self._is_siren:
+        if self._is_siren and x.dim() == 2 + per_net:  # not points in groups
             return siren_mlp(x, rows, self.module.config["hidden"], self.module.config["omega"])
         if self.running.size and running is None:
             why = f"the rows of a {name_of(self.module)} have no batch norms' statistics"
