@@ -83,7 +83,7 @@ class Batched:
 
     def __call__(self, rows: Tensor, x: Tensor, per_net: bool = False, running=None) -> Tensor:
         check_rows(rows, self.layout.size)
-        _check_inputs(rows, x, per_net)
+        check_inputs(rows, x, per_net)
         if self._is_siren and x.dim() == 2 + per_net:  # not points in groups
             return siren_mlp(x, rows, self.module.config["hidden"], self.module.config["omega"])
         if self.running.size and running is None:
@@ -162,7 +162,8 @@ class Batched:
         return way
 
 
-def _check_inputs(rows: Tensor, x: Tensor, per_net: bool) -> None:
+def check_inputs(rows: Tensor, x: Tensor, per_net: bool) -> None:
+    """Raise ValueError unless nets [N, P] can be asked about inputs x."""
     if x.dtype != rows.dtype or x.device != rows.device:
         given, nets = f"{x.dtype} on {x.device}", f"{rows.dtype} on {rows.device}"
         raise ValueError(f"inputs are {given}, nets are {nets}: convert one of them with .to()")
