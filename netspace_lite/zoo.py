@@ -381,7 +381,7 @@ def train_nets(
     state = _state(batched, state or {"rows": initial_rows(make, seeds)}, lengths[0])
     state |= {k: v.to(device) for k, v in state.items() if k not in ("step", "seconds")}
     hyper = [[recipe.lr, recipe.weight_decay, recipe.steps] for recipe in recipes]
-    lr, decay, ends = torch.tensor(hyper, device=device).split(1, dim=1)
+    lr, decay, ends = torch.tensor(hyper, device=device).T
     started = time.perf_counter() - state["seconds"].item()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for step in range(int(state["step"]), lengths[0]):
@@ -397,7 +397,7 @@ def train_nets(
             loss = task.loss(batched(weights, x, True, running), y)
             (grad,) = torch.autograd.grad(loss.sum(), weights)
             rate = lr[:n] * task.schedule(step / ends[:n])
-            adamw_step(rows, grad, *adam, step + 1, rate, decay[:n])
+            adamw_step(rows, grad, *adam, step + 1, rate[:, None], decay[:n, None])
             state["losses"][:n, step] = loss.detach()
             state["step"].fill_(step + 1)
             state["seconds"].fill_(time.perf_counter() - started)

@@ -286,6 +286,18 @@ def test_recipes_have_to_be_sorted_for_one_block(task):
         train_nets(NET, task, RECIPES)
 
 
+def test_a_schedule_is_asked_for_one_factor_a_net(task):
+    seen = []
+
+    class Halving(ImageTask):
+        def schedule(self, progress):
+            seen.append(progress.tolist())
+            return torch.tensor([0.5**p for p in progress.tolist()])
+
+    train_nets(NET, Halving(task.data), [Recipe(0, 4), Recipe(1, 2)])
+    assert seen == [[0, 0], [0.25, 0.5], [0.5], [0.75]]
+
+
 def test_fine_tuning_is_training_from_where_nets_are(zoo, task):
     """Two steps from given weights equal AdamW on the plain module."""
     recipe, before = Recipe(3, 2, 1e-2, 0.1), zoo.rows.clone()
