@@ -405,15 +405,14 @@ class _Interpreter:
         elif isinstance(layer, nn.GroupNorm):
             out = F.group_norm(channels, self.nets * layer.num_groups, weight, bias, layer.eps)
         else:
-            views = self._of(node, "running_mean", "running_var")
-            running = [None if view is None else view.clone().flatten() for view in views]
+            views = [v for v in self._of(node, "running_mean", "running_var") if v is not None]
+            running = [view.clone().flatten() for view in views] or [None, None]
             norm = F.batch_norm if isinstance(layer, _BATCH_NORMS) else F.instance_norm
             out = norm(channels, *running, weight, bias, True, layer.momentum or 0.0, layer.eps)
             if norm is F.instance_norm and out.requires_grad:  # its backward reads others wrongly
                 out.register_hook(Tensor.contiguous)
-            for view, updated in zip(views, running, strict=True):
-                if view is not None:
-                    view.copy_(updated.view_as(view))
+            for view, updated in zip(views, running, strict=False):
+                view.copy_(updated.view_as(view))
         return out.unflatten(1, (self.nets, -1))
 
     def _plain(self, node: fx.Node, module: nn.Module | None):

@@ -538,7 +538,12 @@ class _Blocks:
 
     def finish(self, states: list[dict[str, Tensor]]) -> Zoo:
         """The zoo of all blocks' final states, scored; it takes their place in the folder."""
-        batched, rows, losses = _finished(self.batched, states, self.order.argsort())
+        batched, order = self.batched, self.order.argsort()
+        rows, running = (torch.cat([s[key] for s in states])[order] for key in ("rows", "running"))
+        losses = [net for s in states for net in s["losses"].cpu()]  # of longer and shorter blocks
+        losses = nn.utils.rnn.pad_sequence(losses, True, torch.nan)[order]
+        if batched.running.size:
+            batched, rows = _folded(batched, rows, running)
         about = self.plan | {"seconds": sum(state["seconds"].item() for state in states)}
         zoo = Zoo(batched, rows, None, self.recipes, losses, None, about).scored(self.task)
         if self.folder is not None:
@@ -553,17 +558,12 @@ def _without_adam(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if name not in ADAM}
 
 
-def _finished(batched: Batched, states: list[dict], order: Tensor):
-    """Architecture, rows and losses of the nets of all blocks, batch norms folded away."""
-    rows, running = (torch.cat([s[key] for s in states])[order] for key in ("rows", "running"))
-    losses = [net for s in states for net in s["losses"].cpu()]  # of longer and shorter blocks
-    losses = nn.utils.rnn.pad_sequence(losses, True, torch.nan)[order]
-    if not batched.running.size:
-        return batched, rows, losses
+def _folded(batched: Batched, rows: Tensor, running: Tensor) -> tuple[Batched, Tensor]:
+    """Architecture and rows of nets whose batch norms are folded away."""
     module, nets = copy.deepcopy(batched.module), []
     states = zip(batched.layout.unpack(rows), batched.running.unpack(running), strict=True)
     for parameters, statistics in states:
         module.load_state_dict(parameters | statistics, strict=False)
         nets.append(fold_batchnorm(module))
     folded = Batched(nets[0])
-    return folded, folded.layout.pack(nets).to(rows), losses
+    return folded, folded.layout.pack(nets).to(rows)
