@@ -63,8 +63,8 @@ class Batched:
         self.running = _statistics_layout(self.module)
         self._modes: dict[tuple, _Mode] = {}
         self._ways: dict[tuple[bool, bool], str] = {}
-        stock = type(module) is Siren and structure(Siren(**module.config))
-        self._is_siren = bool(stock) and stock == self.fingerprint
+        stock = Siren(**module.config) if type(module) is Siren else None
+        self._is_siren = stock is not None and structure(stock) == self.fingerprint
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -83,8 +83,8 @@ class Batched:
 
     def __call__(self, rows: Tensor, x: Tensor, per_net: bool = False, running=None) -> Tensor:
         check_rows(rows, self.layout.size)
-        _check_inputs(rows, x, per_net)
-        if self._is_siren:
+        check_inputs(rows, x, per_net)
+        if self._is_siren and x.dim() == 2 + per_net:  # not points in groups
             return siren_mlp(x, rows, self.module.config["hidden"], self.module.config["omega"])
         if self.running.size and running is None:
             why = f"the rows of a {name_of(self.module)} have no batch norms' statistics"
@@ -165,7 +165,8 @@ class Batched:
         return way
 
 
-def _check_inputs(rows: Tensor, x: Tensor, per_net: bool) -> None:
+def check_inputs(rows: Tensor, x: Tensor, per_net: bool) -> None:
+    """Raise ValueError unless nets [N, P] can be asked about inputs x."""
     if x.dtype != rows.dtype or x.device != rows.device:
         given, nets = f"{x.dtype} on {x.device}", f"{rows.dtype} on {rows.device}"
         raise ValueError(f"inputs are {given}, nets are {nets}: convert one of them with .to()")
@@ -219,10 +220,6 @@ def _plain_operations():
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-class _CantCarryNets(TypeError):
-    """A graph has a step that no batched layer knows."""
-
-
 class _Mode:
     """A module in training or evaluation on one device in one dtype: its graph and ways to run it.
 
@@ -235,8 +232,6 @@ class _Mode:
         root = nn.Sequential(self.module)  # a bare layer has a name in it, and options are left out
         try:
             self.graph = _trace(root)
-        except _CantCarryNets as error:
-            self.graph = str(error)
         except Exception as error:  # tracing runs the user's code on proxies
             self.graph = f"it can't be traced ({str(error).partition(chr(10))[0]})"
         self.parts, self.plans, first = dict(root.named_modules()), {}, {}
@@ -245,8 +240,8 @@ class _Mode:
                 if isinstance(value, Tensor):  # constants, also those of the trace
                     dtype = like.dtype if value.is_floating_point() else value.dtype
                     setattr(part, name, value.to(like.device, dtype))
-        tensors = itertools.chain(root.named_parameters(remove_duplicate=False),
-                                  root.named_buffers(remove_duplicate=False))  # fmt: skip
+        every = {"remove_duplicate": False}
+        tensors = *root.named_parameters(**every), *root.named_buffers(**every)
         # A tensor that is tied has several names in the module, and the first of them in the views.
         self.names = {n: first.setdefault(id(t), n.removeprefix("0.")) for n, t in tensors}
         root.to(like)
@@ -297,19 +292,19 @@ class _Tracer(fx.Tracer):
         return type(module) in _BATCHED or next(module.parameters(), None) is None
 
 
-def _trace(root: nn.Sequential) -> fx.Graph:
+def _trace(root: nn.Sequential) -> fx.Graph | str:
     """The graph of what is in ``root``, without identities and with activations in their layers.
 
-    Raises _CantCarryNets naming the step that can't carry many.
+    If it has a step that no batched layer knows, what is said of that.
     """
     graph = _Tracer().trace(root)
     for node in reversed(list(graph.nodes)):
         named = node.op in ("get_attr", "call_module")
         part = operator.attrgetter(node.target)(root) if named else None
         if isinstance(part, nn.Parameter):
-            raise _CantCarryNets(f"it reads {node.target[2:]!r} outside layers of many nets")
+            return f"it reads {node.target[2:]!r} outside layers of many nets"
         if getattr(part, "padding_mode", "zeros") != "zeros":
-            raise _CantCarryNets(f"{part} pads in a way that no batched layer knows")
+            return f"{part} pads in a way that no batched layer knows"
         if type(part) is nn.Identity:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
@@ -419,15 +414,14 @@ class _Interpreter:
         elif isinstance(layer, nn.GroupNorm):
             out = F.group_norm(channels, self.nets * layer.num_groups, weight, bias, layer.eps)
         else:
-            views = self._of(node, "running_mean", "running_var")
-            running = [None if view is None else view.clone().flatten() for view in views]
+            views = [v for v in self._of(node, "running_mean", "running_var") if v is not None]
+            running = [view.clone().flatten() for view in views] or [None, None]
             norm = F.batch_norm if isinstance(layer, _BATCH_NORMS) else F.instance_norm
             out = norm(channels, *running, weight, bias, True, layer.momentum or 0.0, layer.eps)
             if norm is F.instance_norm and out.requires_grad:  # its backward reads others wrongly
                 out.register_hook(Tensor.contiguous)
-            for view, updated in zip(views, running, strict=True):
-                if view is not None:
-                    view.copy_(updated.view_as(view))
+            for view, updated in zip(views, running, strict=False):
+                view.copy_(updated.view_as(view))
         return out.unflatten(1, (self.nets, -1))
 
     def _plain(self, node: fx.Node, module: nn.Module | None):

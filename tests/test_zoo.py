@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -243,6 +244,25 @@ def test_nets_without_a_history_save_and_load(tmp_path):
         Zoo.load(tmp_path)
 
 
+class OwnConfig(nn.Module):
+    """A module with settings of its own, no JSON values, under the name that ours are kept by."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.layer = SimpleNamespace(width=10), nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.layer(x.flatten(1))
+
+
+def test_a_module_may_have_a_config_of_its_own(task, tmp_path):
+    zoo = Zoo.from_modules([OwnConfig(), OwnConfig()], task)
+    zoo.save(tmp_path)
+    assert torch.equal(Zoo.load(tmp_path, OwnConfig()).rows, zoo.rows)
+    with pytest.raises(ValueError, match="decorate its class"):
+        Zoo.load(tmp_path)
+
+
 def test_members_stay_with_their_nets(zoo):
     parts = zoo.split(1, 1, seed=0)
     assert [len(part) for part in parts] == [2, 1, 1]
@@ -264,6 +284,18 @@ def test_a_zoo_moves_and_iterates_whole(zoo):
 def test_recipes_have_to_be_sorted_for_one_block(task):
     with pytest.raises(ValueError, match="longest first"):
         train_nets(NET, task, RECIPES)
+
+
+def test_a_schedule_is_asked_for_one_factor_a_net(task):
+    seen = []
+
+    class Halving(ImageTask):
+        def schedule(self, progress):
+            seen.append(progress.tolist())
+            return torch.tensor([0.5**p for p in progress.tolist()])
+
+    train_nets(NET, Halving(task.data), [Recipe(0, 4), Recipe(1, 2)])
+    assert seen == [[0, 0], [0.25, 0.5], [0.5], [0.75]]
 
 
 def test_fine_tuning_is_training_from_where_nets_are(zoo, task):
