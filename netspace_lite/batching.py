@@ -135,7 +135,8 @@ class Batched:
 
         def run(way):
             running = self.initial_running(len(good)).to(good) if mode.training else None
-            out = getattr(mode, way)(self._views(good, running), x, per_net)
+            out = getattr(mode, way)(self._views(good, running), given := x.clone(), per_net)
+            mode.changes_inputs |= not torch.equal(given, x)
             return torch.cat([out.flatten(1), running], 1) if mode.training else out
 
         with torch.random.fork_rng([x.device] if x.is_cuda else []), backend("torch"), _NoDropout():
@@ -229,6 +230,7 @@ class _Mode:
     def __init__(self, module: nn.Module, training: bool, like: Tensor):
         self.module, self.training = copy.deepcopy(module).train(training), training
         self.may_reorder = False  # whether images can have their channels innermost
+        self.changes_inputs = False  # whether steps in place would change the caller's
         root = nn.Sequential(self.module)  # a bare layer has a name in it, and options are left out
         try:
             self.graph = _trace(root)
@@ -253,7 +255,7 @@ class _Mode:
         nets = len(next(iter(views.values())))
         if self.training and not per_net:  # each net drops its own
             x, per_net = x.expand(nets, *x.shape), True
-        return _Interpreter(self, views, nets).run(x, per_net)
+        return _Interpreter(self, views, nets).run(self._own(x), per_net)
 
     def plan(self, layout: Layout, sample: torch.Size):
         """How `net` takes samples of this shape through the graph; None if it can't."""
@@ -263,17 +265,20 @@ class _Mode:
             self.plans[sample] = translate(self.graph, self.parts, weights, layout.size, sample)
         return self.plans[sample]
 
+    def _own(self, x: Tensor) -> Tensor:
+        return x.clone() if self.changes_inputs else x
+
     @_plain_operations()
     def vmap(self, views: dict[str, Tensor], x: Tensor, per_net: bool) -> Tensor:
         """Through PyTorch's own batching."""
         one_net, axes = functools.partial(functional_call, self.module), (0, 0 if per_net else None)
-        return vmap(one_net, axes, randomness="different")(views, x)
+        return vmap(one_net, axes, randomness="different")(views, self._own(x))
 
     @_plain_operations()
     def loop(self, views: dict[str, Tensor], x: Tensor, per_net: bool) -> Tensor:
         """One net after the other, as its plain module."""
         nets = zip(one_by_one(views), x if per_net else itertools.repeat(x), strict=False)
-        outputs = [functional_call(self.module, state, inputs) for state, inputs in nets]
+        outputs = [functional_call(self.module, state, own.clone()) for state, own in nets]
         if not isinstance(outputs[0], Tensor):
             what = f"{name_of(self.module)} returns a {type(outputs[0]).__name__}"
             raise ValueError(f"{what}, not one tensor: wrap it in a module that picks the tensor")

@@ -182,7 +182,7 @@ class Zoo(Nets):
             if not good.any():
                 raise ValueError(f"{said}: no net is left, train with a lower learning rate")
             warnings.warn(f"{said}: they are left out", stacklevel=3)
-            self.__dict__.update(self[good].__dict__)
+            self.__dict__.update(self[good].__dict__ | {"about": self.about})
 
     @property
     def seconds(self) -> float:
@@ -194,7 +194,8 @@ class Zoo(Nets):
         recipes = None if self.recipes is None else [self.recipes[i] for i in n.tolist()]
         losses = None if self.losses is None else self.losses[n]
         rows = self.rows[n.to(self.rows.device)]
-        return Zoo(self.batched, rows, scores, recipes, losses, self.members[n], self.about)
+        about = {k: v for k, v in self.about.items() if k != "recipes"}  # those are of the whole
+        return Zoo(self.batched, rows, scores, recipes, losses, self.members[n], about)
 
     def scored(self, task: Task) -> "Zoo":
         """The same nets, where the task's data is, with the scores that ``task`` gives them."""
