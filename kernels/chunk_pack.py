@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .backend import backend, tl, triton, use_triton
 from .common import check, register
+from .tiles import place, put
 
 BLOCK = 1024
 
@@ -142,9 +143,8 @@ def _split(row, shapes):
 @triton.jit
 def _scale_kernel(x, out, mean, std, used, size, BLOCK: tl.constexpr):
     """Grid (N·⌈size/BLOCK⌉,): one block of one net; `size` is T·L."""
-    blocks = tl.cdiv(size, BLOCK)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
-    at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    n, _, at = place(tl.program_id(0), 1, size, 1, BLOCK)
+    n = n.to(tl.int64)
     value = tl.load(x + n * size + at, mask=at < size, other=0).to(tl.float32)
     if used is not None:
         if mean is not None:
@@ -157,7 +157,7 @@ def _scale_kernel(x, out, mean, std, used, size, BLOCK: tl.constexpr):
             value = value * tl.load(std + at, mask=at < size, other=1)
         if mean is not None:
             value = value + tl.load(mean + at, mask=at < size, other=0)
-    tl.store(out + n * size + at, value.to(out.dtype.element_ty), mask=at < size)
+    put(out + n * size + at, value, at < size)
 
 
 def _empty(prep, used, mean, std, dtype):

@@ -91,9 +91,8 @@ def forward_kernel(
     at = ((sample * nets + n) * O * (U * V) + spot)[:, None] + (col * (U * V))[None, :]
     inside = (pixel[:, None] < B * U * V) & (col[None, :] < O)
     if step.act == 2:
-        tl.store(saved + at, acc.to(saved.dtype.element_ty), mask=inside)
-    acc = act_forward(acc, step)
-    tl.store(y + at, acc.to(y.dtype.element_ty), mask=inside)
+        put(saved + at, acc, inside)
+    put(y + at, act_forward(acc, step), inside)
 
 
 @triton.jit

@@ -72,10 +72,7 @@ def _at(place: tl.constexpr, values, b):
     `values` are those of scratch, outputs and inputs, or their gradients; OUTPUTS and INPUTS are
     places from the end of the three.
     """
-    if place < 0:
-        return values[place]
-    else:
-        return values[0] + place * b
+    return values[place] if place < 0 else values[0] + place * b
 
 
 @triton.jit
@@ -111,7 +108,7 @@ def _forward_step(row, values, b, step: tl.constexpr, PRECISION: tl.constexpr):
             if step.other != _NOTHING:
                 other = _at(step.other, values, b)
                 z += tl.load(other + at, mask=at < size, other=0).to(tl.float32)
-            tl.store(y + at, act_forward(z, step).to(y.dtype.element_ty), mask=at < size)
+            put(y + at, act_forward(z, step), at < size)
 
 
 @triton.jit

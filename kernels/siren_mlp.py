@@ -27,7 +27,7 @@ from torch import Tensor
 from .backend import tl, triton, use_triton
 from .batched_linear import batched_linear
 from .common import autocast, check, fp32_precision, joined, register
-from .tiles import product, put, sine_cosine
+from .tiles import place, product, put, sine_cosine
 
 CACHE_VALUES = 1 << 18  # hidden activations, in values, that nets of one block have on a CPU
 # A program holds all h sums of its points in registers, and without tensor cores the products' too.
@@ -128,12 +128,9 @@ def _first_layer(row, p, k, h, omega):
 
 
 @triton.jit
-def _second_layer(
-    row, p, col, h, omega,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, HP: tl.constexpr,
-):  # fmt: skip
-    """ω(W2·sin(first layer) + b2): [BM, HP] in fp32."""
-    acc = tl.zeros((BM, HP), tl.float32)
+def _second_layer(row, p, col, h, omega, PRECISION: tl.constexpr, BK: tl.constexpr):
+    """ω(W2·sin(first layer) + b2) at the points p for the neurons col, in fp32."""
+    acc = tl.zeros((p[0].shape[0], col.shape[0]), tl.float32)
     for start in range(0, h, BK):
         k = start + tl.arange(0, BK)
         hidden = sine_cosine(_first_layer(row, p, k, h, omega))[0]
@@ -149,16 +146,15 @@ def _forward_kernel(
     PRECISION: tl.constexpr, HP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Grid (N·⌈B/BM⌉,): the outputs of one net at BM points. HP is h up to a power of two."""
-    tiles = tl.cdiv(B, BM)
-    n = (tl.program_id(0) // tiles).to(tl.int64)
-    m, col = (tl.program_id(0) % tiles) * BM + tl.arange(0, BM), tl.arange(0, HP)
+    n, m, col = place(tl.program_id(0), B, HP, BM, HP)
+    n = n.to(tl.int64)
     row = rows + n * rn
     p = _points(points + n * pn, m, pb, pi, B)
-    angle = _second_layer(row, p, col, h, omega, PRECISION, BM, BK, HP)
+    angle = _second_layer(row, p, col, h, omega, PRECISION, BK)
     last = row + 5 * h + h * h
     y = tl.sum(sine_cosine(angle)[0] * _values(last, col, h)[None, :], 1)
     y += tl.load(last + h).to(tl.float32)
-    tl.store(out + n * B + m, y.to(out.dtype.element_ty), mask=m < B)
+    put(out + n * B + m, y, m < B)
 
 
 @triton.jit
@@ -181,7 +177,7 @@ def _backward_kernel(
         m = tile * BM + tl.arange(0, BM)
         p = _points(points + n * pn, m, pb, pi, B)
         go = _values(g + n * B, m, B)
-        angle = _second_layer(row, p, col, h, omega, PRECISION, BM, BK, HP)
+        angle = _second_layer(row, p, col, h, omega, PRECISION, BK)
         hidden, slope = sine_cosine(angle)
         g2 = go[:, None] * w3[None, :] * omega * slope
         dw3 += tl.sum(go[:, None] * hidden, 0)
@@ -204,10 +200,9 @@ def _backward_kernel(
         tl.debug_barrier()  # what this tile added to `part` is there before the next one reads it
         if dpoints is not None:
             for axis in tl.static_range(3):
-                at = dpoints + (n * B + m) * 3 + axis
-                tl.store(at, d[axis].to(dpoints.dtype.element_ty), mask=m < B)
-    tl.store(part + 4 * h + h * h + col, db2, mask=col < h)
-    tl.store(part + 5 * h + h * h + col, dw3, mask=col < h)
+                put(dpoints + (n * B + m) * 3 + axis, d[axis], m < B)
+    put(part + 4 * h + h * h + col, db2, col < h)
+    put(part + 5 * h + h * h + col, dw3, col < h)
     tl.store(part + size - 1, tl.sum(db3, 0))
 
 
@@ -237,7 +232,7 @@ def _w2_grad_kernel(
         g2 = _values(g + n * B, m, B)[:, None] * w3[None, :] * omega
         g2 = g2 * sine_cosine((z + b2[None, :]) * omega)[1]
         acc = product(tl.trans(g2.to(w2.dtype)), hidden, acc, PRECISION)
-    tl.store(parts + (split * nets + n) * size + at, acc, mask=inside)
+    put(parts + (split * nets + n) * size + at, acc, inside)
 
 
 def _options(hidden, precision, **tiles):

@@ -11,8 +11,7 @@ def place(index, rows, cols, BM: tl.constexpr, BN: tl.constexpr):
     """
     across = tl.cdiv(cols, BN)
     tiles = tl.cdiv(rows, BM) * across
-    share = index // tiles
-    at = index % tiles
+    share, at = index // tiles, index % tiles
     row = (at // across) * BM + tl.arange(0, BM)
     return share, row, (at % across) * BN + tl.arange(0, BN)
 
@@ -89,8 +88,8 @@ def act_backward(g, saved, at, mask, step: tl.constexpr):
 
 
 @triton.jit
-def put(pointer, value, mask, ADD: tl.constexpr):
-    """Store an fp32 tile, or with ADD add it to what is there."""
+def put(pointer, value, mask, ADD: tl.constexpr = False):
+    """Store an fp32 tile in the pointer's dtype, or with ADD add it to what is there."""
     if ADD:
         value += tl.load(pointer, mask=mask, other=0).to(tl.float32)
     tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
