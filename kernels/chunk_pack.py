@@ -102,16 +102,9 @@ def chunk_unpack(prep, shapes, mean=None, std=None):
     return _split(rows, shapes)
 
 
-def chunk_pack_reference(*args, **kwargs):
-    """`chunk_pack` without its kernel, for any dtype: what the kernel is held against."""
-    with backend("torch"):
-        return chunk_pack(*args, **kwargs)
-
-
-def chunk_unpack_reference(*args, **kwargs):
-    """`chunk_unpack` without its kernel."""
-    with backend("torch"):
-        return chunk_unpack(*args, **kwargs)
+# The same without the kernel, for any dtype: what the kernel is held against.
+chunk_pack_reference = backend("torch")(chunk_pack)
+chunk_unpack_reference = backend("torch")(chunk_unpack)
 
 
 def _standardise(op, prep, used, mean, std, dtype):

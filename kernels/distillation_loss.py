@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import tl, triton, use_triton
-from .common import autocast, check, register
+from .common import autocast, check, register_differentiable
 from .tiles import place, put
 
 
@@ -147,4 +147,4 @@ def launch_backward(g, needs, logits, targets, labels, temperature, alpha, loss,
     return (grad * g[:, None, None],)
 
 
-_distillation = register("distillation_loss", launch, _empty, launch_backward)
+_distillation = register_differentiable("distillation_loss", launch, _empty, launch_backward)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from .backend import tl, triton
-from .common import NONE, SINE, in_parts, joined, output_size, register, tile
+from .common import NONE, SINE, in_parts, joined, output_size, register_differentiable, tile
 from .tiles import act_backward, act_forward, place, product, put
 
 
@@ -251,4 +251,4 @@ def launch_backward(
     return dx, dw, db
 
 
-layer = register("layer", launch_forward, _empty, launch_backward)
+layer = register_differentiable("layer", launch_forward, _empty, launch_backward)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .backend import tl, triton
-from .common import autocast, check, fp32_precision, in_parts, joined, register
+from .common import autocast, check, fp32_precision, in_parts, joined, register_differentiable
 from .layer import forward_kernel, input_grad_kernel, weight_grad_kernel
 from .plan import INPUTS, NOTHING, SAMPLES, plan_of
 from .tiles import act_backward, act_forward, put
@@ -191,15 +191,10 @@ def _part(nets, samples):
     return triton.cdiv(samples, max(splits, triton.cdiv(samples, MOST)))
 
 
-def _few(part, keep):
-    """Samples that a program takes through the net at a time."""
-    return part if keep else min(part, SAMPLES)
-
-
 def _empty(x, rows, plan, keep, precision):
     plan, nets, samples = plan_of(plan), len(rows), x.shape[-2]
     part = _part(nets, samples)
-    kept = samples if keep else triton.cdiv(samples, part) * _few(part, keep)
+    kept = samples if keep else triton.cdiv(samples, part) * min(part, SAMPLES)
     out = rows.new_empty(nets, samples, plan.outputs)
     return out, rows.new_empty(nets, kept, plan.values)
 
@@ -210,8 +205,9 @@ def launch_forward(
     """The answers [N, B, K], and scratch [N, B, A], which the backward takes if `keep`."""
     out, scratch = _empty(x, rows, plan, keep, precision)
     (nets, samples, _), part = out.shape, _part(len(rows), x.shape[-2])
+    few = part if keep else min(part, SAMPLES)
     _forward_kernel[(nets * triton.cdiv(samples, part),)](
-        x, rows, out, scratch, samples, part, _few(part, keep), x.expand(nets, -1, -1).stride(0),
+        x, rows, out, scratch, samples, part, few, x.expand(nets, -1, -1).stride(0),
         rows.stride(0), PLAN=plan_of(plan), KEEP=keep, PRECISION=precision, **HOW,
     )  # fmt: skip
     return out, scratch
@@ -231,4 +227,4 @@ def launch_backward(g, needs, x, rows, plan, keep, precision, out, scratch):
     return None, joined(parts, rows.dtype)
 
 
-_net = register("net", launch_forward, _empty, launch_backward)
+_net = register_differentiable("net", launch_forward, _empty, launch_backward)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .backend import tl, triton, use_triton
 from .batched_linear import batched_linear
-from .common import autocast, check, fp32_precision, joined, register
+from .common import autocast, check, fp32_precision, joined, register_differentiable
 from .tiles import place, product, put, sine_cosine
 
 CACHE_VALUES = 1 << 18  # hidden activations, in values, that nets of one block have on a CPU
@@ -68,9 +68,9 @@ def siren_mlp(points, rows, hidden, omega=30.0, precision=None) -> torch.Tensor:
     return _siren(points, rows, hidden, float(omega), precision).unsqueeze(-1)
 
 
-def widest(dtype, precision=None) -> int:
+def widest(dtype, precision) -> int:
     """The largest h that the kernels hold without spilling registers (see `aot`)."""
-    exact = dtype == torch.float32 and fp32_precision(precision) == "ieee"
+    exact = dtype == torch.float32 and precision == "ieee"
     return MAX_HIDDEN_IEEE if exact else MAX_HIDDEN
 
 
@@ -280,4 +280,4 @@ def launch_backward(g, needs, points, rows, hidden, omega, precision, out):
     return dpoints.sum(0) if shared else dpoints, joined(parts, rows.dtype)
 
 
-_siren = register("siren_mlp", launch_forward, _empty, launch_backward)
+_siren = register_differentiable("siren_mlp", launch_forward, _empty, launch_backward)
