@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .backend import tl, triton, use_triton
 from .common import autocast, check, register_differentiable
-from .tiles import place, put
+from .tiles import place, put, take
 
 
 def distillation_loss(logits, targets, labels=None, temperature=4.0, alpha=0.9) -> torch.Tensor:
@@ -101,8 +101,8 @@ def _loss_kernel(
     inside = (m[:, None] < B) & (k[None, :] < K)
     outside = tl.where(k < K, 0.0, -1e30)[None, :]
     temperature = tl.load(temperatures + n)
-    logit = tl.load(z + n * zn + rows * zb + k[None, :], mask=inside, other=0).to(tl.float32)
-    target = tl.load(t + n * tn + rows * tb + k[None, :], mask=inside, other=0).to(tl.float32)
+    logit = take(z + n * zn + rows * zb + k[None, :], inside)
+    target = take(t + n * tn + rows * tb + k[None, :], inside)
     q, log_q = _softmax(logit / temperature + outside)
     p, log_p = _softmax(target / temperature + outside)
     apart = tl.where(inside, p * (log_p - log_q), 0.0)

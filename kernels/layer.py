@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .backend import tl, triton
 from .common import NONE, SINE, in_parts, joined, output_size, register_differentiable, tile
-from .tiles import act_backward, act_forward, place, product, put
+from .tiles import act_backward, act_forward, place, product, put, take
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def forward_kernel(
         b = tl.load(w + n * wn + col[None, :] * window + k[:, None], mask=w_in, other=0)
         acc = product(a, b, acc, PRECISION)
     if bias is not None:
-        acc += tl.load(bias + n * bn + col, mask=col < O, other=0).to(tl.float32)[None, :]
+        acc += take(bias + n * bn + col, col < O)[None, :]
     sample, spot = (pixel // (U * V)).to(tl.int64), pixel % (U * V)
     at = ((sample * nets + n) * O * (U * V) + spot)[:, None] + (col * (U * V))[None, :]
     inside = (pixel[:, None] < B * U * V) & (col[None, :] < O)

@@ -29,7 +29,7 @@ from .backend import tl, triton
 from .common import autocast, check, fp32_precision, in_parts, joined, register_differentiable
 from .layer import forward_kernel, input_grad_kernel, weight_grad_kernel
 from .plan import INPUTS, NOTHING, SAMPLES, plan_of
-from .tiles import act_backward, act_forward, put
+from .tiles import act_backward, act_forward, put, take
 
 PROGRAMS = 384  # at least: three for each of an H100's 132 multiprocessors
 MOST = 1024  # samples of a program: offsets in 32 bits
@@ -102,12 +102,10 @@ def _forward_step(row, values, b, step: tl.constexpr, PRECISION: tl.constexpr):
                 corner = at // (step.U * step.V) * (step.H * step.W)
                 corner += u * (step.KH * step.W) + v * step.KW
             for k in range(0, step.KH * step.KW):
-                pixel = source + corner + k // step.KW * step.W + k % step.KW
-                z += tl.load(pixel, mask=at < size, other=0).to(tl.float32)
+                z += take(source + corner + k // step.KW * step.W + k % step.KW, at < size)
             z = z / (step.KH * step.KW)
             if step.other != _NOTHING:
-                other = _at(step.other, values, b)
-                z += tl.load(other + at, mask=at < size, other=0).to(tl.float32)
+                z += take(_at(step.other, values, b) + at, at < size)
             put(y + at, act_forward(z, step), at < size)
 
 
