@@ -166,10 +166,8 @@ def _backward_op(name, launch, launch_backward):
         return [v.new_empty(v.shape) if need else g.new_empty(0) for v, need in pairs]
 
     def refuse(ctx, *grads):
-        raise RuntimeError(
-            f"{name}: the Triton kernels are differentiable once. For second derivatives compute "
-            'the first ones under backend("torch").'
-        )
+        instead = 'For second derivatives compute the first ones under backend("torch").'
+        raise RuntimeError(f"{name}: the Triton kernels are differentiable once. {instead}")
 
     backward = register(f"{name}_backward", gradients, empty_gradients, schema)
     backward.register_autograd(refuse)
