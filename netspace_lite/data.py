@@ -89,8 +89,11 @@ def load_images(path, seed: int = 0, val: float = 0.2) -> ImageData:
     """
     names = "x_train", "y_train", "x_test", "y_test"
     x, y, x_test, y_test = store.load_arrays(path, names).values()
+    alike = x.dtype.kind == x_test.dtype.kind
     x, y = _check("train", x, y)
     x_test, y_test = _check("test", x_test, y_test)
+    if not alike and (min(x.min(), x_test.min()) < 0 or max(x.max(), x_test.max()) > 1):
+        raise ValueError("x_train and x_test: one is uint8, one float beyond 0..1; save both alike")
     if x.shape[1:] != x_test.shape[1:]:
         raise ValueError(f"x_train is {x.shape} but x_test is {x_test.shape}: sizes differ")
     known = np.unique(y)
@@ -118,7 +121,7 @@ def _check(part: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndar
     if y.shape != (len(x),):
         raise ValueError(f"y_{part} should be one label an image, [{len(x)}], not {y.shape}")
     if y.dtype.kind not in "iu" or y.astype(np.int64).min() < 0:
-        raise ValueError(f"y_{part} should be whole numbers from 0, not {y.dtype} from {y.min()}")
+        raise ValueError(f"y_{part} should be whole numbers from 0, not {y.dtype} from {min(y)}")
     return x, y.astype(np.int64)
 
 

@@ -56,7 +56,7 @@ def describe_layers(layout: Layout) -> Tensor:
     last = max(sum(kind != "bias" for kind in kinds) - 1, 1)
     rows, depth = [], -1
     for name, shape, kind in zip(layout.names, layout.shapes, kinds, strict=True):
-        if kind not in KINDS:
+        if kind not in KINDS or (kind == "bias" and name.split(".")[-1] == "weight"):  # a norm's
             raise ValueError(f"parameter {name!r} of shape {shape} is no layer: can't describe it")
         depth += kind != "bias"
         share = max(depth, 0) / last
@@ -141,5 +141,5 @@ class DescribedDistillation:
         for a in torch.randperm(len(self.batched), generator=generator)[: self.kinds].tolist():
             n = torch.randint(len(self.z), (self.nets,), generator=generator)
             nets = decoder.decode(self.z[n.to(self.z.device)], self.batched[a])
-            total = total + self.loss(nets, generator).mean() / self.kinds
+            total = total + self.loss(nets, generator).mean() / min(self.kinds, len(self.batched))
         return total

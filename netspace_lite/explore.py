@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .data import Images
 from .nets import MixedNets, Nets
 from .progress import progress_bar
-from .space import NetSpace
+from .space import NetSpace, check_finite
 from .training import LikenessLoss, NetsLoss, kl_divergence, learning_rate
 
 Validation = Images | Callable[[Nets], Tensor] | None
@@ -93,6 +93,8 @@ class ImageLoss:
             with torch.no_grad():  # in parts, or a deep teacher's activations fill the memory
                 self.targets = torch.cat([teacher(x) for x in images.x.split(4096)])[None]
         elif teacher is not None:
+            if not isinstance(teacher, Nets | MixedNets) or len(teacher) != 1:
+                raise ValueError(f"a teacher is one net, zoo[n] or a module, not {teacher!r}")
             self.targets = teacher[0].outputs(images.x)
 
     def __call__(self, nets: Nets, generator: torch.Generator) -> Tensor:
@@ -182,11 +184,10 @@ def optimise(
     Raises ValueError if the starts or the first loss can't be used. If the loss fails later (NaN),
     the search warns, stops and returns the best so far.
     """
-    config, wanted = config or Descent(), None
+    config, named = config or Descent(), len(space.batched) > 1 and architecture is not None
     decode = partial(space.decode, architecture=architecture)
     start = _start_points(space, starts, prior, config.seed)
-    if len(space.architectures) > 1 and architecture is not None:
-        wanted = space.index(architecture)
+    wanted = space.index(architecture) if named else None
 
     def penalty(z):
         total = 0.0 if prior is None else config.prior_weight * prior(z)
@@ -214,6 +215,7 @@ def optimise_weights(
     return _descend(decode, nets.rows, loss, validate, *free, config, progress)
 
 
+@torch.inference_mode(False)
 def refine(
     space: NetSpace, nets: Nets, like, steps: int = 50, *, z: Tensor | None = None, lr=0.2, seed=0
 ) -> Tensor:
@@ -241,13 +243,12 @@ def _start_points(space: NetSpace, starts, prior, seed: int) -> Tensor:
         starts = prior.sample(starts, seed)
     if len(starts) == 0:
         raise ValueError("no starts: give at least one embedding or net to start from")
-    z = torch.atleast_2d(starts) if isinstance(starts, Tensor) else space.encode(starts)
-    size = space.config.embedding
-    if z.dim() != 2 or z.shape[1] != size or not z.isfinite().all():
-        raise ValueError(f"starts should be embeddings [N, {size}], not {list(z.shape)}, no NaN")
+    z = space.check(starts if isinstance(starts, Tensor) else space.encode(starts))
+    check_finite(z, "starts")
     return z
 
 
+@torch.inference_mode(False)  # gradients are needed, whatever the caller does
 def _descend(decode, start, loss, validate, penalty, reached, config, progress) -> Search:
     """Adam on ``start`` [N, E] through ``decode``, the best state of each row kept."""
     z, stopped = start.detach().clone().requires_grad_(), ""
@@ -275,7 +276,7 @@ def _descend(decode, start, loss, validate, penalty, reached, config, progress) 
             if not losses:
                 raise
             stopped = str(error)
-            warnings.warn(f"{error}; the best state so far is returned", stacklevel=3)
+            warnings.warn(f"{error}; the best state so far is returned", stacklevel=4)
     z, scores, there = (torch.stack(part) for part in zip(*path, strict=True))
     best = _best(scores, there)
     score, n = scores.gather(0, best[None])[0], torch.arange(len(start))
@@ -366,11 +367,14 @@ def sample(embeddings: Tensor, n: int, density=None, bandwidth=0.5, seed: int = 
         density: any scikit-learn estimator with ``fit`` and ``sample``, such as a
             ``GaussianMixture``; None: a Gaussian of width ``bandwidth``, in standard deviations,
             around every embedding: small values copy, large ones wander.
+        seed: of the draws, and of an estimator whose ``random_state`` is None.
     """
     if n < 1 or embeddings.dim() != 2 or len(embeddings) < 2:
         found = f"n = {n} and {list(embeddings.shape)}"
         raise ValueError(f"sampling needs n ≥ 1 and at least 2 embeddings [N, E], not {found}")
-    model = KernelDensity(bandwidth=bandwidth) if density is None else density
+    model = KernelDensity(bandwidth=bandwidth) if density is None else copy.copy(density)
+    if getattr(model, "random_state", seed) is None:
+        model.random_state = seed
     z = embeddings.detach().cpu().double().numpy()
     pca = PCA(0.99, whiten=True, svd_solver="full").fit(z)
     model.fit(pca.transform(z))

@@ -49,15 +49,16 @@ def mean_net(zoo: Nets, nets: Nets) -> Nets:
 
 def nearest_by_weights(zoo: Nets, nets: Nets) -> Nets:
     """Baseline: for each of ``nets`` the zoo's net with the closest weights."""
-    rows, others = _alike(zoo, nets)
-    return Nets(zoo.batched, rows[torch.cdist(others, rows).argmin(1)])
+    rows, others = (rows.double() for rows in _alike(zoo, nets))  # or close nets are mixed up
+    return Nets(zoo.batched, zoo.rows[torch.cdist(others, rows).argmin(1)])
 
 
 def _alike(zoo: Nets, nets: Nets) -> tuple[Tensor, Tensor]:
-    """Rows of both, if their weights can be compared."""
+    """Rows of both in at least fp32, if their weights can be compared."""
     if zoo.batched.fingerprint != nets.batched.fingerprint:
         raise ValueError(f"{nets!r} and {zoo!r} compute something else: no comparing their weights")
-    return zoo.rows, nets.rows
+    wide = torch.promote_types(zoo.rows.dtype, torch.float32)
+    return zoo.rows.to(wide), nets.rows.to(wide)
 
 
 def nearest_by_answers(zoo_answers: Tensor, answers: Tensor, zoo: Nets) -> Nets:
@@ -65,7 +66,8 @@ def nearest_by_answers(zoo_answers: Tensor, answers: Tensor, zoo: Nets) -> Nets:
 
     It reads the very same as the encoder, and can only give back a net of the zoo.
     """
-    return Nets(zoo.batched, zoo.rows[torch.cdist(answers, zoo_answers).argmin(1)])
+    distances = torch.cdist(answers.double(), zoo_answers.double())
+    return Nets(zoo.batched, zoo.rows[distances.argmin(1)])
 
 
 def pca_nets(zoo: Nets, nets: Nets, size: int) -> Nets:
@@ -121,7 +123,7 @@ def novelty(nets: Nets, x: Tensor, zoo: Nets | None = None) -> dict[str, Tensor]
     others = nets if zoo is None else zoo
     distances = {"function": disagreement(nets.outputs(x), others.outputs(x))}
     exact = "donot_use_mm_for_euclid_dist"  # products would not give 0 for copies
-    distances["weights"] = torch.cdist(nets.rows, others.rows, compute_mode=exact)
+    distances["weights"] = torch.cdist(*_alike(nets, others), compute_mode=exact)
     if zoo is None:
         for distance in distances.values():
             distance.fill_diagonal_(torch.inf)

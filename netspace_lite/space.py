@@ -44,6 +44,8 @@ class SpaceConfig:
 
     def __post_init__(self):
         for name, size in asdict(self).items():
+            if hasattr(size, "item"):  # a NumPy number, which JSON does not take
+                object.__setattr__(self, name, size := size.item())
             least = int(name not in ("probes", "components"))
             if type(size) is int and size < least:
                 raise ValueError(f"SpaceConfig.{name} should be at least {least}, not {size}")
@@ -162,7 +164,7 @@ class NetSpace(nn.Module):
 
     def __init__(self, modules, inputs: Tensor, config: SpaceConfig | None = None, seed: int = 0):
         super().__init__()
-        self.config, self.seed = config or SpaceConfig(), seed
+        self.config, self.seed = config or SpaceConfig(), int(seed)
         config, answers = self.config, 0
         if not (config.weights or config.probes):
             raise ValueError("an encoder needs weights=True, or probes > 0, to read anything")
@@ -262,6 +264,8 @@ class NetSpace(nn.Module):
             wanted = structure(module)
         elif architecture is None and len(names) == 1:
             wanted = 0
+        elif getattr(architecture, "ndim", None) == 0:  # a number of NumPy's, or of `predict`
+            wanted = architecture.item()
         for a, (name, batched) in enumerate(zip(names, self.batched, strict=True)):
             if wanted in (name, batched.fingerprint) or (type(wanted) is int and wanted == a):
                 return a
@@ -331,7 +335,7 @@ class NetSpace(nn.Module):
 
         Differentiable: gradients of anything the nets answer flow back to ``z``.
         """
-        z = self._check(z)
+        z = self.check(z)
         if architecture is None and len(self.batched) > 1:
             predicted = self.predict(z)
             members = [(predicted == a).nonzero()[:, 0] for a in range(len(self.batched))]
@@ -347,7 +351,7 @@ class NetSpace(nn.Module):
         """
         if len(self.batched) == 1:
             raise ValueError(f"this space has one architecture only, {self.architectures[0]}")
-        return self.classifier(self._check(z))
+        return self.classifier(self.check(z))
 
     def predict(self, z: Tensor) -> Tensor:
         """Index [N] of the architecture that embeddings z [N, E] stand for."""
@@ -358,14 +362,14 @@ class NetSpace(nn.Module):
 
         They stay where they are in a space that isn't told architectures.
         """
-        z, source, target = self._check(z), self.index(source), self.index(target)
+        z, source, target = self.check(z), self.index(source), self.index(target)
         offset = self.encoder.offset
         return z if source == target or offset is None else z - offset[source] + offset[target]
 
-    def _check(self, z: Tensor) -> Tensor:
-        z = z[None] if z.dim() == 1 else z
-        if z.dim() != 2 or z.shape[1] != self.config.embedding or len(z) == 0:
-            size = self.config.embedding
+    def check(self, z: Tensor) -> Tensor:
+        """Embeddings [N, E], or one of them, [E] -> [N, E]; ValueError if z is neither."""
+        z, size = torch.atleast_2d(z), self.config.embedding
+        if z.dim() != 2 or z.shape[1] != size or len(z) == 0:
             raise ValueError(f"embeddings should be [N, {size}], not {list(z.shape)}")
         return z
 

@@ -129,14 +129,16 @@ class MixedZoo:
         self.group = torch.arange(len(self.sizes)).repeat_interleave(self.sizes)
         self.first = self.sizes.cumsum(0) - self.sizes
         self.architecture = torch.tensor(self.present)[self.group]
-        self._space, self._features = None, []
+        self._read_of, self._features = [], []
 
     @torch.no_grad()
     def _read(self, space: NetSpace) -> None:
         """Keep what this space reads of the nets, unless that changes while it learns."""
-        if space is not self._space:
+        constant = (t for t in (*space.buffers(), *space.parameters()) if not t.requires_grad)
+        read_of = [space, *(t._version for t in constant)]  # which counts what was written to it
+        if read_of != self._read_of:
             pairs = () if space.config.learn_probes else zip(self.zoos, self.present, strict=True)
-            self._space, self._features = space, [space.features(z.rows, a) for z, a in pairs]
+            self._read_of, self._features = read_of, [space.features(z.rows, a) for z, a in pairs]
 
     def __len__(self) -> int:
         return len(self.group)
@@ -163,8 +165,8 @@ class MixedZoo:
     def _encode(self, space: NetSpace, group: int, n: Tensor, target: int | None) -> Tensor:
         """`encode` for nets of one zoo."""
         zoo, a = self.zoos[group], self.present[group]
-        i = (n - self.first[group]).to(zoo.rows.device)
-        features = self._features[group][i] if self._features else space.features(zoo.rows[i], a)
+        rows, i = zoo.rows.detach(), (n - self.first[group]).to(zoo.rows.device)
+        features = self._features[group][i] if self._features else space.features(rows[i], a)
         z = space.encoder(features, a)
         return z if target is None else space.translate(z, a, target)
 
@@ -217,7 +219,8 @@ class Distillation:
         self.inputs, self.options, zoos = inputs, {"per_net": per_net, "loss": loss}, self.pool.zoos
         if per_net and len(zoos) > 1:
             raise ValueError(f"inputs per net need one zoo, not {len(zoos)}: share the inputs")
-        self.chances = torch.tensor(self.draw.chances or [1.0] * len(zoos)).float()
+        chances = [1.0] * len(zoos) if self.draw.chances is None else self.draw.chances
+        self.chances = torch.as_tensor(chances).float()
         if len(self.chances) != len(zoos) or not (self.chances.min() >= 0 < self.chances.max()):
             given = f"not {self.draw.chances} for {len(zoos)} zoos"
             raise ValueError(f"chances should be one of each zoo, none under 0, {given}")
@@ -250,7 +253,8 @@ class Distillation:
 def decoded_loss(space: NetSpace, z: Tensor, architecture: Tensor, loss, generator) -> Tensor:
     """Mean loss of nets decoded from z [N, E], each as its own ``architecture`` [N]."""
     groups = [(a, (architecture == a).to(z.device)) for a in architecture.unique().tolist()]
-    return torch.cat([loss(space.decode(z[own], a), generator) for a, own in groups]).mean()
+    losses = [loss(space.decode(z[own], a), generator).expand(int(own.sum())) for a, own in groups]
+    return torch.cat(losses).mean()
 
 
 class TeacherDistillation:
@@ -268,8 +272,7 @@ class TeacherDistillation:
         self.pool, self.loss, self.nets = MixedZoo(space, zoos), loss, nets
 
     def __call__(self, space: NetSpace, generator: torch.Generator) -> Tensor:
-        groups = range(len(self.pool.zoos))
-        n = torch.cat([self.pool.draw(self.nets, generator, group) for group in groups])
+        n = torch.cat([self.pool.draw(self.nets, generator, g) for g in range(len(self.pool.zoos))])
         z, architecture = self.pool.encode(space, n), self.pool.architecture[n]
         return decoded_loss(space, z, architecture, self.loss, generator)
 
@@ -380,8 +383,8 @@ def fit(
     if min(steps, epoch) < 1 or not lr > 0:
         raise ValueError(f"steps, epoch and lr should be over 0, not {steps}, {epoch} and {lr}")
     optimiser = Muon(space, lr)
-    plan = {"steps": steps, "lr": lr, "epoch": epoch, "seed": getattr(space, "seed", 0)}
-    plan["optimiser"] = type(optimiser).__name__
+    plan = {"steps": int(steps), "lr": float(lr), "epoch": int(epoch)}  # of NumPy's, too
+    plan |= {"seed": int(getattr(space, "seed", 0)), "optimiser": type(optimiser).__name__}
     generator = torch.Generator().manual_seed(plan["seed"])
     history, best = [], {}
     if folder is not None:
@@ -396,8 +399,7 @@ def fit(
                 optimiser.param_groups[0]["lr"] = learning_rate(step, steps, lr)
                 losses.append(_descend(space, objective, generator, optimiser, step))
                 bar.update()
-            if not (found := agreed({k: float(v) for k, v in validate(space).items()})):
-                raise ValueError("validate returned no score: a dict of at least one is needed")
+            found = _scored(space, validate)
             row = {"step": step + 1, "seconds": time.monotonic() - started, "loss": fmean(losses)}
             name, score = next(iter(found.items()))
             bar.set_postfix(loss=f"{row['loss']:.4f}", **{name: f"{score:.2f}"})
@@ -413,12 +415,21 @@ def fit(
     return history
 
 
+def _scored(space, validate) -> dict[str, float]:
+    """What ``validate`` found, by names that leave those of a row of the history alone."""
+    found = validate(space)
+    if not (isinstance(found, dict) and found) or found.keys() & {"step", "seconds", "loss"}:
+        wanted = "a dict of a score or more, none named step, seconds or loss"
+        raise ValueError(f"validate should return {wanted}, not {found!r}")
+    return agreed({k: float(v) for k, v in found.items()})
+
+
 def _descend(space, objective, generator, optimiser, step: int) -> float:
     """One step of training; returns the loss."""
     try:
         loss = objective(space, generator)
-        if not loss.isfinite():
-            raise ValueError(f"the loss is {loss.item()}")
+        if loss.numel() != 1 or not loss.isfinite():
+            raise ValueError(f"the loss is {loss.tolist()}, where one finite number is needed")
     except ValueError as error:
         raise ValueError(f"step {step}: {error}") from error
     optimiser.zero_grad()
@@ -446,6 +457,9 @@ def _resume(folder, plan, space, optimiser, generator) -> tuple[list, dict[str, 
     found = store.exists(folder, "fit")
     plan["space"] = origin if found and begun == str(folder) else fingerprint(space)
     plan["learned"] = fingerprint([n for n, p in space.named_parameters() if p.requires_grad])
+    if begun == str(folder) and plan["space"] != origin:
+        what = f"the fit into {folder} stopped before an epoch was saved, with the space half way"
+        raise ValueError(f"{what}: build the space anew, or choose another folder to go on from it")
     space._begun = str(folder), plan["space"]
     if not found:
         return [], {}

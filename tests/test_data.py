@@ -66,10 +66,12 @@ WRONG = {
         r"grey or RGB images, .* not \(30, 8, 8, 4\)",
     ),
     "dtype": ({"x_train": np.zeros((30, 8, 8), np.int32)}, "x_train should be uint8 or float"),
+    "scale": ({"x_test": np.full((9, 8, 8), 255.0)}, "one is uint8, one float beyond 0..1"),
     "nan": ({"x_test": np.full((9, 8, 8), np.nan)}, "x_test holds 576 values that are NaN"),
     "sizes differ": ({"x_test": np.zeros((9, 4, 4), np.uint8)}, "sizes differ"),
     "label count": ({"y_train": np.zeros(29, int)}, r"y_train should be one label an image"),
     "float labels": ({"y_train": np.zeros(30)}, "whole numbers from 0, not float64"),
+    "words": ({"y_train": np.array(["cat", "dog", "ox"] * 10)}, "whole numbers from 0.*from cat"),
     "negative label": ({"y_test": np.full(9, -1)}, "whole numbers from 0, not int64 from -1"),
     "label gap": ({"y_train": np.arange(30) % 3 * 2}, "without gaps; it holds 3 classes up to 4"),
     "unknown class": ({"y_test": np.full(9, 7)}, "3 classes up to 2, y_test up to 7"),
@@ -89,6 +91,12 @@ def test_wrong_arrays_are_refused_in_a_sentence(tmp_path, case):
     changes, message = WRONG[case]
     with pytest.raises(ValueError, match=message):
         load_images(saved(tmp_path, **changes))
+
+
+def test_bytes_and_floats_from_0_to_1_are_of_one_scale(tmp_path):
+    given = arrays()
+    mixed = load_images(saved(tmp_path, x_test=given["x_test"].astype(np.float32) / 255))
+    torch.testing.assert_close(mixed.test.x, load_images(saved(tmp_path)).test.x)
 
 
 def test_wrong_files_are_refused_in_a_sentence(tmp_path):

@@ -59,6 +59,9 @@ def test_what_cannot_be_made_is_named():
         decoder.decode(torch.zeros(16), nn.Sequential(nn.Conv2d(1, 8, 3)))
     with pytest.raises(ValueError, match="'in_proj' of shape .* is no layer"):
         describe_layers(Layout(("in_proj",), ((2, 3, 4),)))
+    for layer in (nn.LayerNorm(6), nn.PReLU()):  # seen before: the same as a bias, near 0
+        with pytest.raises(ValueError, match=r"parameter '1\.weight' of shape .* is no layer"):
+            decoder.decode(torch.zeros(16), nn.Sequential(nn.Linear(5, 6), layer))
 
 
 def test_largest_of_modules_holds_them():
@@ -67,6 +70,15 @@ def test_largest_of_modules_holds_them():
     assert largest == Largest(channels=16, kernel=5, outputs=200, inputs=256)
     for module in modules:
         DescribedDecoder(4, hidden=4, largest=largest).decode(torch.zeros(4), module)
+
+
+def test_few_modules_weigh_as_much_as_many():
+    """Seen before: with more kinds asked for than there are, the loss was a share of itself."""
+    loss, z = (lambda nets, generator: torch.ones(len(nets))), torch.randn(5, 16)
+    for count, kinds in ((1, 3), (2, 3), (2, 2), (2, 1)):
+        objective = DescribedDistillation([resnet(8), resnet(14)][:count], z, loss, kinds=kinds)
+        found = objective(DescribedDecoder(16, hidden=4), torch.Generator())
+        assert float(found) == pytest.approx(1)
 
 
 def test_training_lowers_the_loss_of_every_module_named():

@@ -107,6 +107,13 @@ def test_a_net_can_teach_and_a_callable_can_be_the_loss(nets, images):
     assert used(nets, generator()).shape == (12,)
 
 
+def test_a_zoo_is_no_teacher(nets, images):
+    """Seen before: its first net taught, whichever was the best."""
+    for teacher in (nets, lambda x: x):
+        with pytest.raises(ValueError, match=r"a teacher is one net, zoo\[n\] or a module, not"):
+            ImageLoss(images, teacher)
+
+
 def test_optimise_weights_is_adam_on_each_net_alone(nets, images):
     def closeness(nets):
         return -cross_entropy(nets.outputs(images.x), images.y)
@@ -201,10 +208,10 @@ def test_bad_starts_are_refused(space, two, images, nets):
         optimise(space, starts, ImageLoss(images), images, **options, **QUIET)
 
     for starts, message in (
-        (torch.zeros(2, 5), r"embeddings \[N, 6\], not \[2, 5\]"),
+        (torch.zeros(2, 5), r"should be \[N, 6\], not \[2, 5\]"),
         (torch.zeros(0, 6), "no starts"),
         ([], "no starts"),
-        (torch.full((1, 6), torch.nan), "NaN"),
+        (torch.full((1, 6), torch.nan), r"starts \[0\] are not finite"),
         (3, "prior="),
         (
             Nets(nn.Sequential(nn.Linear(2, 3)), torch.zeros(1, 9)),
@@ -257,8 +264,9 @@ def test_nan_and_ctrl_c_return_the_best_so_far(space, images):
     assert torch.equal(search.scores, whole.scores[:13])
     assert torch.equal(search.score, search.scores.max(0).values)
     nan = failing(ImageLoss(images), 12, lambda loss: loss * torch.tensor([1, 1, torch.nan, 1]))
-    with pytest.warns(UserWarning, match=r"nan at step 12 for starts \[2\]; the best state so far"):
+    with pytest.warns(UserWarning, match=r"nan at step 12 for starts \[2\]; the best") as said:
         search = optimise(space, starts, nan, images, **options)
+    assert said[0].filename == __file__  # where it was called from
     assert torch.equal(search.scores, whole.scores[:13])
     with warnings.catch_warnings(), pytest.raises(KeyboardInterrupt):
         optimise(space, starts, ImageLoss(images), interrupt, **options)
@@ -290,6 +298,15 @@ def test_sample_follows_the_density_that_scikit_learn_fits():
     assert torch.cdist(copies, z).min(1).values.max() < 1
     with pytest.raises(ValueError, match="n ≥ 1"):
         sample(z, 0)
+
+
+def test_a_seed_draws_the_same_from_an_estimator_that_has_none():
+    """Seen before: two calls with one seed gave other embeddings."""
+    z, density = torch.randn(40, 4, generator=generator()), GaussianMixture(2)
+    first, same, other = (sample(z, 5, density, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert density.random_state is None
 
 
 class Drawing:
@@ -346,6 +363,22 @@ def test_refining_brings_decoded_nets_closer_and_leaves_the_space(nets, images):
     assert all(torch.equal(space.state_dict()[name], value) for name, value in before.items())
     again = refine(space, nets, images.x, 100, z=space.encode(nets))
     assert torch.equal(again, z)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_search_has_gradients_where_the_caller_has_none(space, nets, images, mode):
+    """Seen before: the loss, it was said, did not depend on the nets."""
+    config, loss = Descent(3), ImageLoss(images, nets[0])
+    options = {"prior": Gaussian(space.encode(nets)), "config": config} | QUIET
+    searches = [
+        lambda: refine(space, nets, images.x, 3),
+        lambda: optimise(space, nets, loss, images, **options).best,
+        lambda: optimise_weights(nets, loss, config=config, **QUIET).best,
+    ]
+    for search in searches:
+        with mode():
+            found = search()
+        assert torch.equal(found, search())
 
 
 def test_without_validation_the_last_state_is_kept(space, images):

@@ -43,6 +43,21 @@ def test_inspect_names_the_net_its_accuracy_and_what_it_confuses(space, images):
     plt.close("all")
 
 
+@pytest.mark.parametrize("absent", [1, 2])
+def test_the_table_keeps_classes_in_place_where_images_lack_one(space, images, absent):
+    """Seen before: rows after it bore the name of the class before; without the last, an error."""
+    z, few = torch.randn(9, 6), images[images.y != absent]
+    _, whole = inspect(space, z, torch.rand(9), z[2], images)
+    _, right = inspect(space, z, torch.rand(9), z[2], few)
+    rows = [[text.get_text() for text in ax.texts] for ax in (whole, right)]
+    assert [rows[1][3 * k : 3 * k + 3] for k in range(3) if k != absent] == [
+        rows[0][3 * k : 3 * k + 3] for k in range(3) if k != absent
+    ]
+    assert rows[1][3 * absent : 3 * absent + 3] == ["nan"] * 3
+    assert [tick.get_text() for tick in right.get_yticklabels()] == ["0", "1", "2"]
+    plt.close("all")
+
+
 def test_the_explorer_has_a_slider_for_each_way_to_move(space, images):
     pytest.importorskip("ipywidgets")
     z, values = torch.randn(9, 6), torch.arange(9.0)

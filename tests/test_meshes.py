@@ -160,6 +160,17 @@ class TestDrawing:
         assert (pixels[..., 1:] < 0.1).all(-1).mean() > 0.2
         matplotlib.pyplot.close(figure)
 
+    def test_faces_of_a_large_mesh_keep_their_colors(self):
+        """Seen before: once it was simplified faces had the colors of others."""
+        mesh = trimesh.creation.icosphere(6)
+        right = mesh.triangles_center[:, :1] > 0
+        figure = draw_meshes([mesh], color=[np.where(right, [1.0, 0, 0], [0, 0, 1.0])], turn=0)
+        drawn = figure.axes[0].collections[-1]
+        x = np.array([path.vertices[:, 0].mean() for path in drawn.get_paths()])
+        red = drawn.get_facecolors()[:, 0] > 0
+        assert ((x > 0) == red)[abs(x) > 0.03].all()
+        matplotlib.pyplot.close(figure)
+
     def test_titles_must_match(self):
         with pytest.raises(ValueError, match="1 meshes but 2 titles"):
             draw_meshes([None], ["a", "b"])

@@ -7,7 +7,7 @@ from scipy.stats import pearsonr
 from sklearn.linear_model import Ridge
 from sklearn.metrics import accuracy_score
 from torch import nn
-from toy import generator, random_nets, small_nets, toy_data
+from toy import generator, mlp, random_nets, small_nets, toy_data
 
 from netspace_lite import metrics
 from netspace_lite.metrics import averages, disagreement, novelty, readout
@@ -46,6 +46,28 @@ def test_nearest_nets_come_from_the_zoo():
     answers = torch.eye(10)
     found = metrics.nearest_by_answers(answers, answers[[4]] * 0.9, zoo)
     assert torch.equal(found.rows, zoo.rows[[4]])
+
+
+def test_copies_are_the_nearest_of_nets_that_hardly_differ():
+    """Seen before: of nets trained on from one start 7 in 100 copies found themselves by weights.
+
+    Distances came from products in fp32, whose rounding is larger than what sets the nets apart.
+    """
+    start = 10 * torch.randn(1, 15, generator=generator(1))
+    zoo = Nets(NET, start + 1e-4 * torch.randn(40, 15, generator=generator(2)))
+    assert torch.equal(metrics.nearest_by_weights(zoo, zoo).rows, zoo.rows)
+    answers = 30 + 1e-3 * torch.randn(40, 65, generator=generator(3))
+    assert torch.equal(metrics.nearest_by_answers(answers, answers, zoo).rows, zoo.rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_baselines_take_nets_of_any_precision(dtype):
+    zoo = Nets(NET, nets(12).rows.to(dtype))
+    assert torch.equal(metrics.nearest_by_weights(zoo, zoo[[7, 2]]).rows, zoo.rows[[7, 2]])
+    assert torch.equal(metrics.nearest_by_answers(zoo.rows, zoo.rows[[4]], zoo).rows, zoo.rows[[4]])
+    whole = metrics.pca_nets(zoo, zoo, 12).rows
+    assert whole.dtype == dtype
+    torch.testing.assert_close(whole, zoo.rows, atol=0.02, rtol=0.02)
 
 
 def test_the_mean_net_is_the_mean():
@@ -97,6 +119,14 @@ def test_novelty_is_zero_for_copies_and_finds_the_nearest():
     by_hand = min(float((classes[0] != c).float().mean() * 100) for c in classes[1:])
     assert float(within["function"][0]) == pytest.approx(by_hand)
     assert disagreement(zoo.outputs(x), zoo.outputs(x)).diagonal().sum() == 0
+
+
+def test_novelty_in_weights_is_of_nets_that_compute_alike():
+    """Seen before: nets of Tanh were as near as copies to nets of ReLU with the same weights."""
+    relu, tanh = (random_nets(mlp(f), 3) for f in (nn.ReLU(), nn.Tanh()))
+    for other in (tanh, nets(3)):
+        with pytest.raises(ValueError, match="compute something else: no comparing their weights"):
+            novelty(relu, torch.randn(5, 4), other)
 
 
 def test_averages_of_all_nets_are_the_mean_net():

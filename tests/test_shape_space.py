@@ -280,6 +280,13 @@ def test_a_scan_of_next_to_nothing_is_refused():
         scan(lambda x: x.norm(dim=-1) - 0.02, TOWARDS)
 
 
+def test_a_scan_from_within_or_in_strides_is_refused():
+    """Seen before: short directions began inside the shape, long ones went past it."""
+    for length in (0.3, 3):
+        with pytest.raises(ValueError, match=r"directions should have length 1, not \["):
+            scan(lambda x: x.norm(dim=-1) - 0.5, TOWARDS * length, points=20)
+
+
 def test_the_true_distance_fits_its_scan_and_others_do_not():
     points = scan(lambda x: x.norm(dim=-1) - 0.5, TOWARDS[[0, 0, 0]], noise=0.0)
     loss_of = ScanLoss(points, TOWARDS[[0, 0, 0]])

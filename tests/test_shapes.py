@@ -292,10 +292,10 @@ class TestDeepSDF:
 
     def test_nan_rows_are_dropped_and_counted(self, tmp_path):
         bad = self.rows(1)
-        bad[[1, 4, 7], 2] = np.nan
+        bad[[1, 4, 7], 2] = np.nan, np.inf, 30.0  # seen before: points in other units were kept
         with pytest.warns(UserWarning, match="dropped 3 rows"):
             samples = load_deepsdf(self.save(tmp_path, pos=bad, neg=self.rows(-1)), 200)
-        assert samples.points.isfinite().all()
+        assert samples.points.abs().max() <= 0.5
 
     @pytest.mark.parametrize(
         ("arrays", "message"),
@@ -303,9 +303,10 @@ class TestDeepSDF:
             ({"pos": np.zeros((3, 4))}, "lacks neg; it should hold neg, pos"),
             ({"pos": np.zeros((3, 3)), "neg": np.zeros((3, 4))}, "pos should be floats x, y, z"),
             ({"pos": np.zeros((0, 4)), "neg": np.zeros((3, 4))}, "no usable row in pos"),
+            ({"pos": np.full((3, 4), 9.0), "neg": np.zeros((3, 4))}, "no usable row in pos"),
             ({"pos": np.array([{}]), "neg": np.zeros((3, 4))}, "pickled"),
         ],
-        ids=["missing", "columns", "empty", "pickled"],
+        ids=["missing", "columns", "empty", "units", "pickled"],
     )
     def test_malformed(self, tmp_path, arrays, message):
         with pytest.raises(ValueError, match=message):

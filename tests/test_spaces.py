@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from threadpoolctl import threadpool_limits
@@ -13,7 +14,7 @@ from netspace_lite.architectures import LeNetLike, lite_net
 from netspace_lite.layout import Layout
 from netspace_lite.nets import Nets
 from netspace_lite.space import NetSpace, SpaceConfig, normalised_answers
-from netspace_lite.training import ArchitectureClassification
+from netspace_lite.training import ArchitectureClassification, Distillation, fit
 from netspace_lite.zoo import Zoo, initial_rows
 
 CONFIG = SpaceConfig(embedding=16, probes=8, weights=False, hidden=16)
@@ -152,7 +153,8 @@ def test_names_tell_depths_and_repeats_apart(space):
 
 def test_index_finds_architectures_in_every_form(space, zoos):
     for a, (name, net, zoo) in enumerate(zip(space.architectures, small_nets(), zoos, strict=True)):
-        assert [space.index(form) for form in (a, name, net, zoo)] == [a] * 4
+        numbers = np.int64(a), torch.tensor(a)
+        assert [space.index(form) for form in (a, name, net, zoo, *numbers)] == [a] * 6
 
 
 @pytest.mark.parametrize(
@@ -162,6 +164,7 @@ def test_index_finds_architectures_in_every_form(space, zoos):
         ("AlexNet", "architecture 'AlexNet'"),
         (7, "architecture 7"),
         (-1, "architecture -1"),
+        (torch.tensor([1, 0]), r"architecture tensor\(\[1, 0\]\)"),
         (nn.Linear(2, 3), "a Linear of 9 parameters.* is not one of this space"),
     ],
 )
@@ -271,6 +274,19 @@ def test_a_space_saves_and_loads(zoos, data, name, tmp_path):
     z = space.encode(zoos[0])
     assert torch.equal(again.encode(zoos[0]), z)
     assert torch.equal(again.decode(z).rows, space.decode(z).rows)
+
+
+def test_a_space_of_numpys_numbers_fits_saves_and_loads(zoos, data, tmp_path):
+    """Seen before: an epoch was trained, and only then JSON did not take them."""
+    size, seed = np.arange(16, 18)
+    space = NetSpace.for_zoos(zoos[0], data.train.x, SpaceConfig(size, probes=size), seed)
+    plain = NetSpace.for_zoos(zoos[0], data.train.x, SpaceConfig(16, probes=16), 17)
+    for fitted, steps, lr in ((space, seed, np.float32(0.25)), (plain, 17, 0.25)):
+        objective = Distillation(fitted, zoos[0], data.train.x, nets=2, samples=4)
+        options = {"lr": lr, "epoch": steps, "folder": tmp_path / "fit"}
+        fit(fitted, objective, lambda space: {"score": 0.0}, steps, **options)
+    fitted.save(tmp_path)
+    assert torch.equal(NetSpace.load(tmp_path).encode(zoos[0]), space.encode(zoos[0]))
 
 
 def test_mixed_spaces_come_back(space, zoos, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -258,6 +259,22 @@ def test_an_interrupted_fit_resumes_bit_for_bit(zoo, data, at, tmp_path, monkeyp
         fitted(zoo, data, steps=7, folder=tmp_path)
 
 
+def test_a_fit_stopped_before_an_epoch_was_saved_is_not_begun_from_where_it_was(
+    zoo, data, tmp_path
+):
+    """Seen before: the same call began at step 0 from weights that had trained already."""
+    space = make(zoo, data)
+    objective, validate = distillation(space, zoo, data), validation(zoo, data.val)
+    options = {"steps": 4, "epoch": 2, "folder": tmp_path}
+    for at in (1, 2):  # nothing has moved yet in the first step, so that the same space begins
+        with pytest.raises(Interrupted):
+            fit(space, interrupted(objective, at), validate, **options)
+    with pytest.raises(ValueError, match="build the space anew"):
+        fit(space, objective, validate, **options)
+    history = fit(make(zoo, data), objective, validate, **options)
+    assert [row["loss"] for row in history] == [row["loss"] for row in fitted(zoo, data, 4)[1]]
+
+
 def test_a_finished_fit_is_loaded_without_asking_its_nets(zoos, data, tmp_path, monkeypatch):
     """Seen before: a whole zoo answered all images, minutes at 28×28, for a fit only loaded."""
 
@@ -348,8 +365,11 @@ def test_bad_fits_are_refused_in_a_sentence(zoo, data):
     for options in ({"steps": 0}, {"epoch": 0}):
         with pytest.raises(ValueError, match="step|epoch"):
             fit(space, objective, validate, **{"steps": 2} | options)
-    with pytest.raises(ValueError, match="score|validate"):
-        fit(space, objective, lambda space: {}, 2)
+    with pytest.raises(ValueError, match=r"step 0: the loss is \[.*one finite number is needed"):
+        fit(space, lambda space, generator: space.encode(zoo).mean(1), validate, 2)
+    for found in ({}, 1.0, {"loss": 1.0}, {"accuracy": 1.0, "step": 3}):
+        with pytest.raises(ValueError, match="a dict of a score or more.* not " + repr(found)[:5]):
+            fit(space, objective, lambda space, found=found: found, 2)
 
 
 def test_a_mixed_zoo_encodes_like_the_space(space, zoos):
@@ -365,6 +385,32 @@ def test_a_mixed_zoo_encodes_like_the_space(space, zoos):
     assert set(drawn.tolist()) == set(range(12, 18))
     assert set(mixed.draw(400, generator()).tolist()) == set(range(24))
     assert MixedZoo(space, zoos[1]).present == [1]
+
+
+def test_nets_are_read_anew_once_the_space_was_given_other_probes(zoo, data):
+    """Seen before: what the first probes had been answered was encoded by the second space."""
+    space, other = (make(zoo, data, seed=seed) for seed in (0, 1))
+    mixed, n = MixedZoo(space, zoo), torch.arange(len(zoo))
+    mixed.encode(space, n)
+    space.load_state_dict(other.state_dict())
+    assert torch.equal(mixed.encode(space, n), other.encode(zoo))
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_chances_may_be_an_array(zoos, data, kind):
+    space = make(zoos, data)
+    shares = [0.1, 0.2, 0.3, 0.4]
+    given = (distillation(space, zoos, data, chances=c) for c in (shares, kind(shares)))
+    plain, array = (objective(space, generator()) for objective in given)
+    assert torch.equal(plain, array)
+
+
+def test_learned_probes_ask_nets_that_were_decoded(zoo, data):
+    """Seen before: the second step went back through the graph that the nets came from."""
+    nets = make(zoo, data).decode(make(zoo, data).encode(zoo))
+    space = make(nets, data, CONFIGS["learned probes"])
+    history = fit(space, distillation(space, nets, data), validation(zoo, data.val), 3)
+    assert math.isfinite(history[-1]["loss"])
 
 
 def test_combine_is_a_weighted_sum(space):
@@ -390,6 +436,17 @@ def test_teacher_distillation_is_the_papers_loss(space, zoos, data):
     torch.testing.assert_close(loss(nets, generator())[0], expected, rtol=1e-4, atol=1e-5)
     TeacherDistillation(space, zoos, loss)(space, generator()).backward()
     assert all(head.weight.grad is not None for head in space.decoder.heads)
+
+
+def test_a_mean_loss_of_nets_teaches_as_the_loss_of_each(space, zoos, data):
+    """Seen before: the scalar losses that `ImageLoss` takes could not be joined."""
+    each, mean = (
+        ImageLoss(data.train, loss=lambda logits, y, dims=dims: logits.square().mean(dims))
+        for dims in ((1, 2), None)
+    )
+    for make in (TeacherDistillation, Interpolation):
+        found = [make(space, zoos, loss)(space, generator()) for loss in (each, mean)]
+        torch.testing.assert_close(*found)
 
 
 def rows_loss(nets, generator):

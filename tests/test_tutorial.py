@@ -128,6 +128,16 @@ def test_bootstrap_draws_the_same_nets_and_images_of_all_tables():
     assert bootstrap(torch.mean, torch.ones(4, 5), draws=20) == (1, 1)
 
 
+def test_all_curves_levels_and_panels_are_drawn_however_many():
+    """Seen before: there were six colours, and what came after the sixth was left out."""
+    ys = {f"net {n}": torch.arange(3.0) + n for n in range(8)}
+    ax = figures.curves(range(3), ys, "step", "score", levels={"chance": 10.0})
+    assert ax.get_legend_handles_labels()[1] == [*ys, "chance: 10.0"]
+    pairs = {name: (y, y) for name, y in ys.items()}
+    assert all(len(panel.collections) == 1 for panel in figures.predicted(pairs))
+    plt.close("all")
+
+
 def test_notebooks_run_in_place_and_print_their_results(checkout, capsys):
     main([])
     printed = capsys.readouterr().out
@@ -143,6 +153,24 @@ def test_several_seeds_give_a_table_with_median_and_range(checkout, capsys):
     printed = capsys.readouterr().out
     assert "### 01_small, seed 0, 5, 1" in printed
     assert "| `score` | 11.00 | 10.00 to 15.00 |" in printed
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--seeds=0,1,"], "--seeds should be whole numbers such as 0,1,2, not '0,1,'"),
+        (["--seeds=0, 1"], "not '0, 1'"),
+        (["01", "o2", "3"], "no notebook starts with o2 or 3"),
+    ],
+    ids=str,
+)
+def test_what_can_not_be_run_is_refused_before_anything_runs(checkout, capsys, given, said):
+    """Seen before: a name of none was passed over, a seed of none ended the run without tables."""
+    with pytest.raises(SystemExit):
+        main(given)
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert not printed.out
 
 
 def test_a_failing_notebook_stops_the_run_and_is_kept(checkout, capsys):

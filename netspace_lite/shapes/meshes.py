@@ -120,9 +120,8 @@ def draw_meshes(meshes, titles=None, columns=None, color="#5b8db8", size=2.0, tu
         size: inches a mesh.
         turn, tilt: the camera's degrees about the y axis and above the floor.
     """
-    columns = columns or len(meshes)
+    columns, titles = columns or len(meshes), titles or [""] * len(meshes)
     rows = -(-len(meshes) // columns)
-    titles = titles or [""] * len(meshes)
     colors = [color] * len(meshes) if isinstance(color, str) else color
     if not len(titles) == len(colors) == len(meshes):
         raise ValueError(f"{len(meshes)} meshes but {len(titles)} titles and {len(colors)} colors")
@@ -143,11 +142,12 @@ def draw_meshes(meshes, titles=None, columns=None, color="#5b8db8", size=2.0, tu
 
 def _draw(axis, mesh, color, camera):
     """Painter's algorithm: faces seen from the front, farthest first, in Lambert shades."""
+    rgb = np.broadcast_to(plt.matplotlib.colors.to_rgba_array(color)[:, :3], mesh.faces.shape)
     if len(mesh.faces) > MAX_FACES:  # vertices up to 0.025 apart become one: enough to draw
         mesh = mesh.copy().apply_scale(0.4)
         mesh.merge_vertices(merge_norm=True, digits_vertex=2)
-        mesh.update_faces(mesh.nondegenerate_faces())
-        mesh.apply_scale(2.5)
+        mesh.update_faces(kept := mesh.nondegenerate_faces())
+        mesh, rgb = mesh.apply_scale(2.5), rgb[kept]
     light = np.array([-0.1, 0.9, 0.42])  # a unit vector: from above, in front, a little left
     height = (mesh.vertices[:, 1:2] - mesh.bounds[0, 1]) / light[1]
     shadow = (mesh.vertices - height * light) @ camera.T  # slid along the light to the floor
@@ -157,8 +157,7 @@ def _draw(axis, mesh, color, camera):
     front = np.flatnonzero(mesh.face_normals @ camera[2] > 0)
     front = front[np.argsort(corners[front, :, 2].mean(1))]
     shade = 0.4 + 0.75 * (mesh.vertex_normals[mesh.faces[front]].mean(1) @ light).clip(0)
-    rgb = plt.matplotlib.colors.to_rgba_array(color)[:, :3]  # one row, or one a face
-    _fill(axis, corners[front], (shade[:, None] * (rgb[front] if len(rgb) > 1 else rgb)).clip(0, 1))
+    _fill(axis, corners[front], (shade[:, None] * rgb[front]).clip(0, 1))
 
 
 def _fill(axis, faces, colors):

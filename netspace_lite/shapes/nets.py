@@ -131,12 +131,13 @@ def scan(sdf, towards: Tensor, points: int = 300, noise: float = 0.01, seed: int
         points: how many of a shape; the rays that hit are drawn at random over the disc.
         noise: spread of the points about the surface, in units of the unit sphere.
 
-    Returns [N, points, 3]. Raises ValueError if too few rays hit a shape.
+    Returns [N, points, 3]. Raises ValueError if too few rays hit a shape, and for other lengths.
     """
+    if ((towards.norm(dim=-1) - 1).abs() > 1e-3).any():
+        raise ValueError(f"directions should have length 1, not {towards.norm(dim=-1).tolist()}")
     generator, rays, towards = torch.Generator().manual_seed(seed), 12 * points, towards[:, None]
     turn, area = torch.rand(2, len(towards), rays, 1, generator=generator).to(towards.device)
-    up = torch.tensor([[[0.0, 1.0, 0.1]]]).to(towards.device)
-    side = F.normalize(torch.linalg.cross(towards, up), dim=-1)
+    side = F.normalize(torch.linalg.cross(towards, towards.new_tensor([[[0, 1, 0.1]]])), dim=-1)
     other, angle = torch.linalg.cross(towards, side), 2 * torch.pi * turn
     x = towards + area.sqrt() * (angle.cos() * side + angle.sin() * other)  # a disc of rays
     for _ in range(64):

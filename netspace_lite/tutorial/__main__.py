@@ -55,15 +55,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", default=seed, help="such as 0,1,2")
     given, found = parser.parse_args(arguments), sorted((root() / "notebooks").glob("[0-9]*.ipynb"))
     notebooks = [n for n in found if n.name.startswith(tuple(given.names) or "")]
-    if not notebooks:
-        parser.error(f"no notebook starts with {' or '.join(given.names)} in {root()}/notebooks")
-    folders = []
-    for seed in given.seeds.split(","):
+    if unknown := [m for m in given.names or [""] if not any(n.name.startswith(m) for n in found)]:
+        parser.error(f"no notebook starts with {' or '.join(unknown)} in {root()}/notebooks")
+    folders, seeds = [], given.seeds.split(",")
+    if not all(seed.isdigit() for seed in seeds):
+        parser.error(f"--seeds should be whole numbers such as 0,1,2, not {given.seeds!r}")
+    for seed in seeds:
         os.environ["NETSPACE_SEED"] = seed
         folders.append(Settings.from_environment().folder("results"))
         for notebook in notebooks:
-            output = root() / "build" / "notebooks" / notebook.name
-            took = seconds(lambda n=notebook, o=output: execute(n, o))[1]
+            took = seconds(lambda n=notebook: execute(n, root() / "build/notebooks" / n.name))[1]
             print(f"{notebook.stem}, seed {seed}: {took:.0f} s")
     print(*(table(folders, notebook.stem) for notebook in notebooks), sep="\n")
 

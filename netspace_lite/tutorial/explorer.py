@@ -12,14 +12,15 @@ from .figures import matrix, space_map
 def inspect(space: NetSpace, z: Tensor, values: Tensor, at: Tensor, images: Images):
     """Draw where ``at`` [E] lies on the map of z [N, E], and how the net decoded there answers.
 
-    The table holds, of each true class (row), the share in percent given each class (column). In a
-    space of several architectures the net is decoded as the one that ``at`` stands for.
+    The table holds, of each true class (row), the share in percent given each class (column), NaN
+    where there are no images of a class. In a space of several architectures the net is decoded as
+    the one that ``at`` stands for.
     """
     axes = plt.subplots(1, 2, figsize=(11, 4.2))[1]
-    with torch.no_grad():
-        net = space.decode(at[None])[0]
-    given = torch.nn.functional.one_hot(net.outputs(images.x)[0].argmax(-1), images.y.max() + 1)
-    share = torch.stack([100 * given[images.y == k].float().mean(0) for k in images.y.unique()])
+    net = space.decode(at[None])[0]
+    logits = net.outputs(images.x)[0]
+    given = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits)
+    share = torch.stack([100 * given[images.y == k].mean(0) for k in range(given.shape[-1])])
     space_map(z, values, ax=axes[0], path=at[None, None])
     matrix(share, range(len(share)), "class given", "true class", "share (%)", axes[1])
     axes[1].set_title(f"{name_of(net.module)}, accuracy {net.accuracy(images)[0]:.1f}%")
@@ -49,9 +50,8 @@ def explorer(space: NetSpace, z: Tensor, values: Tensor, images: Images):
         inspect(space, z, values, at, images)
         plt.show()
 
-    line = {"from_net": nets, "to_net": nets, "position": (0.0, 1.0, 0.05)}
-    plane = {"first_axis": first, "second_axis": second}
-    widget = interactive(draw, move=["on a line", "on the map"], **line, **plane)
+    sliders = {"from_net": nets, "to_net": nets, "position": (0.0, 1.0, 0.05), "first_axis": first}
+    widget = interactive(draw, move=["on a line", "on the map"], **sliders, second_axis=second)
     for slider in widget.children[1:-1]:
         slider.continuous_update = False
     return widget

@@ -98,7 +98,7 @@ def predicted(
     size = {"figsize": (3.4 * len(panels), 3.8), "sharex": True, "sharey": True}
     _, axes = plt.subplots(1, len(panels), squeeze=False, **size)
     low = min(float(values.min()) for pair in panels.values() for values in pair) - 3
-    for ax, (name, pair), colour in zip(axes[0], panels.items(), KINDS, strict=False):
+    for ax, (name, pair), colour in zip(axes[0], panels.items(), cycle(KINDS), strict=False):
         ax.plot([low, 100], [low, 100], color=GREY, lw=1)
         ax.scatter(*map(_numpy, pair), s=15, alpha=0.75, color=colour, lw=0)
         ax.set(title=name, aspect="equal", xlabel="encoded net: test accuracy (%)")
@@ -151,8 +151,8 @@ def curves(
         kinds: [S] such as the index of the architecture at each point, told apart by markers.
         names: of the kinds.
     """
-    ax, colours, x = _axes(ax, xlabel=xlabel, ylabel=ylabel), iter(KINDS), _numpy(x)
-    for (name, y), colour in zip(ys.items(), [GREY] if names else colours, strict=False):
+    ax, colours, x = _axes(ax, xlabel=xlabel, ylabel=ylabel), cycle(KINDS), _numpy(x)
+    for (name, y), colour in zip(ys.items(), cycle([GREY]) if names else colours, strict=False):
         y = np.atleast_2d(_numpy(y))
         if len(y) > 1:
             ax.plot(x, y.T, color=colour, lw=0.8, alpha=0.3)
