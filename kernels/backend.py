@@ -64,19 +64,15 @@ def use_triton(tensor: torch.Tensor) -> bool:
     if name == "torch" or (name == "auto" and (double or not (tensor.is_cuda and HAS_TRITON))):
         return False
     if double:
-        raise RuntimeError(
-            "The triton backend was chosen for fp64, but the kernels add in fp32. Use "
-            'backend("auto") or backend("torch").'
-        )
-    if not HAS_TRITON:
-        raise RuntimeError("The triton backend was chosen but the triton package isn't installed.")
-    if not (tensor.is_cuda or INTERPRETED):
-        raise RuntimeError(
-            f"The triton backend was chosen for a tensor on {tensor.device}. Move it to a CUDA "
-            "device, or set TRITON_INTERPRET=1 before Python starts to run the kernels in "
-            "Triton's interpreter."
-        )
-    return True
+        wrong = 'for fp64, but the kernels add in fp32. Use backend("auto") or backend("torch").'
+    elif not HAS_TRITON:
+        wrong = "but the triton package isn't installed."
+    elif tensor.is_cuda or INTERPRETED:
+        return True
+    else:
+        move = "Move it to a CUDA device, or set TRITON_INTERPRET=1 before Python starts to run"
+        wrong = f"for a tensor on {tensor.device}. {move} the kernels in Triton's interpreter."
+    raise RuntimeError(f"The triton backend was chosen {wrong}")
 
 
 def _valid(name: str, source: str) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .backend import backend, tl, triton, use_triton
 from .common import check, register
+from .tiles import place, put, take
 
 BLOCK = 1024
 
@@ -87,10 +88,9 @@ def chunk_unpack(prep, shapes, mean=None, std=None):
     check("chunk_unpack", {"prep": (prep, "NTL")}, rows=("prep",))
     one_a_net = bool(shapes) and isinstance(shapes[0], list)
     if not shapes or (one_a_net and len(shapes) != len(prep)):
-        raise ValueError(
-            f"chunk_unpack: got shapes of {len(shapes)} nets for prep {list(prep.shape)}; give one "
-            "list for each net, or one flat list of tuples for all."
-        )
+        given = f"got shapes of {len(shapes)} nets for prep {list(prep.shape)}"
+        wanted = "give one list for each net, or one flat list of tuples for all"
+        raise ValueError(f"chunk_unpack: {given}; {wanted}.")
     used = [sum(map(math.prod, net)) for net in (shapes if one_a_net else [shapes])]
     _check_fits("chunk_unpack", max(used), *prep.shape[1:])
     if mean is not None or std is not None:
@@ -101,23 +101,15 @@ def chunk_unpack(prep, shapes, mean=None, std=None):
     return _split(rows, shapes)
 
 
-def chunk_pack_reference(*args, **kwargs):
-    """`chunk_pack` without its kernel, for any dtype: what the kernel is held against."""
-    with backend("torch"):
-        return chunk_pack(*args, **kwargs)
-
-
-def chunk_unpack_reference(*args, **kwargs):
-    """`chunk_unpack` without its kernel."""
-    with backend("torch"):
-        return chunk_unpack(*args, **kwargs)
+# The same without the kernel, for any dtype: what the kernel is held against.
+chunk_pack_reference = backend("torch")(chunk_pack)
+chunk_unpack_reference = backend("torch")(chunk_unpack)
 
 
 def _standardise(op, prep, used, mean, std, dtype):
-    scales = {"mean": (mean, "TL"), "std": (std, "TL")}
     wide = all(t is None or t.dtype == torch.float64 for t in (prep, mean, std))  # has no kernel
     kind = prep.device, torch.float64 if wide else torch.float32
-    check(op, scales, kind, T=prep.shape[1], L=prep.shape[2])
+    check(op, {"mean": (mean, "TL"), "std": (std, "TL")}, kind, T=prep.shape[1], L=prep.shape[2])
     scale = _scale if use_triton(prep) and not wide else _standardise_reference
     return scale(prep, used, mean, std, dtype)
 
@@ -142,10 +134,9 @@ def _split(row, shapes):
 @triton.jit
 def _scale_kernel(x, out, mean, std, used, size, BLOCK: tl.constexpr):
     """Grid (N·⌈size/BLOCK⌉,): one block of one net; `size` is T·L."""
-    blocks = tl.cdiv(size, BLOCK)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
-    at = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(x + n * size + at, mask=at < size, other=0).to(tl.float32)
+    n, _, at = place(tl.program_id(0), 1, size, 1, BLOCK)
+    n = n.to(tl.int64)
+    value = take(x + n * size + at, at < size)
     if used is not None:
         if mean is not None:
             value = value - tl.load(mean + at, mask=at < size, other=0)
@@ -157,7 +148,7 @@ def _scale_kernel(x, out, mean, std, used, size, BLOCK: tl.constexpr):
             value = value * tl.load(std + at, mask=at < size, other=1)
         if mean is not None:
             value = value + tl.load(mean + at, mask=at < size, other=0)
-    tl.store(out + n * size + at, value.to(out.dtype.element_ty), mask=at < size)
+    put(out + n * size + at, value, at < size)
 
 
 def _empty(prep, used, mean, std, dtype):
@@ -198,17 +189,14 @@ def _flatten(tensors):
         raise ValueError(f"chunk_pack: there is nothing to pack in {len(tensors)} nets.")
     if not stacked:
         return [[t.reshape(-1) for t in net] for net in tensors]
-    if len({len(t) for t in tensors}) > 1 or len(tensors[0]) == 0:
-        raise ValueError(
-            "chunk_pack: stacked tensors must hold the same number of nets, at least one, got "
-            f"{[len(t) for t in tensors]}."
-        )
+    nets = [len(t) for t in tensors]
+    if len(set(nets)) > 1 or nets[0] == 0:
+        same = "stacked tensors must hold the same number of nets, at least one"
+        raise ValueError(f"chunk_pack: {same}, got {nets}.")
     return [[t.reshape(len(t), -1) for t in tensors]]
 
 
 def _check_fits(op, used, T, L):
     if used > T * L:
-        raise ValueError(
-            f"{op}: a net of {used} parameters does not fit {T} chunks of {L} values ({T * L}); "
-            f"use at least {math.ceil(used / L)} chunks."
-        )
+        small = f"a net of {used} parameters does not fit {T} chunks of {L} values ({T * L})"
+        raise ValueError(f"{op}: {small}; use at least {math.ceil(used / L)} chunks.")

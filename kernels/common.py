@@ -12,11 +12,9 @@ NONE, LEAKY, SINE = 0, 1, 2  # how kernels know the activations, in the order of
 
 def activate(y, activation=None, slope=0.01, omega=1.0):
     """None, leaky ReLU with a negative `slope`, or sin(omega · y), elementwise."""
-    if activation is None:
-        return y
     if activation == "leaky_relu":
         return F.leaky_relu(y, slope)
-    return torch.sin(omega * y)
+    return torch.sin(omega * y) if activation == "sine" else y
 
 
 def check(op, tensors, kind=None, rows=(), **sizes):
@@ -103,21 +101,37 @@ def fp32_precision(precision=None) -> str:
     return "tf32" if setting == "tf32" else "ieee"
 
 
-def register(name, launch, empty, launch_backward=None):
+def register(name, launch, empty, schema=None):
     """Make an op of a launcher, which autograd and `torch.compile` then see as one node.
 
     Args:
-        name: of the op in `torch.ops.netspace_lite`; its backward is one too, `<name>_backward`.
-        launch: annotated function of tensors and options. Only its first result is differentiable.
+        name: of the op in `torch.ops.netspace_lite`.
+        launch: function of tensors and options, run on the device of its first tensor: Triton
+            launches on the current one.
         empty: of the same arguments, gives the results' shapes, dtypes and strides.
+        schema: the arguments' and results' types; None takes the annotations of `launch`.
+    """
+
+    @functools.wraps(launch)
+    def on_device(*args):
+        with torch.cuda.device_of(next(a for a in args if isinstance(a, torch.Tensor))):
+            return launch(*args)
+
+    name = f"netspace_lite::{name}"
+    op = torch.library.custom_op(name, on_device, mutates_args=(), schema=schema)
+    op.register_fake(empty)
+    return op
+
+
+def register_differentiable(name, launch, empty, launch_backward):
+    """`register` an op whose first result has a gradient, by an op of its own: `<name>_backward`.
+
+    Args:
+        name, launch, empty: see `register`; `launch` is annotated.
         launch_backward: of the first result's gradient, which arguments need theirs, all arguments
             and all results; gives the gradients of the first arguments, contiguous.
     """
-    op = torch.library.custom_op(f"netspace_lite::{name}", _on_device(launch), mutates_args=())
-    op.register_fake(empty)
-    if launch_backward is None:
-        return op
-    backward = _backward_op(name, launch, launch_backward)
+    op, backward = register(name, launch, empty), _backward_op(name, launch, launch_backward)
 
     def keep(ctx, inputs, output):
         values = *inputs, *(output if isinstance(output, tuple) else (output,))
@@ -152,28 +166,12 @@ def _backward_op(name, launch, launch_backward):
         return [v.new_empty(v.shape) if need else g.new_empty(0) for v, need in pairs]
 
     def refuse(ctx, *grads):
-        raise RuntimeError(
-            f"{name}: the Triton kernels are differentiable once. For second derivatives compute "
-            'the first ones under backend("torch").'
-        )
+        instead = 'For second derivatives compute the first ones under backend("torch").'
+        raise RuntimeError(f"{name}: the Triton kernels are differentiable once. {instead}")
 
-    backward = torch.library.custom_op(
-        f"netspace_lite::{name}_backward", _on_device(gradients), mutates_args=(), schema=schema
-    )
-    backward.register_fake(empty_gradients)
+    backward = register(f"{name}_backward", gradients, empty_gradients, schema)
     backward.register_autograd(refuse)
     return backward
-
-
-def _on_device(launch):
-    """The launcher on the device of its first tensor: Triton launches on the current one."""
-
-    @functools.wraps(launch)
-    def on_device(*args):
-        with torch.cuda.device_of(next(a for a in args if isinstance(a, torch.Tensor))):
-            return launch(*args)
-
-    return on_device
 
 
 def in_parts(values, splits) -> torch.Tensor:

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import tl, triton, use_triton
-from .common import autocast, check, register
+from .common import autocast, check, register_differentiable
+from .tiles import place, put, take
 
 
 def distillation_loss(logits, targets, labels=None, temperature=4.0, alpha=0.9) -> torch.Tensor:
@@ -95,16 +96,13 @@ def _loss_kernel(
     BM: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """Loss and gradient of BM samples of one net; KP is K up to a power of 2."""
-    tiles = tl.cdiv(B, BM)
-    n = (tl.program_id(0) // tiles).to(tl.int64)
-    m = (tl.program_id(0) % tiles) * BM + tl.arange(0, BM)
-    k = tl.arange(0, KP)
-    rows = m.to(tl.int64)[:, None]
+    n, m, k = place(tl.program_id(0), B, KP, BM, KP)
+    n, rows = n.to(tl.int64), m.to(tl.int64)[:, None]
     inside = (m[:, None] < B) & (k[None, :] < K)
     outside = tl.where(k < K, 0.0, -1e30)[None, :]
     temperature = tl.load(temperatures + n)
-    logit = tl.load(z + n * zn + rows * zb + k[None, :], mask=inside, other=0).to(tl.float32)
-    target = tl.load(t + n * tn + rows * tb + k[None, :], mask=inside, other=0).to(tl.float32)
+    logit = take(z + n * zn + rows * zb + k[None, :], inside)
+    target = take(t + n * tn + rows * tb + k[None, :], inside)
     q, log_q = _softmax(logit / temperature + outside)
     p, log_p = _softmax(target / temperature + outside)
     apart = tl.where(inside, p * (log_p - log_q), 0.0)
@@ -117,8 +115,7 @@ def _loss_kernel(
         loss -= tl.sum(tl.where(right, log_s, 0.0), 1) * (1 - alpha)
         grad += (s - tl.where(right, 1.0, 0.0)) * (1 - alpha)
     tl.store(parts + tl.program_id(0), tl.sum(loss, 0))
-    at = dz + (n * B + rows) * K + k[None, :]
-    tl.store(at, (grad / B).to(dz.dtype.element_ty), mask=inside)
+    put(dz + (n * B + rows) * K + k[None, :], grad / B, inside)
 
 
 def _empty(logits, targets, labels, temperature, alpha):
@@ -150,4 +147,4 @@ def launch_backward(g, needs, logits, targets, labels, temperature, alpha, loss,
     return (grad * g[:, None, None],)
 
 
-_distillation = register("distillation_loss", launch, _empty, launch_backward)
+_distillation = register_differentiable("distillation_loss", launch, _empty, launch_backward)

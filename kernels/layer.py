@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from .backend import tl, triton
-from .common import NONE, SINE, in_parts, joined, output_size, register, tile
-from .tiles import act_backward, act_forward, place, product, put
+from .common import NONE, SINE, in_parts, joined, output_size, register_differentiable, tile
+from .tiles import act_backward, act_forward, place, product, put, take
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,13 @@ def forward_kernel(
         b = tl.load(w + n * wn + col[None, :] * window + k[:, None], mask=w_in, other=0)
         acc = product(a, b, acc, PRECISION)
     if bias is not None:
-        acc += tl.load(bias + n * bn + col, mask=col < O, other=0).to(tl.float32)[None, :]
+        acc += take(bias + n * bn + col, col < O)[None, :]
     sample, spot = (pixel // (U * V)).to(tl.int64), pixel % (U * V)
     at = ((sample * nets + n) * O * (U * V) + spot)[:, None] + (col * (U * V))[None, :]
     inside = (pixel[:, None] < B * U * V) & (col[None, :] < O)
     if step.act == 2:
-        tl.store(saved + at, acc.to(saved.dtype.element_ty), mask=inside)
-    acc = act_forward(acc, step)
-    tl.store(y + at, acc.to(y.dtype.element_ty), mask=inside)
+        put(saved + at, acc, inside)
+    put(y + at, act_forward(acc, step), inside)
 
 
 @triton.jit
@@ -252,4 +251,4 @@ def launch_backward(
     return dx, dw, db
 
 
-layer = register("layer", launch_forward, _empty, launch_backward)
+layer = register_differentiable("layer", launch_forward, _empty, launch_backward)

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from .backend import tl, triton
-from .common import autocast, check, fp32_precision, in_parts, joined, register
+from .common import autocast, check, fp32_precision, in_parts, joined, register_differentiable
 from .layer import forward_kernel, input_grad_kernel, weight_grad_kernel
 from .plan import INPUTS, NOTHING, SAMPLES, plan_of
-from .tiles import act_backward, act_forward, put
+from .tiles import act_backward, act_forward, put, take
 
 PROGRAMS = 384  # at least: three for each of an H100's 132 multiprocessors
 MOST = 1024  # samples of a program: offsets in 32 bits
@@ -72,10 +72,7 @@ def _at(place: tl.constexpr, values, b):
     `values` are those of scratch, outputs and inputs, or their gradients; OUTPUTS and INPUTS are
     places from the end of the three.
     """
-    if place < 0:
-        return values[place]
-    else:
-        return values[0] + place * b
+    return values[place] if place < 0 else values[0] + place * b
 
 
 @triton.jit
@@ -105,13 +102,11 @@ def _forward_step(row, values, b, step: tl.constexpr, PRECISION: tl.constexpr):
                 corner = at // (step.U * step.V) * (step.H * step.W)
                 corner += u * (step.KH * step.W) + v * step.KW
             for k in range(0, step.KH * step.KW):
-                pixel = source + corner + k // step.KW * step.W + k % step.KW
-                z += tl.load(pixel, mask=at < size, other=0).to(tl.float32)
+                z += take(source + corner + k // step.KW * step.W + k % step.KW, at < size)
             z = z / (step.KH * step.KW)
             if step.other != _NOTHING:
-                other = _at(step.other, values, b)
-                z += tl.load(other + at, mask=at < size, other=0).to(tl.float32)
-            tl.store(y + at, act_forward(z, step).to(y.dtype.element_ty), mask=at < size)
+                z += take(_at(step.other, values, b) + at, at < size)
+            put(y + at, act_forward(z, step), at < size)
 
 
 @triton.jit
@@ -194,15 +189,10 @@ def _part(nets, samples):
     return triton.cdiv(samples, max(splits, triton.cdiv(samples, MOST)))
 
 
-def _few(part, keep):
-    """Samples that a program takes through the net at a time."""
-    return part if keep else min(part, SAMPLES)
-
-
 def _empty(x, rows, plan, keep, precision):
     plan, nets, samples = plan_of(plan), len(rows), x.shape[-2]
     part = _part(nets, samples)
-    kept = samples if keep else triton.cdiv(samples, part) * _few(part, keep)
+    kept = samples if keep else triton.cdiv(samples, part) * min(part, SAMPLES)
     out = rows.new_empty(nets, samples, plan.outputs)
     return out, rows.new_empty(nets, kept, plan.values)
 
@@ -213,8 +203,9 @@ def launch_forward(
     """The answers [N, B, K], and scratch [N, B, A], which the backward takes if `keep`."""
     out, scratch = _empty(x, rows, plan, keep, precision)
     (nets, samples, _), part = out.shape, _part(len(rows), x.shape[-2])
+    few = part if keep else min(part, SAMPLES)
     _forward_kernel[(nets * triton.cdiv(samples, part),)](
-        x, rows, out, scratch, samples, part, _few(part, keep), x.expand(nets, -1, -1).stride(0),
+        x, rows, out, scratch, samples, part, few, x.expand(nets, -1, -1).stride(0),
         rows.stride(0), PLAN=plan_of(plan), KEEP=keep, PRECISION=precision, **HOW,
     )  # fmt: skip
     return out, scratch
@@ -234,4 +225,4 @@ def launch_backward(g, needs, x, rows, plan, keep, precision, out, scratch):
     return None, joined(parts, rows.dtype)
 
 
-_net = register("net", launch_forward, _empty, launch_backward)
+_net = register_differentiable("net", launch_forward, _empty, launch_backward)

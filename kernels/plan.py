@@ -78,31 +78,22 @@ def _small(rows, cols, inner):
     return Tile(shape["BM"], shape["BN"], 16 if inner <= 16 else shape["BK"])
 
 
-@dataclass(frozen=True, eq=False)  # one object for a text, see `plan_of`: quick to compare
 class Plan:
-    """All steps of a net of P parameters that takes I values a sample and hands on A.
+    """All steps of a net of P parameters that takes I values a sample, hands on A and answers K.
 
-    Its `text` is what an op can be told.
+    Its `text` is what an op can be told, and how the compiler's caches know it.
     """
 
-    text: str
-    steps: tuple[Step, ...]
-    inputs: int
-    values: int
-    parameters: int
-    answer: tuple[int, ...]
+    def __init__(self, text: str):
+        steps, self.inputs, self.values, self.parameters, answer = json.loads(text)
+        self.text, self.steps = text, tuple(Step(**step) for step in steps)
+        self.answer, self.outputs = tuple(answer), prod(answer)
 
-    @property
-    def outputs(self) -> int:
-        """K, the values of one answer."""
-        return prod(self.answer)
+    def __repr__(self):
+        return self.text
 
 
-@functools.cache
-def plan_of(text: str) -> Plan:
-    """The plan with this text."""
-    steps, *sizes, answer = json.loads(text)
-    return Plan(text, tuple(Step(**step) for step in steps), *sizes, tuple(answer))
+plan_of = functools.cache(Plan)  # one object for a text: quick to compare
 
 
 def translate(graph, parts, weights, parameters, image) -> Plan | None:
@@ -119,13 +110,12 @@ def translate(graph, parts, weights, parameters, image) -> Plan | None:
         parameters: P.
         image: shape of one sample.
     """
-    values, steps, used, size, last = {}, [], {}, 0, None  # values: node -> place, shape
-    for node in graph.nodes:
+    first, *nodes = graph.nodes
+    values = {first: (INPUTS, tuple(image))}  # node -> place, shape
+    steps, used, size, last = [], {}, 0, None
+    for node in nodes:
         part = parts[node.target] if node.op == "call_module" else None
         sources = [values.get(source) for source in node.all_input_nodes]
-        if node.op == "placeholder":
-            values[node] = INPUTS, tuple(image)
-            continue
         if not sources or None in sources:
             return None
         (source, shape), *others = sources
@@ -179,11 +169,10 @@ def _does(node, part, shape, others):
     if type(part) is nn.Linear and shape == (part.in_features,):
         return does | {"O": part.out_features, "U": 1, "V": 1}, (part.out_features,)
     if len(shape) == 3 and (window := _window(part, shape)):
-        out = part.out_channels if is_plain(part) else channels
+        kind, out = ("layer", part.out_channels) if is_plain(part) else ("pool", channels)
         u, v = output_size(shape[1:], *window)
         names = "KH", "KW", "SH", "SW", "PH", "PW"
         does |= dict(zip(names, (n for pair in window for n in pair), strict=True))
-        kind = "layer" if is_plain(part) else "pool"
         return does | {"kind": kind, "O": out, "U": u, "V": v}, (out, u, v)
     does |= {"kind": "sum", "O": channels, "U": height, "V": width}
     if type(part) in (nn.LeakyReLU, nn.ReLU):
@@ -208,8 +197,7 @@ def _window(part, image):
 def _finished(steps, place, inputs, parameters, answer) -> Plan | None:
     """The plan of these steps, whose last one makes the answer at `place`; None if it doesn't, and
     where there are too many or one is too large."""
-    read = {s.source for s in steps} | {s.other for s in steps}
-    unread = {s.out for s in steps} - read
+    unread = {s.out for s in steps} - {read for s in steps for read in (s.source, s.other)}
     widest = max((s.C * s.H * s.W + s.O * s.U * s.V for s in steps), default=0)
     if unread != {place} or len(steps) > LONGEST or widest > WIDEST:
         return None

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from .backend import tl, triton, use_triton
 from .batched_linear import batched_linear
-from .common import autocast, check, fp32_precision, joined, register
-from .tiles import product, put, sine_cosine
+from .common import autocast, check, fp32_precision, joined, register_differentiable
+from .tiles import place, product, put, sine_cosine, take
 
 CACHE_VALUES = 1 << 18  # hidden activations, in values, that nets of one block have on a CPU
 # A program holds all h sums of its points in registers, and without tensor cores the products' too.
@@ -68,17 +68,15 @@ def siren_mlp(points, rows, hidden, omega=30.0, precision=None) -> torch.Tensor:
     return _siren(points, rows, hidden, float(omega), precision).unsqueeze(-1)
 
 
-def widest(dtype, precision=None) -> int:
+def widest(dtype, precision) -> int:
     """The largest h that the kernels hold without spilling registers (see `aot`)."""
-    exact = dtype == torch.float32 and fp32_precision(precision) == "ieee"
-    return MAX_HIDDEN_IEEE if exact else MAX_HIDDEN
+    return MAX_HIDDEN_IEEE if dtype == torch.float32 and precision == "ieee" else MAX_HIDDEN
 
 
 def siren_mlp_reference(points, rows, hidden, omega=30.0):
     """The same in PyTorch: one batched product per layer."""
     w1, b1, w2, b2, w3, b3 = _layers(rows, hidden)
-    if points.ndim == 2:
-        points = points.expand(rows.shape[0], -1, -1)
+    points = points.expand(rows.shape[0], -1, -1)
     scaled = {"beta": omega, "alpha": omega}  # inside the product, not in a pass of its own
     y = torch.sin(torch.baddbmm(b1[:, None], points, w1.mT, **scaled))
     y = torch.sin(torch.baddbmm(b2[:, None], y, w2.mT, **scaled))
@@ -106,41 +104,31 @@ def _layers(rows, h):
 
 
 @triton.jit
-def _values(pointer, k, h, step=1):
-    """The values k of a vector of h, `step` apart, as fp32. W1 has a column for each axis."""
-    return tl.load(pointer + k * step, mask=k < h, other=0).to(tl.float32)
-
-
-@triton.jit
 def _points(points, m, pb, pi, B):
     """The coordinates of the points m: three fp32 vectors."""
-    at = points + m.to(tl.int64) * pb
-    return [tl.load(at + axis * pi, mask=m < B, other=0).to(tl.float32) for axis in (0, 1, 2)]
+    return [take(points + m.to(tl.int64) * pb + axis * pi, m < B) for axis in (0, 1, 2)]
 
 
 @triton.jit
 def _first_layer(row, p, k, h, omega):
     """ω(W1·p + b1) for the neurons k: [BM, BK] in fp32."""
-    z = p[0][:, None] * _values(row, k, h, 3)[None, :]
+    z = p[0][:, None] * take(row + k * 3, k < h)[None, :]
     for axis in tl.static_range(1, 3):
-        z += p[axis][:, None] * _values(row + axis, k, h, 3)[None, :]
-    return (z + _values(row + 3 * h, k, h)[None, :]) * omega
+        z += p[axis][:, None] * take(row + k * 3 + axis, k < h)[None, :]
+    return (z + take(row + 3 * h + k, k < h)[None, :]) * omega
 
 
 @triton.jit
-def _second_layer(
-    row, p, col, h, omega,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, HP: tl.constexpr,
-):  # fmt: skip
-    """ω(W2·sin(first layer) + b2): [BM, HP] in fp32."""
-    acc = tl.zeros((BM, HP), tl.float32)
+def _second_layer(row, p, col, h, omega, PRECISION: tl.constexpr, BK: tl.constexpr):
+    """ω(W2·sin(first layer) + b2) at the points p for the neurons col, in fp32."""
+    acc = tl.zeros((p[0].shape[0], col.shape[0]), tl.float32)
     for start in range(0, h, BK):
         k = start + tl.arange(0, BK)
         hidden = sine_cosine(_first_layer(row, p, k, h, omega))[0]
         inside = (k[:, None] < h) & (col[None, :] < h)
         w = tl.load(row + 4 * h + col[None, :] * h + k[:, None], mask=inside, other=0)
         acc = product(hidden.to(w.dtype), w, acc, PRECISION)
-    return (acc + _values(row + 4 * h + h * h, col, h)[None, :]) * omega
+    return (acc + take(row + 4 * h + h * h + col, col < h)[None, :]) * omega
 
 
 @triton.jit
@@ -149,16 +137,15 @@ def _forward_kernel(
     PRECISION: tl.constexpr, HP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Grid (N·⌈B/BM⌉,): the outputs of one net at BM points. HP is h up to a power of two."""
-    tiles = tl.cdiv(B, BM)
-    n = (tl.program_id(0) // tiles).to(tl.int64)
-    m, col = (tl.program_id(0) % tiles) * BM + tl.arange(0, BM), tl.arange(0, HP)
+    n, m, col = place(tl.program_id(0), B, HP, BM, HP)
+    n = n.to(tl.int64)
     row = rows + n * rn
     p = _points(points + n * pn, m, pb, pi, B)
-    angle = _second_layer(row, p, col, h, omega, PRECISION, BM, BK, HP)
+    angle = _second_layer(row, p, col, h, omega, PRECISION, BK)
     last = row + 5 * h + h * h
-    y = tl.sum(sine_cosine(angle)[0] * _values(last, col, h)[None, :], 1)
+    y = tl.sum(sine_cosine(angle)[0] * take(last + col, col < h)[None, :], 1)
     y += tl.load(last + h).to(tl.float32)
-    tl.store(out + n * B + m, y.to(out.dtype.element_ty), mask=m < B)
+    put(out + n * B + m, y, m < B)
 
 
 @triton.jit
@@ -174,14 +161,14 @@ def _backward_kernel(
     col = tl.arange(0, HP)
     row, size = rows + n * rn, h * h + 6 * h + 1
     part = parts + (split * nets + n) * size
-    w3 = _values(row + 5 * h + h * h, col, h)
+    w3 = take(row + 5 * h + h * h + col, col < h)
     dw3, db2 = tl.zeros((HP,), tl.float32), tl.zeros((HP,), tl.float32)
     db3 = tl.zeros((BM,), tl.float32)
     for tile in range(split, tl.cdiv(B, BM), splits):
         m = tile * BM + tl.arange(0, BM)
         p = _points(points + n * pn, m, pb, pi, B)
-        go = _values(g + n * B, m, B)
-        angle = _second_layer(row, p, col, h, omega, PRECISION, BM, BK, HP)
+        go = take(g + n * B + m, m < B)
+        angle = _second_layer(row, p, col, h, omega, PRECISION, BK)
         hidden, slope = sine_cosine(angle)
         g2 = go[:, None] * w3[None, :] * omega * slope
         dw3 += tl.sum(go[:, None] * hidden, 0)
@@ -199,15 +186,14 @@ def _backward_kernel(
             for axis in tl.static_range(3):
                 put(part + k * 3 + axis, tl.sum(g1 * p[axis][:, None], 0), k < h, True)
             if dpoints is not None:
-                w1 = [_values(row + axis, k, h, 3)[None, :] for axis in (0, 1, 2)]
+                w1 = [take(row + k * 3 + axis, k < h)[None, :] for axis in (0, 1, 2)]
                 d = [d[axis] + tl.sum(g1 * w1[axis], 1) for axis in (0, 1, 2)]
         tl.debug_barrier()  # what this tile added to `part` is there before the next one reads it
         if dpoints is not None:
             for axis in tl.static_range(3):
-                at = dpoints + (n * B + m) * 3 + axis
-                tl.store(at, d[axis].to(dpoints.dtype.element_ty), mask=m < B)
-    tl.store(part + 4 * h + h * h + col, db2, mask=col < h)
-    tl.store(part + 5 * h + h * h + col, dw3, mask=col < h)
+                put(dpoints + (n * B + m) * 3 + axis, d[axis], m < B)
+    put(part + 4 * h + h * h + col, db2, col < h)
+    put(part + 5 * h + h * h + col, dw3, col < h)
     tl.store(part + size - 1, tl.sum(db3, 0))
 
 
@@ -227,17 +213,17 @@ def _w2_grad_kernel(
     inside = (o[:, None] < h) & (k[None, :] < h)
     at = 4 * h + o[:, None] * h + k[None, :]
     w2 = tl.load(row + at, mask=inside, other=0)
-    b2, w3 = _values(row + 4 * h + h * h, o, h), _values(row + 5 * h + h * h, o, h)
+    b2, w3 = take(row + 4 * h + h * h + o, o < h), take(row + 5 * h + h * h + o, o < h)
     acc = tl.zeros((BO, HP), tl.float32)
     for tile in range(split, tl.cdiv(B, BM), splits):
         m = tile * BM + tl.arange(0, BM)
         p = _points(points + n * pn, m, pb, pi, B)
         hidden = sine_cosine(_first_layer(row, p, k, h, omega))[0].to(w2.dtype)
         z = product(hidden, tl.trans(w2), tl.zeros((BM, BO), tl.float32), PRECISION)
-        g2 = _values(g + n * B, m, B)[:, None] * w3[None, :] * omega
+        g2 = take(g + n * B + m, m < B)[:, None] * w3[None, :] * omega
         g2 = g2 * sine_cosine((z + b2[None, :]) * omega)[1]
         acc = product(tl.trans(g2.to(w2.dtype)), hidden, acc, PRECISION)
-    tl.store(parts + (split * nets + n) * size + at, acc, mask=inside)
+    put(parts + (split * nets + n) * size + at, acc, inside)
 
 
 def _options(hidden, precision, **tiles):
@@ -285,4 +271,4 @@ def launch_backward(g, needs, points, rows, hidden, omega, precision, out):
     return dpoints.sum(0) if shared else dpoints, joined(parts, rows.dtype)
 
 
-_siren = register("siren_mlp", launch_forward, _empty, launch_backward)
+_siren = register_differentiable("siren_mlp", launch_forward, _empty, launch_backward)

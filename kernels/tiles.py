@@ -1,4 +1,4 @@
-"""What programs of several kernels do with their tiles: place, multiply, activate, store."""
+"""What programs of several kernels do with their tiles: place, multiply, activate, load, store."""
 
 from .backend import INTERPRETED, tl, triton
 
@@ -11,8 +11,7 @@ def place(index, rows, cols, BM: tl.constexpr, BN: tl.constexpr):
     """
     across = tl.cdiv(cols, BN)
     tiles = tl.cdiv(rows, BM) * across
-    share = index // tiles
-    at = index % tiles
+    share, at = index // tiles, index % tiles
     row = (at // across) * BM + tl.arange(0, BM)
     return share, row, (at % across) * BN + tl.arange(0, BN)
 
@@ -78,19 +77,23 @@ def act_backward(g, saved, at, mask, step: tl.constexpr):
 
     `saved` holds the outputs for leaky ReLU (their signs are the inputs') and the inputs for sine.
     """
-    grad = tl.load(g + at, mask=mask, other=0).to(tl.float32)
-    if step.act > 0:
-        kept = tl.load(saved + at, mask=mask, other=0).to(tl.float32)
+    grad = take(g + at, mask)
     if step.act == 1:
-        grad = tl.where(kept > 0, grad, grad * step.slope)
+        grad = tl.where(take(saved + at, mask) > 0, grad, grad * step.slope)
     if step.act == 2:
-        grad = grad * step.omega * sine_cosine(kept * step.omega)[1]
+        grad = grad * step.omega * sine_cosine(take(saved + at, mask) * step.omega)[1]
     return grad
 
 
 @triton.jit
-def put(pointer, value, mask, ADD: tl.constexpr):
-    """Store an fp32 tile, or with ADD add it to what is there."""
+def take(pointer, mask):
+    """Load a tile as fp32, with zeros where the mask is false."""
+    return tl.load(pointer, mask=mask, other=0).to(tl.float32)
+
+
+@triton.jit
+def put(pointer, value, mask, ADD: tl.constexpr = False):
+    """Store an fp32 tile in the pointer's dtype, or with ADD add it to what is there."""
     if ADD:
-        value += tl.load(pointer, mask=mask, other=0).to(tl.float32)
+        value += take(pointer, mask)
     tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)

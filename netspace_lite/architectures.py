@@ -5,9 +5,9 @@ yours, for many nets at once. A class decorated with `architecture` remembers it
 saved zoo can build it again from its JSON file.
 """
 
-import functools
 import inspect
 import math
+from functools import partial, wraps
 
 import torch
 from torch import nn
@@ -24,19 +24,16 @@ def architecture(cls):
     """
     init = cls.__init__
     signature = inspect.signature(init)
-    _, *parameters = signature.parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+    _, *names = signature.parameters
+    if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
         raise TypeError(f"{cls.__name__} takes *args, which can't be kept: give them names")
 
-    @functools.wraps(init)
+    @wraps(init)
     def remember(self, *args, **kwargs):
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         init(self, *args, **kwargs)
-        self.config = {}
-        for p in parameters:
-            value = bound.arguments[p.name]
-            self.config |= value if p.kind is p.VAR_KEYWORD else {p.name: value}
+        self.config = dict(zip(names, bound.args[1:], strict=False)) | bound.kwargs
 
     cls.__init__ = remember
     ARCHITECTURES[cls.__name__] = cls
@@ -48,7 +45,9 @@ def describe(module: nn.Module) -> dict:
 
     ``config`` is None for a module whose class is not registered; only its user can build it.
     """
-    return {"name": type(module).__name__, "config": getattr(module, "config", None)}
+    name = type(module).__name__
+    config = getattr(module, "config", None) if name in ARCHITECTURES else None  # not anyone's own
+    return {"name": name, "config": config}
 
 
 def build(description: dict) -> nn.Module:
@@ -231,22 +230,22 @@ class Siren(nn.Module):
         return self.layers(points)
 
 
-# name -> class and arguments after (image, classes)
-_CIFAR = {"LeNetLike": (LeNetLike, {}), "VanillaCNN": (VanillaCNN, {})}
-_CIFAR |= {f"ResNet{depth}": (ResNet, {"depth": depth}) for depth in (8, 32, 56)}
+# name -> what makes the net of (image, classes)
+_CIFAR = {"LeNetLike": LeNetLike, "VanillaCNN": VanillaCNN}
+_CIFAR |= {f"ResNet{depth}": partial(ResNet, depth=depth) for depth in (8, 32, 56)}
 _TINY = _CIFAR | {  # channels and strides that give the published TinyImageNet counts
-    "LeNetLike": (LeNetLike, {"channels": (4, 8, 16)}),
-    "VanillaCNN": (VanillaCNN, {"channels": (8, 16, 32, 64, 64), "strides": (2,) * 5}),
+    "LeNetLike": partial(LeNetLike, channels=(4, 8, 16)),
+    "VanillaCNN": partial(VanillaCNN, channels=(8, 16, 32, 64, 64), strides=(2,) * 5),
 }
-PAPER_NETS = {"cifar10": ((3, 32, 32), 10, _CIFAR), "tinyimagenet": ((3, 64, 64), 200, _TINY)}
+PAPER_NETS = {"cifar10": (_CIFAR, (3, 32, 32), 10), "tinyimagenet": (_TINY, (3, 64, 64), 200)}
 
 # Small enough to train hundreds on a laptop; channels in multiples of 8 are fast on a CPU.
-_SMALL = {"channels": (8, 16, 16, 16), "strides": (2, 1, 2)}
+_SMALL = partial(ResNet, channels=(8, 16, 16, 16), strides=(2, 1, 2))
 LITE_NETS = {
-    "LeNetLike": (LeNetLike, {"channels": (6, 16), "hidden": (64,), "kernel": 3}),
-    "VanillaCNN": (VanillaCNN, {"channels": (8, 16, 16, 32), "strides": (2, 1, 2, 1)}),
-    "ResNet8": (ResNet, {"depth": 8, **_SMALL}),
-    "ResNet14": (ResNet, {"depth": 14, **_SMALL}),
+    "LeNetLike": partial(LeNetLike, channels=(6, 16), hidden=(64,), kernel=3),
+    "VanillaCNN": partial(VanillaCNN, channels=(8, 16, 16, 32), strides=(2, 1, 2, 1)),
+    "ResNet8": partial(_SMALL, depth=8),
+    "ResNet14": partial(_SMALL, depth=14),
 }
 
 
@@ -257,9 +256,8 @@ def paper_net(name: str, dataset: str = "cifar10") -> nn.Module:
         name: "LeNetLike", "VanillaCNN", "ResNet8", "ResNet32" or "ResNet56".
         dataset: "cifar10" (3×32×32, 10 classes) or "tinyimagenet" (3×64×64, 200 classes).
     """
-    image, classes, nets = _find(PAPER_NETS, dataset)
-    cls, config = _find(nets, name)
-    return cls(image, classes, **config)
+    nets, *sizes = _find(PAPER_NETS, dataset)
+    return _find(nets, name)(*sizes)
 
 
 def lite_net(name: str, image, classes: int) -> nn.Module:
@@ -268,8 +266,7 @@ def lite_net(name: str, image, classes: int) -> nn.Module:
     Args:
         name: "LeNetLike", "VanillaCNN", "ResNet8" or "ResNet14".
     """
-    cls, config = _find(LITE_NETS, name)
-    return cls(image, classes, **config)
+    return _find(LITE_NETS, name)(image, classes)
 
 
 def _find(table: dict, name: str):

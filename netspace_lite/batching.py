@@ -63,8 +63,8 @@ class Batched:
         self.running = _statistics_layout(self.module)
         self._modes: dict[tuple, _Mode] = {}
         self._ways: dict[tuple[bool, bool], str] = {}
-        stock = type(module) is Siren and structure(Siren(**module.config))
-        self._is_siren = bool(stock) and stock == self.fingerprint
+        stock = Siren(**module.config) if type(module) is Siren else None
+        self._is_siren = stock is not None and structure(stock) == self.fingerprint
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -83,8 +83,8 @@ class Batched:
 
     def __call__(self, rows: Tensor, x: Tensor, per_net: bool = False, running=None) -> Tensor:
         check_rows(rows, self.layout.size)
-        _check_inputs(rows, x, per_net)
-        if self._is_siren:
+        check_inputs(rows, x, per_net)
+        if self._is_siren and x.dim() == 2 + per_net:  # not points in groups
             return siren_mlp(x, rows, self.module.config["hidden"], self.module.config["omega"])
         if self.running.size and running is None:
             why = f"the rows of a {name_of(self.module)} have no batch norms' statistics"
@@ -133,20 +133,23 @@ class Batched:
         x, reasons = (x[0, :3] if per_net else x[:3]).detach(), []
         x = torch.stack([x, x.roll(1, -1)]) if per_net else x
 
-        def run(way):
+        def run(way, x):
             running = self.initial_running(len(good)).to(good) if mode.training else None
             out = getattr(mode, way)(self._views(good, running), x, per_net)
             return torch.cat([out.flatten(1), running], 1) if mode.training else out
 
         with torch.random.fork_rng([x.device] if x.is_cuda else []), backend("torch"), _NoDropout():
-            expected = run("loop")
+            mode.changes_inputs = False
+            run("loop", given := x.clone())
+            mode.changes_inputs = not torch.equal(given, x)
+            expected = run("loop", x)
             if not expected.isfinite().all():
                 return "loop"
-            random = mode.training and not _close(run("loop"), expected)
+            random = mode.training and not _close(run("loop", x), expected)
             for way in ("interpreted", "vmap"):
                 reason = "its operations mix samples, draw at random or depend on the batch size"
                 try:
-                    found = run(way)
+                    found = run(way, x)
                     alike = found.shape == expected.shape
                     if alike and ((random and way == "vmap") or _close(found, expected)):
                         break
@@ -156,7 +159,7 @@ class Batched:
             else:
                 way = "loop"
             with contextlib.suppress(Exception):  # the user's, who may read memory as it lies
-                mode.may_reorder = _close(run("innermost"), expected)
+                mode.may_reorder = _close(run("innermost", x), expected)
         slower = "through torch.func.vmap", "one net after the other"
         for how, reason in zip(slower, reasons, strict=False):
             text = f"{name_of(self.module)} runs {how}, which is slower: {reason}"
@@ -165,7 +168,8 @@ class Batched:
         return way
 
 
-def _check_inputs(rows: Tensor, x: Tensor, per_net: bool) -> None:
+def check_inputs(rows: Tensor, x: Tensor, per_net: bool) -> None:
+    """Raise ValueError unless nets [N, P] can be asked about inputs x."""
     if x.dtype != rows.dtype or x.device != rows.device:
         given, nets = f"{x.dtype} on {x.device}", f"{rows.dtype} on {rows.device}"
         raise ValueError(f"inputs are {given}, nets are {nets}: convert one of them with .to()")
@@ -219,10 +223,6 @@ def _plain_operations():
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-class _CantCarryNets(TypeError):
-    """A graph has a step that no batched layer knows."""
-
-
 class _Mode:
     """A module in training or evaluation on one device in one dtype: its graph and ways to run it.
 
@@ -232,11 +232,10 @@ class _Mode:
     def __init__(self, module: nn.Module, training: bool, like: Tensor):
         self.module, self.training = copy.deepcopy(module).train(training), training
         self.may_reorder = False  # whether images can have their channels innermost
+        self.changes_inputs = True  # whether steps in place may change the caller's
         root = nn.Sequential(self.module)  # a bare layer has a name in it, and options are left out
         try:
             self.graph = _trace(root)
-        except _CantCarryNets as error:
-            self.graph = str(error)
         except Exception as error:  # tracing runs the user's code on proxies
             self.graph = f"it can't be traced ({str(error).partition(chr(10))[0]})"
         self.parts, self.plans, first = dict(root.named_modules()), {}, {}
@@ -245,8 +244,8 @@ class _Mode:
                 if isinstance(value, Tensor):  # constants, also those of the trace
                     dtype = like.dtype if value.is_floating_point() else value.dtype
                     setattr(part, name, value.to(like.device, dtype))
-        tensors = itertools.chain(root.named_parameters(remove_duplicate=False),
-                                  root.named_buffers(remove_duplicate=False))  # fmt: skip
+        every = {"remove_duplicate": False}
+        tensors = *root.named_parameters(**every), *root.named_buffers(**every)
         # A tensor that is tied has several names in the module, and the first of them in the views.
         self.names = {n: first.setdefault(id(t), n.removeprefix("0.")) for n, t in tensors}
         root.to(like)
@@ -258,7 +257,7 @@ class _Mode:
         nets = len(next(iter(views.values())))
         if self.training and not per_net:  # each net drops its own
             x, per_net = x.expand(nets, *x.shape), True
-        return _Interpreter(self, views, nets).run(x, per_net)
+        return _Interpreter(self, views, nets).run(self._own(x), per_net)
 
     def plan(self, layout: Layout, sample: torch.Size):
         """How `net` takes samples of this shape through the graph; None if it can't."""
@@ -268,17 +267,20 @@ class _Mode:
             self.plans[sample] = translate(self.graph, self.parts, weights, layout.size, sample)
         return self.plans[sample]
 
+    def _own(self, x: Tensor) -> Tensor:
+        return x.clone() if self.changes_inputs else x
+
     @_plain_operations()
     def vmap(self, views: dict[str, Tensor], x: Tensor, per_net: bool) -> Tensor:
         """Through PyTorch's own batching."""
         one_net, axes = functools.partial(functional_call, self.module), (0, 0 if per_net else None)
-        return vmap(one_net, axes, randomness="different")(views, x)
+        return vmap(one_net, axes, randomness="different")(views, self._own(x))
 
     @_plain_operations()
     def loop(self, views: dict[str, Tensor], x: Tensor, per_net: bool) -> Tensor:
         """One net after the other, as its plain module."""
         nets = zip(one_by_one(views), x if per_net else itertools.repeat(x), strict=False)
-        outputs = [functional_call(self.module, state, inputs) for state, inputs in nets]
+        outputs = [functional_call(self.module, state, self._own(x)) for state, x in nets]
         if not isinstance(outputs[0], Tensor):
             what = f"{name_of(self.module)} returns a {type(outputs[0]).__name__}"
             raise ValueError(f"{what}, not one tensor: wrap it in a module that picks the tensor")
@@ -297,19 +299,19 @@ class _Tracer(fx.Tracer):
         return type(module) in _BATCHED or next(module.parameters(), None) is None
 
 
-def _trace(root: nn.Sequential) -> fx.Graph:
+def _trace(root: nn.Sequential) -> fx.Graph | str:
     """The graph of what is in ``root``, without identities and with activations in their layers.
 
-    Raises _CantCarryNets naming the step that can't carry many.
+    If it has a step that no batched layer knows, what is said of that.
     """
     graph = _Tracer().trace(root)
     for node in reversed(list(graph.nodes)):
         named = node.op in ("get_attr", "call_module")
         part = operator.attrgetter(node.target)(root) if named else None
         if isinstance(part, nn.Parameter):
-            raise _CantCarryNets(f"it reads {node.target[2:]!r} outside layers of many nets")
+            return f"it reads {node.target[2:]!r} outside layers of many nets"
         if getattr(part, "padding_mode", "zeros") != "zeros":
-            raise _CantCarryNets(f"{part} pads in a way that no batched layer knows")
+            return f"{part} pads in a way that no batched layer knows"
         if type(part) is nn.Identity:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
@@ -419,15 +421,14 @@ class _Interpreter:
         elif isinstance(layer, nn.GroupNorm):
             out = F.group_norm(channels, self.nets * layer.num_groups, weight, bias, layer.eps)
         else:
-            views = self._of(node, "running_mean", "running_var")
-            running = [None if view is None else view.clone().flatten() for view in views]
+            views = [v for v in self._of(node, "running_mean", "running_var") if v is not None]
+            running = [view.clone().flatten() for view in views] or [None, None]
             norm = F.batch_norm if isinstance(layer, _BATCH_NORMS) else F.instance_norm
             out = norm(channels, *running, weight, bias, True, layer.momentum or 0.0, layer.eps)
             if norm is F.instance_norm and out.requires_grad:  # its backward reads others wrongly
                 out.register_hook(Tensor.contiguous)
-            for view, updated in zip(views, running, strict=True):
-                if view is not None:
-                    view.copy_(updated.view_as(view))
+            for view, updated in zip(views, running, strict=False):
+                view.copy_(updated.view_as(view))
         return out.unflatten(1, (self.nets, -1))
 
     def _plain(self, node: fx.Node, module: nn.Module | None):

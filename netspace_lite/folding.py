@@ -48,9 +48,9 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     folded = copy.deepcopy(module).eval()
     norms = statistics(folded)
     for name, layer in _layers_before(folded, norms).items() if norms else ():
-        fused = fuse_conv_bn_eval(folded.get_submodule(layer), norms.pop(name))
-        folded.set_submodule(layer, fused)
-        folded.set_submodule(name, nn.Identity())
+        before, norm = folded.get_submodule(layer), norms.pop(name)
+        _replace(folded, before, fuse_conv_bn_eval(before, norm))
+        _replace(folded, norm, nn.Identity())
     for name, norm in norms.items():
         with torch.no_grad():
             weight = (norm.running_var + norm.eps).rsqrt()
@@ -59,10 +59,18 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
             layer = Affine(weight, bias - norm.running_mean * weight).eval()
         if not name:
             return layer
-        folded.set_submodule(name, layer)
-    if getattr(folded, "config", {}).get("batch_norm"):
-        folded.config = {**folded.config, "batch_norm": False}
+        _replace(folded, norm, layer)
+    config = getattr(folded, "config", None)
+    if isinstance(config, dict) and config.get("batch_norm"):
+        folded.config = config | {"batch_norm": False}
     return folded
+
+
+def _replace(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a layer in the place of another, under each of its names."""
+    for name, part in list(module.named_modules(remove_duplicate=False)):
+        if part is old:
+            module.set_submodule(name, new)
 
 
 def _layers_before(module: nn.Module, norms: dict) -> dict[str, str]:

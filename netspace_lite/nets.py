@@ -1,6 +1,7 @@
 """Trained nets as data: N nets of one architecture, or of several side by side."""
 
 import copy
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from . import store
 from .architectures import describe, name_of
-from .batching import BLOCK, Batched
+from .batching import BLOCK, Batched, check_inputs
 from .fingerprint import fingerprint
 from .layout import check_rows
 
@@ -59,10 +60,10 @@ class Nets:
     @torch.no_grad()
     def outputs(self, x: Tensor, per_net: bool = False, samples: int = 4096) -> Tensor:
         """Outputs [N, B, ...] without gradients, in blocks of nets and of samples."""
-        blocks = []
-        for start in range(0, len(self), BLOCK):
-            rows, last = self.rows[start : start + BLOCK], start + BLOCK
-            parts = (x[start:last] if per_net else x).split(samples, dim=1 if per_net else 0)
+        check_inputs(self.rows, x, per_net)
+        inputs, blocks = x.split(BLOCK) if per_net else itertools.repeat(x), []
+        for rows, own in zip(self.rows.split(BLOCK), inputs, strict=False):
+            parts = own.split(samples, dim=int(per_net))
             blocks.append(torch.cat([self.batched(rows, part, per_net) for part in parts], dim=1))
         return torch.cat(blocks)
 

@@ -182,7 +182,7 @@ class Zoo(Nets):
             if not good.any():
                 raise ValueError(f"{said}: no net is left, train with a lower learning rate")
             warnings.warn(f"{said}: they are left out", stacklevel=3)
-            self.__dict__.update(self[good].__dict__)
+            self.__dict__.update(self[good].__dict__ | {"about": self.about})
 
     @property
     def seconds(self) -> float:
@@ -194,7 +194,8 @@ class Zoo(Nets):
         recipes = None if self.recipes is None else [self.recipes[i] for i in n.tolist()]
         losses = None if self.losses is None else self.losses[n]
         rows = self.rows[n.to(self.rows.device)]
-        return Zoo(self.batched, rows, scores, recipes, losses, self.members[n], self.about)
+        about = {k: v for k, v in self.about.items() if k != "recipes"}  # those are of the whole
+        return Zoo(self.batched, rows, scores, recipes, losses, self.members[n], about)
 
     def scored(self, task: Task) -> "Zoo":
         """The same nets, where the task's data is, with the scores that ``task`` gives them."""
@@ -334,8 +335,7 @@ def _make(make: Make, seed: int) -> nn.Module:
             return built
     module = copy.deepcopy(make).cpu()  # random numbers are the CPU's
     for name, layer in reversed(list(module.named_modules())):  # parents have the last word
-        names = ("reset_parameters", "_reset_parameters")
-        reset = next((getattr(layer, n) for n in names if hasattr(layer, n)), None)
+        reset = getattr(layer, "reset_parameters", getattr(layer, "_reset_parameters", None))
         if reset is not None:
             reset()
         elif next(layer.parameters(recurse=False), None) is not None:
@@ -382,7 +382,7 @@ def train_nets(
     state = _state(batched, state or {"rows": initial_rows(make, seeds)}, lengths[0])
     state |= {k: v.to(device) for k, v in state.items() if k not in ("step", "seconds")}
     hyper = [[recipe.lr, recipe.weight_decay, recipe.steps] for recipe in recipes]
-    lr, decay, ends = torch.tensor(hyper, device=device).split(1, dim=1)
+    lr, decay, ends = torch.tensor(hyper, device=device).T
     started = time.perf_counter() - state["seconds"].item()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for step in range(int(state["step"]), lengths[0]):
@@ -398,7 +398,7 @@ def train_nets(
             loss = task.loss(batched(weights, x, True, running), y)
             (grad,) = torch.autograd.grad(loss.sum(), weights)
             rate = lr[:n] * task.schedule(step / ends[:n])
-            adamw_step(rows, grad, *adam, step + 1, rate, decay[:n])
+            adamw_step(rows, grad, *adam, step + 1, rate[:, None], decay[:n, None])
             state["losses"][:n, step] = loss.detach()
             state["step"].fill_(step + 1)
             state["seconds"].fill_(time.perf_counter() - started)
@@ -539,7 +539,12 @@ class _Blocks:
 
     def finish(self, states: list[dict[str, Tensor]]) -> Zoo:
         """The zoo of all blocks' final states, scored; it takes their place in the folder."""
-        batched, rows, losses = _finished(self.batched, states, self.order.argsort())
+        batched, order = self.batched, self.order.argsort()
+        rows, running = (torch.cat([s[key] for s in states])[order] for key in ("rows", "running"))
+        losses = [net for s in states for net in s["losses"].cpu()]  # of longer and shorter blocks
+        losses = nn.utils.rnn.pad_sequence(losses, True, torch.nan)[order]
+        if batched.running.size:
+            batched, rows = _folded(batched, rows, running)
         about = self.plan | {"seconds": sum(state["seconds"].item() for state in states)}
         zoo = Zoo(batched, rows, None, self.recipes, losses, None, about).scored(self.task)
         if self.folder is not None:
@@ -554,17 +559,12 @@ def _without_adam(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if name not in ADAM}
 
 
-def _finished(batched: Batched, states: list[dict], order: Tensor):
-    """Architecture, rows and losses of the nets of all blocks, batch norms folded away."""
-    rows, running = (torch.cat([s[key] for s in states])[order] for key in ("rows", "running"))
-    losses = [net for s in states for net in s["losses"].cpu()]  # of longer and shorter blocks
-    losses = nn.utils.rnn.pad_sequence(losses, True, torch.nan)[order]
-    if not batched.running.size:
-        return batched, rows, losses
-    nets = [copy.deepcopy(batched.module) for _ in rows]
-    states = zip(nets, batched.layout.unpack(rows), batched.running.unpack(running), strict=True)
-    for net, parameters, statistics in states:
-        net.load_state_dict(parameters | statistics, strict=False)
-    nets = [fold_batchnorm(net) for net in nets]
+def _folded(batched: Batched, rows: Tensor, running: Tensor) -> tuple[Batched, Tensor]:
+    """Architecture and rows of nets whose batch norms are folded away."""
+    module, nets = copy.deepcopy(batched.module), []
+    states = zip(batched.layout.unpack(rows), batched.running.unpack(running), strict=True)
+    for parameters, statistics in states:
+        module.load_state_dict(parameters | statistics, strict=False)
+        nets.append(fold_batchnorm(module))
     folded = Batched(nets[0])
-    return folded, folded.layout.pack(nets).to(rows), losses
+    return folded, folded.layout.pack(nets).to(rows)

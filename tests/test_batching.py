@@ -93,6 +93,7 @@ CASES = {
     "a bare convolution": (lambda: nn.Conv2d(2, 3, 3), (2, 5, 5)),
     "Siren": (lambda: Siren(16), (3,)),
     "Siren's subclass": (lambda: OwnSiren(16), (3,)),
+    "Siren, points in groups": (lambda: Siren(16), (4, 3)),  # not each net's own
     "sine after a convolution": (
         lambda: nn.Sequential(nn.Conv2d(2, 3, 3), Siren(4).layers[1]),
         (2, 5, 5),

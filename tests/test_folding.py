@@ -68,6 +68,20 @@ class Branching(nn.Module):
         return self.norm(y) if y.mean() > 0 else self.norm(-y)
 
 
+class TwoNames(nn.Module):
+    """Its layers are attributes and a list of them too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3), normed(nn.BatchNorm2d(3))[0]
+        self.layers = nn.ModuleList([self.conv, self.norm])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 FOLDED = {  # module, shape of one input, how many Affine are left
     "after a convolution": (normed(nn.BatchNorm2d(4), nn.Conv2d(3, 4, 3)), (3, 5, 6), 0),
     "after a linear layer": (normed(nn.BatchNorm1d(4), nn.Linear(3, 4)), (3,), 1),
@@ -77,6 +91,7 @@ FOLDED = {  # module, shape of one input, how many Affine are left
     "first of all": (normed(nn.BatchNorm1d(3)), (3,), 1),
     "without scales": (normed(nn.BatchNorm2d(3, affine=False), nn.ReLU()), (3, 5, 5), 1),
     "two readers": (TwoReaders().eval(), (3, 5, 5), 1),
+    "under two names": (TwoNames().eval(), (3, 5, 5), 1),
     "not traceable": (Branching().eval(), (3, 5, 5), 1),
 }
 

@@ -40,6 +40,8 @@ def test_blocks_of_nets_and_samples_change_nothing():
     torch.testing.assert_close(nets.outputs(x, samples=4), nets(x).detach(), rtol=1e-4, atol=1e-5)
     found = nets.outputs(per_net, per_net=True, samples=4)
     torch.testing.assert_close(found, nets(per_net, True).detach(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="should start with 32 nets"):  # a whole block of them
+        nets[:32].outputs(per_net, per_net=True)
 
 
 def test_a_net_leaves_the_batch_as_a_plain_module_and_as_a_file(nets, tmp_path):

@@ -288,6 +288,38 @@ def test_an_instance_norm_of_one_channel_before_an_unfolded_convolution_learns()
     learns_as_looped(net, initial_rows(net, [0]), x)
 
 
+class Centres(nn.Module):
+    """A user's own layer without parameters; changes its input."""
+
+    def forward(self, x):
+        x -= 0.5
+        return x
+
+
+class Looks(nn.Linear):
+    """Looks at values, which neither a trace nor vmap can."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if float(y.detach().abs().sum()) > 0 else -y
+
+
+@pytest.mark.filterwarnings("ignore:.*which is slower")
+@pytest.mark.parametrize("per_net", [False, True], ids=["shared", "per net"])
+@pytest.mark.parametrize("way", ["interpreted", "vmap", "loop"])
+@pytest.mark.parametrize("first", [nn.LeakyReLU(0.5, inplace=True), Centres()])
+def test_steps_in_place_leave_the_callers_inputs_alone(first, way, per_net):
+    """Every net, block and call after the first was given inputs that were changed already."""
+    last = {"interpreted": nn.Linear(4, 3), "vmap": MixesSamples(), "loop": Looks(4, 3)}[way]
+    net = nn.Sequential(first, last)
+    nets, x = random_nets(net, 70), torch.randn(70, 5, 4) if per_net else torch.randn(5, 4)
+    kept, found = x.clone(), torch.stack([nets(x, per_net), nets.outputs(x, per_net)])
+    assert nets.batched.way(False, per_net) == way
+    assert torch.equal(x, kept)
+    alone = [nets.to_module(n)((x[n] if per_net else x).clone()) for n in range(70)]
+    torch.testing.assert_close(found, torch.stack(alone).expand_as(found))
+
+
 def test_nets_of_several_dtypes_are_not_packed_as_one():
     with pytest.raises(ValueError, match="make them alike"):
         Zoo.from_modules([nn.Linear(3, 2).bfloat16(), nn.Linear(3, 2)])

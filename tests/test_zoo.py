@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -215,13 +216,21 @@ def test_a_folder_of_another_zoo_is_refused(task, change, finished, tmp_path, mo
         train_zoo(net, other, recipes, tmp_path, **options, **QUIET)
 
 
+@pytest.mark.parametrize("part", [slice(2), [1, 0, 2]], ids=["fewer", "another order"])
+def test_a_part_of_a_zoo_is_not_loaded_for_the_whole(task, part, tmp_path):
+    """Seen before: two nets for three recipes, without a word."""
+    train_zoo(NET, task, RECIPES[:3], **QUIET)[part].save(tmp_path)
+    with pytest.raises(ValueError, match="with another recipes: choose another folder"):
+        train_zoo(NET, task, RECIPES[:3], tmp_path, **QUIET)
+
+
 def test_saved_and_loaded_it_is_the_same_zoo(zoo, tmp_path):
     zoo[[2, 0]].save(tmp_path)
     again = Zoo.load(tmp_path)
     assert torch.equal(again.rows, zoo.rows[[2, 0]])
     assert again.recipes == [RECIPES[2], RECIPES[0]]
     assert again.members.tolist() == [2, 0]
-    assert again.about == json.loads(json.dumps(zoo.about))
+    assert again.about == json.loads(json.dumps(zoo[[2, 0]].about))
     assert again.seconds == zoo.seconds > 0
     assert torch.equal(again.losses.nan_to_num(-1), zoo.losses[[2, 0]].nan_to_num(-1))
     torch.testing.assert_close(again.scores["test_accuracy"], zoo.scores["test_accuracy"][[2, 0]])
@@ -239,6 +248,25 @@ def test_nets_without_a_history_save_and_load(tmp_path):
     assert again.losses is None
     assert again.scores == {}
     assert again.members.tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="decorate its class"):
+        Zoo.load(tmp_path)
+
+
+class OwnConfig(nn.Module):
+    """A module with settings of its own, no JSON values, under the name that ours are kept by."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.layer = SimpleNamespace(width=10), nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.layer(x.flatten(1))
+
+
+def test_a_module_may_have_a_config_of_its_own(task, tmp_path):
+    zoo = Zoo.from_modules([OwnConfig(), OwnConfig()], task)
+    zoo.save(tmp_path)
+    assert torch.equal(Zoo.load(tmp_path, OwnConfig()).rows, zoo.rows)
     with pytest.raises(ValueError, match="decorate its class"):
         Zoo.load(tmp_path)
 
@@ -264,6 +292,18 @@ def test_a_zoo_moves_and_iterates_whole(zoo):
 def test_recipes_have_to_be_sorted_for_one_block(task):
     with pytest.raises(ValueError, match="longest first"):
         train_nets(NET, task, RECIPES)
+
+
+def test_a_schedule_is_asked_for_one_factor_a_net(task):
+    seen = []
+
+    class Halving(ImageTask):
+        def schedule(self, progress):
+            seen.append(progress.tolist())
+            return torch.tensor([0.5**p for p in progress.tolist()])
+
+    train_nets(NET, Halving(task.data), [Recipe(0, 4), Recipe(1, 2)])
+    assert seen == [[0, 0], [0.25, 0.5], [0.5], [0.75]]
 
 
 def test_fine_tuning_is_training_from_where_nets_are(zoo, task):
@@ -293,6 +333,7 @@ def test_a_net_that_diverges_is_named_and_left_out(task, tmp_path):
     assert zoo.finite().all()
     assert all(values.isfinite().all() for values in zoo.scores.values())
     assert torch.equal(Zoo.load(tmp_path).members, zoo.members)
+    assert torch.equal(train_zoo(NET, task, wild, tmp_path, **QUIET).rows, zoo.rows)
     with pytest.raises(ValueError, match=r"nets \[1\] diverged at steps \[\d\]"):
         fine_tune(zoo[:2], task, [Recipe(0, 3), Recipe(0, 3, lr=1e30)])
     with pytest.raises(ValueError, match=r"nets \[0\] are not finite.*no net is left"):
