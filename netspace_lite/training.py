@@ -419,8 +419,7 @@ def _scored(space, validate) -> dict[str, float]:
     """What ``validate`` found, by names that leave those of a row of the history alone."""
     found = validate(space)
     if not (isinstance(found, dict) and found) or found.keys() & {"step", "seconds", "loss"}:
-        wanted = "a dict of a score or more, none named step, seconds or loss"
-        raise ValueError(f"validate should return {wanted}, not {found!r}")
+        raise ValueError(f"scores are a dict, none of them step, seconds or loss, not {found!r}")
     return agreed({k: float(v) for k, v in found.items()})
 
 
@@ -458,8 +457,7 @@ def _resume(folder, plan, space, optimiser, generator) -> tuple[list, dict[str, 
     plan["space"] = origin if found and begun == str(folder) else fingerprint(space)
     plan["learned"] = fingerprint([n for n, p in space.named_parameters() if p.requires_grad])
     if begun == str(folder) and plan["space"] != origin:
-        what = f"the fit into {folder} stopped before an epoch was saved, with the space half way"
-        raise ValueError(f"{what}: build the space anew, or choose another folder to go on from it")
+        raise ValueError(f"{folder}: a fit stopped before it saved an epoch: build the space anew")
     space._begun = str(folder), plan["space"]
     if not found:
         return [], {}

@@ -368,7 +368,7 @@ def test_bad_fits_are_refused_in_a_sentence(zoo, data):
     with pytest.raises(ValueError, match=r"step 0: the loss is \[.*one finite number is needed"):
         fit(space, lambda space, generator: space.encode(zoo).mean(1), validate, 2)
     for found in ({}, 1.0, {"loss": 1.0}, {"accuracy": 1.0, "step": 3}):
-        with pytest.raises(ValueError, match="a dict of a score or more.* not " + repr(found)[:5]):
+        with pytest.raises(ValueError, match="scores are a dict, none .* not " + repr(found)[:5]):
             fit(space, objective, lambda space, found=found: found, 2)
 
 
