@@ -61,7 +61,7 @@ def prefers_unfolding(x, weight, output_size) -> bool:
 
     True for images per net whose channels, in or out, aren't a multiple of 8, or that have samples
     innermost already, if unfolding makes them at most 4 times larger; for all images per net where
-    there is no oneDNN (as on Macs), since grouped convolutions take 2 to 10 times as long there.
+    there is no oneDNN (as on Macs), since grouped convolutions take 1.5 to 10 times as long.
     Always false for what the unfolded product does not support: shared images (one dense
     convolution is faster), transforms of torch.func, torch.compile, and dtypes other than fp32 and
     fp64.
