@@ -229,7 +229,7 @@ class Zoo(Nets):
             scores = {n: torch.tensor(values) for n, values in record.get("scores", {}).items()}
             recipes = record.get("nets") and [Recipe(**net) for net in record["nets"]]
             history = recipes, tensors.get("losses"), tensors.get("members")
-            return cls(batched, rows, scores, *history, record.get("about"))
+            return cls(batched, rows, scores, *history, dict(record.get("about", {})))
 
     @classmethod
     def from_modules(cls, modules: Iterable[nn.Module], task: Task | None = None) -> "Zoo":
