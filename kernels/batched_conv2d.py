@@ -44,9 +44,9 @@ def batched_conv2d(
     stride, padding = pair(stride), pair(padding)
     window, fits = (weight.shape[3:], stride, padding), min(stride) > 0 and min(padding) >= 0
     if not fits or min(size := output_size(x.shape[-2:], *window)) < 1:
-        how = f"a kernel {list(weight.shape[3:])} with stride {list(stride)} and padding "
-        how += f"{list(padding)} does not fit images x {list(x.shape)}."
-        raise ValueError(f"batched_conv2d: {how}")
+        given = f"a kernel {list(weight.shape[3:])} with stride {list(stride)} and padding "
+        given += f"{list(padding)} does not fit images x {list(x.shape)}."
+        raise ValueError(f"batched_conv2d: {given}")
     if use_triton(x):
         how = act, float(slope), 1.0, fp32_precision(precision)
         return layer(x, weight, bias, stride, padding, *how)[0]

@@ -208,7 +208,7 @@ def test_bad_starts_are_refused(space, two, images, nets):
         optimise(space, starts, ImageLoss(images), images, **options, **QUIET)
 
     for starts, message in (
-        (torch.zeros(2, 5), r"should be \[N, 6\], not \[2, 5\]"),
+        (torch.zeros(2, 5), r"embeddings should be \[N, 6\], not \[2, 5\]"),
         (torch.zeros(0, 6), "no starts"),
         ([], "no starts"),
         (torch.full((1, 6), torch.nan), r"starts \[0\] are not finite"),
@@ -264,7 +264,8 @@ def test_nan_and_ctrl_c_return_the_best_so_far(space, images):
     assert torch.equal(search.scores, whole.scores[:13])
     assert torch.equal(search.score, search.scores.max(0).values)
     nan = failing(ImageLoss(images), 12, lambda loss: loss * torch.tensor([1, 1, torch.nan, 1]))
-    with pytest.warns(UserWarning, match=r"nan at step 12 for starts \[2\]; the best") as said:
+    told = r"nan at step 12 for starts \[2\]; the best state so far"
+    with pytest.warns(UserWarning, match=told) as said:
         search = optimise(space, starts, nan, images, **options)
     assert said[0].filename == __file__  # where it was called from
     assert torch.equal(search.scores, whole.scores[:13])

@@ -230,7 +230,8 @@ def test_saved_and_loaded_it_is_the_same_zoo(zoo, tmp_path):
     assert torch.equal(again.rows, zoo.rows[[2, 0]])
     assert again.recipes == [RECIPES[2], RECIPES[0]]
     assert again.members.tolist() == [2, 0]
-    assert again.about == json.loads(json.dumps(zoo[[2, 0]].about))
+    kept = {name: value for name, value in zoo.about.items() if name != "recipes"}
+    assert again.about == json.loads(json.dumps(kept))
     assert again.seconds == zoo.seconds > 0
     assert torch.equal(again.losses.nan_to_num(-1), zoo.losses[[2, 0]].nan_to_num(-1))
     torch.testing.assert_close(again.scores["test_accuracy"], zoo.scores["test_accuracy"][[2, 0]])
