@@ -166,11 +166,11 @@ def _parts_of_function(function) -> list:
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
     if _of_library(function.__module__):
         return [function.__module__, function.__qualname__, cells]
-    codes = [function.__code__]
+    codes, known = [function.__code__], function.__globals__
     for code in codes:  # grows while it is read: nested functions and comprehensions
         codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
     names = {i.argval for code in codes for i in dis.get_instructions(code) if "GLOBAL" in i.opname}
     constants = [[c for c in code.co_consts if not isinstance(c, types.CodeType)] for code in codes]
-    reads = {name: function.__globals__[name] for name in names if name in function.__globals__}
+    reads = {name: known[name] for name in sorted(names & known.keys())}  # cycles are cut in order
     body = [(code.co_code, code.co_names) for code in codes]
     return [body, constants, function.__defaults__, function.__kwdefaults__, cells, reads]
