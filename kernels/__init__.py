@@ -13,6 +13,7 @@ interpreter but not under `torch.compile` there, so what runs everywhere was kep
     aot.py  trace.py  roofline.py  bench.py    compile, watch, model and time the kernels
 """
 
+# ruff: noqa: F401
 from .backend import backend
 from .batched_conv2d import batched_conv2d
 from .batched_linear import batched_linear
@@ -20,12 +21,4 @@ from .chunk_pack import chunk_pack, chunk_unpack
 from .distillation_loss import distillation_loss
 from .siren_mlp import siren_mlp
 
-__all__ = [
-    "backend",
-    "batched_conv2d",
-    "batched_linear",
-    "chunk_pack",
-    "chunk_unpack",
-    "distillation_loss",
-    "siren_mlp",
-]
+__all__ = [name for name, op in globals().items() if callable(op)]

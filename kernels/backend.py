@@ -63,15 +63,14 @@ def use_triton(tensor: torch.Tensor) -> bool:
     name, double = current_backend(), tensor.dtype == torch.float64
     if name == "torch" or (name == "auto" and (double or not (tensor.is_cuda and HAS_TRITON))):
         return False
+    if HAS_TRITON and not double and (tensor.is_cuda or INTERPRETED):
+        return True
+    move = "Move it to a CUDA device, or set TRITON_INTERPRET=1 before Python starts to run"
+    wrong = f"for a tensor on {tensor.device}. {move} the kernels in Triton's interpreter."
     if double:
         wrong = 'for fp64, but the kernels add in fp32. Use backend("auto") or backend("torch").'
     elif not HAS_TRITON:
         wrong = "but the triton package isn't installed."
-    elif tensor.is_cuda or INTERPRETED:
-        return True
-    else:
-        move = "Move it to a CUDA device, or set TRITON_INTERPRET=1 before Python starts to run"
-        wrong = f"for a tensor on {tensor.device}. {move} the kernels in Triton's interpreter."
     raise RuntimeError(f"The triton backend was chosen {wrong}")
 
 

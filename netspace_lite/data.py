@@ -198,7 +198,7 @@ def few_shot(images: Images, per_class: int, seed: int = 0) -> Images:
     chosen = []
     for label in images.y.unique().tolist():
         members = (images.y == label).nonzero()[:, 0]
-        if len(members) < per_class:
-            raise ValueError(f"class {label} has {len(members)} images, fewer than {per_class}")
+        if not 1 <= per_class <= len(members):
+            raise ValueError(f"class {label} has {len(members)} images, not {per_class} to draw")
         chosen.append(members[torch.randperm(len(members), generator=generator)[:per_class]])
     return images[torch.cat(chosen)]

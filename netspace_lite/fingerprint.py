@@ -171,6 +171,16 @@ def _parts_of_function(function) -> list:
         codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
     names = {i.argval for code in codes for i in dis.get_instructions(code) if "GLOBAL" in i.opname}
     constants = [[c for c in code.co_consts if not isinstance(c, types.CodeType)] for code in codes]
-    reads = {name: known[name] for name in sorted(names & known.keys())}  # cycles are cut in order
+    attributes = {name for code in codes for name in code.co_names}
+    # in order, or cycles would be cut elsewhere in the next run
+    reads = {name: _read(known[name], attributes) for name in sorted(names & known.keys())}
     body = [(code.co_code, code.co_names) for code in codes]
     return [body, constants, function.__defaults__, function.__kwdefaults__, cells, reads]
+
+
+def _read(value, names: set):
+    """A global that a function reads; of a user's own module what goes by the function's names."""
+    if not isinstance(value, types.ModuleType) or _of_library(value.__name__):
+        return value
+    found = sorted(name for name in names if hasattr(value, name))
+    return {name: _read(getattr(value, name), names - {name}) for name in found}

@@ -122,8 +122,9 @@ def test_few_shot_takes_so_many_of_each_class():
     assert torch.equal(few.x[:, 0].long() % 3, few.y)
     assert torch.equal(few_shot(images, 4).x, few.x)
     assert not torch.equal(few_shot(images, 4, seed=1).x, few.x)
-    with pytest.raises(ValueError, match="fewer than 50"):
-        few_shot(images, 50)
+    for count in (50, 0, -1):
+        with pytest.raises(ValueError, match=f"not {count} to draw"):
+            few_shot(images, count)
 
 
 def cifar_folder(tmp_path, records=20):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 
 import pytest
 import torch
@@ -244,6 +245,14 @@ def calls(function):
     return lambda x: function(x) + 1
 
 
+def through_module(factor, unread=0):
+    """A function that reads a module of the user's own."""
+    own = ModuleType("own")
+    exec("def scaled(x): return x * factor", vars(own))
+    own.factor, own.unread, own.own = factor, unread, own
+    return eval("lambda x: own.scaled(x)", {"own": own})
+
+
 ONE = torch.arange(6.0)
 THINGS = {
     "values": (ONE, ONE + 1e-6),
@@ -262,6 +271,7 @@ THINGS = {
     "code called": (calls(loss_one), calls(loss_two)),
     "method": (Settings(1, ONE).__eq__, Settings(2, ONE).__eq__),
     "partial": (partial(F.leaky_relu, negative_slope=0.1), partial(F.leaky_relu)),
+    "own module": (through_module(2), through_module(3)),
     "library function": (F.relu, F.gelu),
     "weights": (nn.Linear(2, 3), nn.Linear(2, 3)),
     "images": (toy_data(), toy_data(per_class=41)),
@@ -284,6 +294,7 @@ def test_what_does_not_matter_does_not_count():
     assert fingerprint(Settings(3, ONE)) == fingerprint(Settings(3, ONE.clone(), _cache=7))
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
     assert fingerprint(closing_over(ONE)) == fingerprint(closing_over(ONE.clone()))
+    assert fingerprint(through_module(2)) == fingerprint(through_module(2, unread=1))
     assert fingerprint(ONE.view(2, 3).T) == fingerprint(ONE.view(2, 3).T.contiguous())
     assert fingerprint(toy_data()) == fingerprint(toy_data())
 
