@@ -48,3 +48,10 @@ def test_all_python_compiles():
 def test_every_make_target_named_exists():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:`|^)make ([a-z][\w-]*)", README, re.MULTILINE)) <= targets
+
+
+def test_the_short_table_says_what_the_long_ones_say():
+    _, short, long = re.split(r"\| \| ours \| beside it \|\n|\nDigits, the default preset", README)
+    found = re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", short)
+    assert len(found) > 30
+    assert [number for number in found if not re.search(rf"(?<![\d.]){number}\b", long)] == []
