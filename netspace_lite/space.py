@@ -34,7 +34,7 @@ class SpaceConfig:
     embedding: int = 128  # E, values in an embedding
     chunk: int = 128  # L, values in a chunk of the PRep
     chunk_features: int = 32  # what the encoder keeps of each chunk
-    probes: int = 128  # M, inputs that the encoder asks a net about; 0: weights only
+    probes: int = 128  # M, inputs that a net is asked about, all if there are fewer; 0: weights only
     components: int = 0  # how many principal components of answers are read; 0: answers themselves
     weights: bool | str = True  # whether the encoder reads the weights: chunks or "invariants"
     learn_probes: bool = False  # train the probes too; slower, since nets answer them every step
@@ -166,6 +166,8 @@ class NetSpace(nn.Module):
         super().__init__()
         self.config, self.seed = config or SpaceConfig(), int(seed)
         config, answers = self.config, 0
+        if not inputs.is_floating_point():
+            raise ValueError(f"inputs should be floats, as load_images makes them: {inputs.dtype}")
         if not (config.weights or config.probes):
             raise ValueError("an encoder needs weights=True, or probes > 0, to read anything")
         known = {"parts": ("ours", "paper"), "weights": (True, False, "invariants")}

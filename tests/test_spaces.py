@@ -369,6 +369,8 @@ def test_wrong_input_is_refused_in_a_sentence(zoos, data):
         space.encode([])
     with pytest.raises(ValueError, match="no inputs|at least one|inputs"):
         NetSpace([net], data.train.x[:0], CONFIG)
+    with pytest.raises(ValueError, match="inputs should be floats.*uint8"):
+        NetSpace([net], data.train.x.to(torch.uint8), CONFIG)
     with pytest.raises(ValueError, match="answer|output|classes"):
         NetSpace([net, LeNetLike(IMAGE, 4, (4,), (8,), 3)], data.train.x, CONFIG)
 
