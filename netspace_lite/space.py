@@ -34,7 +34,7 @@ class SpaceConfig:
     embedding: int = 128  # E, values in an embedding
     chunk: int = 128  # L, values in a chunk of the PRep
     chunk_features: int = 32  # what the encoder keeps of each chunk
-    probes: int = 128  # M, inputs that a net is asked about, all if there are fewer; 0: weights only
+    probes: int = 128  # M, inputs that a net is asked about, or all there are; 0: weights only
     components: int = 0  # how many principal components of answers are read; 0: answers themselves
     weights: bool | str = True  # whether the encoder reads the weights: chunks or "invariants"
     learn_probes: bool = False  # train the probes too; slower, since nets answer them every step
