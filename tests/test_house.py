@@ -58,7 +58,7 @@ def test_lines_are_counted_as_said():
         # a sentence on uint8 2
         (list(LIBRARY.glob("*.py")), 2616),
         (list((LIBRARY / "shapes").rglob("*.py")), 456),
-        (list((LIBRARY / "tutorial").rglob("*.py")), 394),
+        (list((LIBRARY / "tutorial").rglob("*.py")), 395),
         ([p for p in KERNELS.glob("*.py") if p.stem not in STUDIES], 1211),  # 1,200 is the aim
         ([p for p in KERNELS.glob("*.py") if p.stem in STUDIES], 400),
     ],

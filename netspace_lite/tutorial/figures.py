@@ -97,12 +97,13 @@ def predicted(
     """A panel a name: accuracies [N] of the nets encoded, and over them what was predicted."""
     size = {"figsize": (3.4 * len(panels), 3.8), "sharex": True, "sharey": True}
     _, axes = plt.subplots(1, len(panels), squeeze=False, **size)
-    low = min(float(values.min()) for pair in panels.values() for values in pair) - 3
+    both = torch.cat([values.cpu() for pair in panels.values() for values in pair])
+    low, high = float(both.min()) - 3, max(101.0, float(both.max()) + 1)
     for ax, (name, pair), colour in zip(axes[0], panels.items(), cycle(KINDS), strict=False):
-        ax.plot([low, 100], [low, 100], color=GREY, lw=1)
+        ax.plot([low, high], [low, high], color=GREY, lw=1)
         ax.scatter(*map(_numpy, pair), s=15, alpha=0.75, color=colour, lw=0)
         ax.set(title=name, aspect="equal", xlabel="encoded net: test accuracy (%)")
-    axes[0, 0].set(xlim=(low, 101), ylim=(low, 101), ylabel=ylabel)
+    axes[0, 0].set(xlim=(low, high), ylim=(low, high), ylabel=ylabel)
     return axes[0]
 
 
