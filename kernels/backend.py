@@ -60,6 +60,8 @@ def use_triton(tensor: torch.Tensor) -> bool:
         RuntimeError: if "triton" was asked for and cannot run: not installed, or a CPU tensor
             outside Triton's interpreter, or a tensor of fp64.
     """
+    if torch.autograd.forward_ad._current_level >= 0:  # the ops have no forward derivative
+        return False
     name, double = current_backend(), tensor.dtype == torch.float64
     if name == "torch" or (name == "auto" and (double or not (tensor.is_cuda and HAS_TRITON))):
         return False

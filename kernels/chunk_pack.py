@@ -110,7 +110,8 @@ def _standardise(op, prep, used, mean, std, dtype):
     wide = all(t is None or t.dtype == torch.float64 for t in (prep, mean, std))  # has no kernel
     kind = prep.device, torch.float64 if wide else torch.float32
     check(op, {"mean": (mean, "TL"), "std": (std, "TL")}, kind, T=prep.shape[1], L=prep.shape[2])
-    scale = _scale if use_triton(prep) and not wide else _standardise_reference
+    learned = any(t is not None and t.requires_grad for t in (mean, std))  # no kernel, either
+    scale = _scale if use_triton(prep) and not (wide or learned) else _standardise_reference
     return scale(prep, used, mean, std, dtype)
 
 

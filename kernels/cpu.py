@@ -16,7 +16,6 @@ from math import prod
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from .common import output_size
 
@@ -79,10 +78,11 @@ def prefers_unfolding(x, weight, output_size) -> bool:
 
 
 class UnfoldedConv2d(torch.autograd.Function):
-    """`batched_conv2d` for images per net; once differentiable. `slope` 1: no activation."""
+    """`batched_conv2d` for images per net; `slope` 1: no activation."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding, slope):
+        ctx.given, inputs = (stride, padding, slope), (x, weight, bias)
         x = x.permute(1, 2, 3, 4, 0)  # [N, C, H, W, B]
         window = _Window(x.shape, weight.shape, stride, padding)
         y = x.new_empty(*weight.shape[:2], *window.size, x.shape[-1])
@@ -97,13 +97,20 @@ class UnfoldedConv2d(torch.autograd.Function):
             if slope != 1:
                 F.leaky_relu_(y_block, slope)
             columns.append(cols)
-        ctx.save_for_backward(weight, y if slope != 1 else y.new_empty(0), *columns)
+        ctx.save_for_backward(*inputs, y if slope != 1 else y.new_empty(0), *columns)
         return y.permute(4, 0, 1, 2, 3)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
-        weight, y, *columns = ctx.saved_tensors
+        x, weight, bias, y, *columns = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again: as PyTorch does it
+            stride, padding, slope = ctx.given
+            flat, groups = None if bias is None else bias.flatten(), len(weight)
+            out = F.conv2d(x.flatten(1, 2), weight.flatten(0, 1), flat, stride, padding, 1, groups)
+            out, needs = F.leaky_relu(out, slope).unflatten(1, (groups, -1)), ctx.needs_input_grad
+            wanted = [t for t, need in zip((x, weight, bias), needs, strict=False) if need]
+            found = iter(torch.autograd.grad(out, wanted, g, create_graph=True))
+            return *(next(found) if need else None for need in needs[:3]), None, None, None
         need_x, _, need_bias, *_ = ctx.needs_input_grad
         g = g.permute(1, 2, 3, 4, 0)
         dx = g.new_empty(ctx.window.images) if need_x else None

@@ -54,6 +54,8 @@ def distillation_loss(logits, targets, labels=None, temperature=4.0, alpha=0.9) 
     op, place = "distillation_loss", logits.device
     sizes = check(op, {"logits": (logits, "NBK"), "targets": (targets, "BK", "NBK")})
     check(op, {"labels": (labels, "B", "NB")}, (place, torch.int64), **sizes)
+    if labels is not None:  # on a GPU nothing waits for it
+        torch._assert_async(((labels >= 0) & (labels < sizes["K"])).all())
     if isinstance(temperature, Tensor):
         temperature = temperature.to(place)
         check(op, {"temperature": (temperature, "", "N")}, **sizes)
@@ -78,7 +80,7 @@ def distillation_loss_reference(logits, targets, labels=None, temperature=4.0, a
         index = labels.expand(logits.shape[:2]).unsqueeze(-1)
         entropy = -F.log_softmax(logits, dim=-1).gather(-1, index).squeeze(-1)
         loss = alpha * loss + (1 - alpha) * entropy
-    return loss.mean(dim=1)
+    return loss.mean(dim=1).to(logits.dtype)
 
 
 @triton.jit

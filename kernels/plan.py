@@ -116,7 +116,8 @@ def translate(graph, parts, weights, parameters, image) -> Plan | None:
     for node in nodes:
         part = parts[node.target] if node.op == "call_module" else None
         sources = [values.get(source) for source in node.all_input_nodes]
-        if not sources or None in sources:
+        hooked = part is not None and (part._forward_hooks or part._forward_pre_hooks)
+        if not sources or None in sources or hooked:
             return None
         (source, shape), *others = sources
         if node.op == "output":
@@ -205,7 +206,8 @@ def _finished(steps, place, inputs, parameters, answer) -> Plan | None:
     steps.append(replace(last, out=OUTPUTS, saved=OUTPUTS if last.saved == place else last.saved))
     later = set()
     for i, step in reversed(list(enumerate(steps))):
-        steps[i] = replace(step, add=step.source in later, add_other=step.other in later)
+        twice = later | {step.source}  # a value may be added to itself
+        steps[i] = replace(step, add=step.source in later, add_other=step.other in twice)
         later |= {step.source, step.other} - {NOTHING}
     fields = [asdict(step) for step in steps]
     return plan_of(json.dumps([fields, inputs, place, parameters, answer]))

@@ -5,6 +5,7 @@ yours, for many nets at once. A class decorated with `architecture` remembers it
 saved zoo can build it again from its JSON file.
 """
 
+import copy
 import inspect
 import math
 from functools import partial, wraps
@@ -32,8 +33,10 @@ def architecture(cls):
     def remember(self, *args, **kwargs):
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
+        config = dict(zip(names, bound.args[1:], strict=False)) | bound.kwargs
+        config = copy.deepcopy(config)  # lists stay the caller's, who may change them
         init(self, *args, **kwargs)
-        self.config = dict(zip(names, bound.args[1:], strict=False)) | bound.kwargs
+        self.config = config
 
     cls.__init__ = remember
     ARCHITECTURES[cls.__name__] = cls

@@ -109,7 +109,8 @@ class Batched:
     def _mode(self, rows: Tensor, training: bool) -> "_Mode":
         key = training, rows.device, rows.dtype
         if key not in self._modes:
-            self._modes[key] = _Mode(self.module, training, rows)
+            with torch.inference_mode(False):  # or its constants never have gradients
+                self._modes[key] = _Mode(self.module, training, rows)
         return self._modes[key]
 
     def _views(self, rows: Tensor, running: Tensor | None) -> dict[str, Tensor]:
@@ -131,6 +132,7 @@ class Batched:
         if len(good) == 1 or torch.equal(*good):
             good = torch.stack([good[0], good[0].flip(0)])
         x, reasons = (x[0, :3] if per_net else x[:3]).detach(), []
+        x = torch.cat([x, x.roll(1, -1)]) if len(x) == 1 else x  # one hides what mixes samples
         x = torch.stack([x, x.roll(1, -1)]) if per_net else x
 
         def run(way, x):
@@ -140,8 +142,15 @@ class Batched:
 
         with torch.random.fork_rng([x.device] if x.is_cuda else []), backend("torch"), _NoDropout():
             mode.changes_inputs = False
-            run("loop", given := x.clone())
-            mode.changes_inputs = not torch.equal(given, x)
+            with torch.inference_mode(False):  # which counts no changes
+                given = x.clone()
+            held = [(n, b, b.clone()) for n, b in mode.module.named_buffers()]
+            run("loop", given)
+            mode.changes_inputs = given._version > 0
+            for n, b, before in held:
+                if b.is_floating_point() and not torch.equal(b, before):
+                    what = f"{name_of(self.module)} changes its buffer {n!r}, one for all nets"
+                    raise ValueError(f"{what}: hold what a net keeps in a norm of PyTorch's")
             expected = run("loop", x)
             if not expected.isfinite().all():
                 return "loop"
@@ -233,13 +242,17 @@ class _Mode:
         self.module, self.training = copy.deepcopy(module).train(training), training
         self.may_reorder = False  # whether images can have their channels innermost
         self.changes_inputs = True  # whether steps in place may change the caller's
-        root = nn.Sequential(self.module)  # a bare layer has a name in it, and options are left out
+        # A bare layer has a name in it, and options are left out. Tracing leaves proxies behind.
+        root, drawn = nn.Sequential(copy.deepcopy(self.module)), torch.get_rng_state()
         try:
             self.graph = _trace(root)
+            if not torch.equal(drawn, torch.get_rng_state()):
+                torch.set_rng_state(drawn)
+                self.graph = "a trace would keep what it draws at random"
         except Exception as error:  # tracing runs the user's code on proxies
             self.graph = f"it can't be traced ({str(error).partition(chr(10))[0]})"
         self.parts, self.plans, first = dict(root.named_modules()), {}, {}
-        for part in self.parts.values():
+        for part in (*self.parts.values(), *self.module.modules()):
             for name, value in vars(part).items():
                 if isinstance(value, Tensor):  # constants, also those of the trace
                     dtype = like.dtype if value.is_floating_point() else value.dtype
@@ -248,7 +261,7 @@ class _Mode:
         tensors = *root.named_parameters(**every), *root.named_buffers(**every)
         # A tensor that is tied has several names in the module, and the first of them in the views.
         self.names = {n: first.setdefault(id(t), n.removeprefix("0.")) for n, t in tensors}
-        root.to(like)
+        root.to(like), self.module.to(like)
 
     def interpreted(self, views: dict[str, Tensor], x: Tensor, per_net: bool) -> Tensor:
         """Through the graph, all nets at once."""
@@ -273,6 +286,8 @@ class _Mode:
     @_plain_operations()
     def vmap(self, views: dict[str, Tensor], x: Tensor, per_net: bool) -> Tensor:
         """Through PyTorch's own batching."""
+        if any(getattr(part, "padding_idx", None) is not None for part in self.module.modules()):
+            raise TypeError("vmap would train the padding of embeddings")
         one_net, axes = functools.partial(functional_call, self.module), (0, 0 if per_net else None)
         return vmap(one_net, axes, randomness="different")(views, self._own(x))
 

@@ -96,6 +96,9 @@ def load_images(path, seed: int = 0, val: float = 0.2) -> ImageData:
         raise ValueError("x_train and x_test: one is uint8, one float beyond 0..1; save both alike")
     if x.shape[1:] != x_test.shape[1:]:
         raise ValueError(f"x_train is {x.shape} but x_test is {x_test.shape}: sizes differ")
+    small, large = sorted(np.abs(part).max() for part in (x, x_test))
+    if 0 < 50 * small < large:
+        raise ValueError(f"x_train and x_test are of two scales, up to {small} and {large}")
     known = np.unique(y)
     if known[-1] != len(known) - 1 or y_test.max() > known[-1]:
         held = f"{len(known)} classes up to {known[-1]}, y_test up to {y_test.max()}"

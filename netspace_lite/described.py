@@ -63,6 +63,8 @@ def describe_layers(layout: Layout) -> Tensor:
         row = [float(kind == k) for k in KINDS] + [log2(n) / 6 for n in (*shape, 1)[:2]]
         row += [share, depth / 10, (last - depth) / 10, float(depth == 0), float(depth == last)]
         rows.append(row + [wave(share * pi * k) for k in (1, 2, 4) for wave in (sin, cos)])
+    if len(set(map(tuple, rows))) < len(rows):
+        raise ValueError(f"several of {layout.names} are described alike: can't tell them apart")
     return torch.tensor(rows)
 
 
@@ -86,7 +88,7 @@ class DescribedDecoder(nn.Module):
         }  # fmt: skip
         width = describe_layers(Layout(("weight",), ((1, 1),))).shape[1]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(self.seed)
             self.read = nn.Linear(embedding, hidden)
             self.layer = nn.Sequential(nn.Linear(width, hidden), nn.LeakyReLU())
             self.code = nn.Sequential(nn.Linear(2 * hidden, hidden), nn.LeakyReLU())

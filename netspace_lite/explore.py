@@ -81,7 +81,7 @@ class ImageLoss:
     def __init__(
         self, images: Images, teacher=None, *, distil=0.9, loss=None, temperature=4.0, samples=256
     ):
-        if len(images) == 0:
+        if min(samples, len(images)) < 1:
             raise ValueError("a loss on images needs some to ask the nets about: there are none")
         if not 0 <= distil <= 1:
             raise ValueError(f"distil is a share of the loss, from 0 to 1, not {distil}")
@@ -91,7 +91,7 @@ class ImageLoss:
         if isinstance(teacher, nn.Module):
             teacher = copy.deepcopy(teacher).eval()
             with torch.no_grad():  # in parts, or a deep teacher's activations fill the memory
-                self.targets = torch.cat([teacher(x) for x in images.x.split(4096)])[None]
+                self.targets = torch.cat([teacher(x.clone()) for x in images.x.split(4096)])[None]
         elif teacher is not None:
             if not isinstance(teacher, Nets | MixedNets) or len(teacher) != 1:
                 raise ValueError(f"a teacher is one net, zoo[n] or a module, not {teacher!r}")
@@ -264,6 +264,8 @@ def _descend(decode, start, loss, validate, penalty, reached, config, progress) 
                     break
                 found = _checked(loss(decode(z), generator), len(z), step)
                 (z.grad,) = torch.autograd.grad((found + penalty(z)).sum(), z)
+                if not z.grad.isfinite().all():
+                    raise LossError(f"the loss's gradient is not finite at step {step}")
                 adam.param_groups[0]["lr"] = learning_rate(step, config.steps, config.lr)
                 adam.step()
                 losses.append(found.detach())
@@ -275,6 +277,8 @@ def _descend(decode, start, loss, validate, penalty, reached, config, progress) 
         except LossError as error:
             if not losses:
                 raise
+            if validate is None and len(losses) % config.every == 0:  # the state that failed
+                path.pop()
             stopped = str(error)
             warnings.warn(f"{error}; the best state so far is returned", stacklevel=4)
     z, scores, there = (torch.stack(part) for part in zip(*path, strict=True))
@@ -338,15 +342,17 @@ class Gaussian:
         embeddings: [N, E], at least two that differ.
     """
 
+    @torch.inference_mode(False)  # or searches could not have gradients
     def __init__(self, embeddings: Tensor):
         if embeddings.dim() != 2 or not (embeddings != embeddings[:1]).any():
             raise ValueError(f"give at least 2 embeddings that differ, not {[*embeddings.shape]}")
+        check_finite(embeddings, "embeddings")
         self.mean = embeddings.mean(0)
-        centred = embeddings - self.mean
+        centred = (embeddings - self.mean).to(torch.promote_types(embeddings.dtype, torch.float32))
         variance, axes = torch.linalg.eigh(centred.T @ centred / (len(embeddings) - 1))
-        self.axes = axes.T  # [E, E], from the narrowest to the widest
+        self.axes = axes.T.to(embeddings)  # [E, E], from the narrowest to the widest
         spread = variance.clamp_min(0).sqrt()
-        self.spread = spread.clamp_min(spread[-1] / 10)
+        self.spread = spread.clamp_min(spread[-1] / 10).to(embeddings)
 
     def __call__(self, z: Tensor) -> Tensor:
         """Mean squared z-score of embeddings z [N, E]: [N]."""
@@ -369,9 +375,9 @@ def sample(embeddings: Tensor, n: int, density=None, bandwidth=0.5, seed: int = 
             around every embedding: small values copy, large ones wander.
         seed: of the draws, and of an estimator whose ``random_state`` is None.
     """
-    if n < 1 or embeddings.dim() != 2 or len(embeddings) < 2:
+    if n < 1 or embeddings.dim() != 2 or not (embeddings != embeddings[:1]).any():
         found = f"n = {n} and {list(embeddings.shape)}"
-        raise ValueError(f"sampling needs n ≥ 1 and at least 2 embeddings [N, E], not {found}")
+        raise ValueError(f"sampling needs n ≥ 1 and 2 embeddings [N, E] that differ, not {found}")
     model = KernelDensity(bandwidth=bandwidth) if density is None else copy.copy(density)
     if getattr(model, "random_state", seed) is None:
         model.random_state = seed

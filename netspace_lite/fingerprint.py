@@ -71,7 +71,7 @@ def _graphs(module: nn.Module) -> list:
     root = nn.Sequential(module)  # calls it with the input alone: options have their defaults
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # numbers drawn on the way become constants
+            torch.default_generator.manual_seed(0)  # numbers drawn on the way become constants
             graphs = [fx.Tracer().trace(root.train(mode)) for mode in (True, False)]
     except Exception:  # tracing runs the user's code on proxies: anything can be raised
         own = [part for part in module.modules() if not _of_library(type(part).__module__)]
@@ -102,6 +102,7 @@ def _of_library(name: str | None) -> bool:
 
 def _digest(thing, memo: dict) -> bytes:
     """Hash of a thing; ``memo`` has what was met before, by id, so that cycles end."""
+    thing = thing.item() if isinstance(thing, np.generic) else thing  # NumPy's numbers as any
     if id(thing) in memo:
         return memo[id(thing)][0]
     kind = list if isinstance(thing, tuple) else type(thing)  # JSON makes lists of tuples
@@ -147,7 +148,8 @@ def _parts(thing) -> list:
         return [own]
     if isinstance(thing, nn.Module):
         return [structure(thing), dict(thing.state_dict())]
-    if not hasattr(thing, "__dict__"):
+    home = type(thing).__module__  # other libraries keep what counts in private attributes
+    if not hasattr(thing, "__dict__") or (_of_library(home) and not home.startswith(__package__)):
         return _parts_of_native(thing)
     return [type(thing), {k: v for k, v in vars(thing).items() if k[0] != "_"}]
 

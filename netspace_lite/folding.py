@@ -35,7 +35,12 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def statistics(module: nn.Module) -> dict[str, nn.Module]:
     """The batch and instance norms of a module that answer with running statistics, by name."""
     norms = {n: m for n, m in module.named_modules() if isinstance(m, _NormBase)}
-    return {name: norm for name, norm in norms.items() if norm.running_mean is not None}
+    norms = {name: norm for name, norm in norms.items() if norm.running_mean is not None}
+    for name, norm in norms.items():
+        if not type(norm).forward.__module__.startswith("torch."):
+            what = f"norm {name!r}, a {type(norm).__name__}, has a forward of its own"
+            raise ValueError(f"{what}, which folding would lose: hold a norm instead of being one")
+    return norms
 
 
 def fold_batchnorm(module: nn.Module) -> nn.Module:
@@ -49,28 +54,24 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     norms = statistics(folded)
     for name, layer in _layers_before(folded, norms).items() if norms else ():
         before, norm = folded.get_submodule(layer), norms.pop(name)
-        _replace(folded, before, fuse_conv_bn_eval(before, norm))
-        _replace(folded, norm, nn.Identity())
-    for name, norm in norms.items():
+        _replace(before, fuse_conv_bn_eval(before, norm))
+        _replace(norm, nn.Identity())
+    for norm in norms.values():
         with torch.no_grad():
             weight = (norm.running_var + norm.eps).rsqrt()
             weight = weight if norm.weight is None else weight * norm.weight
             bias = 0 if norm.bias is None else norm.bias
             layer = Affine(weight, bias - norm.running_mean * weight).eval()
-        if not name:
-            return layer
-        _replace(folded, norm, layer)
+        _replace(norm, layer)
     config = getattr(folded, "config", None)
     if isinstance(config, dict) and config.get("batch_norm"):
         folded.config = config | {"batch_norm": False}
     return folded
 
 
-def _replace(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a layer in the place of another, under each of its names."""
-    for name, part in list(module.named_modules(remove_duplicate=False)):
-        if part is old:
-            module.set_submodule(name, new)
+def _replace(old: nn.Module, new: nn.Module) -> None:
+    """Make a layer another one, wherever it is held: also in plain lists."""
+    old.__class__, old.__dict__ = type(new), new.__dict__
 
 
 def _layers_before(module: nn.Module, norms: dict) -> dict[str, str]:
@@ -80,6 +81,7 @@ def _layers_before(module: nn.Module, norms: dict) -> dict[str, str]:
     except Exception:  # tracing runs the user's code on proxies: anything can be raised
         return {}
     calls = [node.target for node in graph.nodes if node.op == "call_module"]
+    calls += [n.target.rpartition(".")[0] for n in graph.nodes if n.op == "get_attr"]
     tied = [id(p) for _, p in module.named_parameters(remove_duplicate=False)]
     found = {}
     for layer in graph.nodes:

@@ -38,7 +38,7 @@ def scores(space: NetSpace, nets: Nets, images, architecture=None) -> dict[str, 
     ``architecture`` None: the nets' own.
     """
     a = space.index(nets if architecture is None else architecture)
-    decoded = space.decode(space.encode(nets, a), a)
+    decoded = space.decode(space.translate(space.encode(nets), nets, a), a)
     return compare(decoded.outputs(images.x), nets.outputs(images.x), images.y)
 
 
@@ -148,6 +148,7 @@ def readout(x: Tensor, y: Tensor, held_x: Tensor, held_y: Tensor) -> tuple[Tenso
     """
     model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-3, 5, 17)))
     x, y, held_x, held_y = (t.detach().cpu().double() for t in (x, y, held_x, held_y))
+    y, held_y = y.flatten(), held_y.flatten()
     model.fit(x.numpy(), y.numpy())
     predicted = torch.from_numpy(model.predict(held_x.numpy()))
     error = (predicted - held_y).square().sum() / (held_y - held_y.mean()).square().sum()

@@ -190,7 +190,7 @@ class NetSpace(nn.Module):
             self.register_buffer(f"mean{a}", torch.zeros(shape))
             self.register_buffer(f"std{a}", torch.ones(shape))
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(self.seed)
             if config.probes:
                 probes = inputs[torch.randperm(len(inputs))[: config.probes]]
                 self.probes = nn.Parameter(probes.clone(), requires_grad=config.learn_probes)
@@ -228,11 +228,13 @@ class NetSpace(nn.Module):
         """
         zoos = [zoos] if isinstance(zoos, Nets) else list(zoos)
         space = cls(modules or [zoo.module for zoo in zoos], inputs, config, seed)
+        if len({space.index(zoo) for zoo in zoos}) < len(zoos):
+            raise ValueError("several zoos of one architecture: make them one, or leave some out")
         for zoo in zoos:
             a, rows = space.index(zoo), zoo.rows.detach()
             check_finite(rows)
             scores = getattr(zoo, "scores", {}).get("val_accuracy", torch.zeros(len(zoo)))
-            base = rows[scores.argmax()]
+            base = rows[scores.nan_to_num(-torch.inf).argmax()]
             space.decoder.bias[a].data.copy_(base)
             space.decoder.scale[a].data.fill_(base.std())
             rows = space._weights(rows, a)
@@ -326,6 +328,10 @@ class NetSpace(nn.Module):
             rows = getattr(nets[0], "rows", nets[0])
         else:
             nets = [fold_batchnorm(net) if isinstance(net, nn.Module) else net for net in nets]
+            known = self.batched[a].module.state_dict().keys()
+            if more := {key for net in nets if isinstance(net, dict) for key in net} - known:
+                what = f"state dicts hold {sorted(more)[:3]}, too: they are of another architecture"
+                raise ValueError(f"{what}, or have batch norms, and fold_batchnorm takes modules")
             rows = self.batched[a].layout.pack(nets)
         check_rows(rows, self.batched[a].layout.size)
         with torch.no_grad():
@@ -419,6 +425,8 @@ def normalised_answers(outputs: Tensor) -> Tensor:
     Logits are centred over classes, which softmax ignores, then divided by their spread; the log of
     the spread is kept as the last value.
     """
+    if outputs.dim() != 3:
+        raise ValueError(f"answers of shape {list(outputs.shape)} are not [N, M, K]: flatten them")
     if outputs.shape[-1] > 1:
         outputs = outputs - outputs.mean(-1, keepdim=True)
     flat = outputs.flatten(1)

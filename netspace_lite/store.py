@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from contextlib import contextmanager
+from operator import methodcaller
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ def save(folder, name: str, record: dict, tensors: dict[str, Tensor]) -> None:
     payload = save_tensors({key: value.detach().contiguous() for key, value in tensors.items()})
     digest = hashlib.sha256(payload).hexdigest()
     file = f"{name}-{digest[:12]}.safetensors"
+    record = json.loads(json.dumps(record, default=methodcaller("item")))  # as it will be read
     full = {**record, "tensors": {"file": file, "sha256": digest}}
     text = json.dumps({**full, "checksum": _checksum(full)}, indent=1)
     _replace(folder / file, payload)

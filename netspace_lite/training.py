@@ -134,11 +134,12 @@ class MixedZoo:
     @torch.no_grad()
     def _read(self, space: NetSpace) -> None:
         """Keep what this space reads of the nets, unless that changes while it learns."""
-        constant = (t for t in (*space.buffers(), *space.parameters()) if not t.requires_grad)
-        read_of = [space, *(t._version for t in constant)]  # which counts what was written to it
+        constant = [t for t in (*space.buffers(), *space.parameters()) if not t.requires_grad]
+        read_of = [space, *((id(t), t._version) for t in constant)]  # _version counts writes
         if read_of != self._read_of:
             pairs = () if space.config.learn_probes else zip(self.zoos, self.present, strict=True)
             self._read_of, self._features = read_of, [space.features(z.rows, a) for z, a in pairs]
+            self._constant = constant  # kept alive, or another could have an id of theirs
 
     def __len__(self) -> int:
         return len(self.group)
@@ -332,7 +333,7 @@ class Interpolation:
         index = self.pool.present
         order = sorted(range(len(index)), key=index.__getitem__)
         self.ends = [(i, j) for i in order for j in order if index[j] - index[i] > self.apart]
-        if not self.ends:
+        if self.apart < 1 or not self.ends:
             raise ValueError(f"no zoos over {self.apart} apart, nothing in between: pass apart=")
 
     def __call__(self, space: NetSpace, generator: torch.Generator) -> Tensor:
@@ -364,6 +365,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + cos(pi * step / steps))
 
 
+@torch.inference_mode(False)  # gradients are needed, whatever the caller does
 def fit(
     space: NetSpace, objective: Objective, validate: Callable[[NetSpace], dict[str, float]],
     steps: int = 4000, *, lr: float = 2e-3, epoch: int = 250, folder=None,
@@ -434,7 +436,8 @@ def _descend(space, objective, generator, optimiser, step: int) -> float:
     optimiser.zero_grad()
     loss.backward()
     loss = average(loss, optimiser.param_groups[0]["params"])
-    nn.utils.clip_grad_norm_(space.parameters(), 1.0)
+    if not nn.utils.clip_grad_norm_(space.parameters(), 1.0).isfinite():
+        raise ValueError(f"step {step}: the gradient is not finite")
     optimiser.step()
     return loss.item()
 

@@ -11,6 +11,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from operator import index
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Protocol
@@ -26,7 +27,7 @@ from .architectures import ARCHITECTURES, build, describe, name_of
 from .batching import BLOCK, Batched
 from .data import ImageData
 from .fingerprint import fingerprint, structure
-from .folding import fold_batchnorm
+from .folding import fold_batchnorm, statistics
 from .layout import Layout
 from .nets import Nets
 from .processes import portion, rank, wait, world
@@ -51,6 +52,11 @@ class Recipe:
     steps: int
     lr: float = 3e-3
     weight_decay: float = 1e-2
+
+    def __post_init__(self):  # NumPy's numbers, too
+        kinds = {"seed": index, "steps": index, "lr": float, "weight_decay": float}
+        for name, kind in kinds.items():
+            object.__setattr__(self, name, kind(getattr(self, name)))
 
 
 def draw_recipes(
@@ -200,8 +206,8 @@ class Zoo(Nets):
     def scored(self, task: Task) -> "Zoo":
         """The same nets, where the task's data is, with the scores that ``task`` gives them."""
         zoo = self.to(_device(task))
-        zoo.scores = task.scores(zoo, zoo.members)
-        return zoo
+        history = zoo.recipes, zoo.losses, zoo.members, zoo.about
+        return Zoo(zoo.batched, zoo.rows, task.scores(zoo, zoo.members), *history)
 
     def _contents(self) -> tuple[dict, dict[str, Tensor]]:
         record, tensors = super()._contents()
@@ -326,9 +332,9 @@ def initial_rows(make: Make | Batched, seeds: Iterable[int]) -> Tensor:
 
 def _make(make: Make, seed: int) -> nn.Module:
     """A net of its own, initialised by ``seed``."""
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     if not isinstance(make, nn.Module):
-        return make()
+        return copy.deepcopy(make())  # it may be the same one each time
     if ARCHITECTURES.get(type(make).__name__) is type(make):
         built = build(describe(make)).to(next(make.parameters()).dtype)
         if Layout.of(built) == Layout.of(make):  # it may have been changed since it was made
@@ -352,6 +358,10 @@ def _template(make: Make | Batched) -> Batched:
         if structure(make) != structure(other):
             what = f"two {name_of(make)}s of the factory differ in more than their parameters"
             raise ValueError(f"{what}: draw its constants, such as buffers, from a fixed seed")
+    elif isinstance(make, nn.Module):  # as `_make` leaves it
+        make = Batched(make)
+        for norm in statistics(make.module).values():
+            norm.reset_running_stats()
     return make if isinstance(make, Batched) else Batched(make)
 
 
@@ -378,6 +388,8 @@ def train_nets(
     lengths, seeds = [recipe.steps for recipe in recipes], [recipe.seed for recipe in recipes]
     if lengths != sorted(lengths, reverse=True) or min(lengths, default=0) < 1:
         raise ValueError("recipes should be sorted by steps, the longest first and none under 1")
+    if len({p.requires_grad for p in batched.module.parameters()}) > 1:
+        raise ValueError("some parameters are frozen, and all would be trained: make them buffers")
     members = torch.arange(len(recipes)) if members is None else members
     state = _state(batched, state or {"rows": initial_rows(make, seeds)}, lengths[0])
     state |= {k: v.to(device) for k, v in state.items() if k not in ("step", "seconds")}
@@ -396,6 +408,8 @@ def train_nets(
             weights = rows.detach().requires_grad_()
             x, y = task.batch(recipes[:n], members[:n], step)
             loss = task.loss(batched(weights, x, True, running), y)
+            if loss.shape != (n,):
+                raise ValueError(f"the loss of {n} nets should be [{n}], not {list(loss.shape)}")
             (grad,) = torch.autograd.grad(loss.sum(), weights)
             rate = lr[:n] * task.schedule(step / ends[:n])
             adamw_step(rows, grad, *adam, step + 1, rate[:, None], decay[:n, None])
@@ -563,8 +577,8 @@ def _folded(batched: Batched, rows: Tensor, running: Tensor) -> tuple[Batched, T
     """Architecture and rows of nets whose batch norms are folded away."""
     module, nets = copy.deepcopy(batched.module), []
     states = zip(batched.layout.unpack(rows), batched.running.unpack(running), strict=True)
-    for parameters, statistics in states:
-        module.load_state_dict(parameters | statistics, strict=False)
+    for parameters, running in states:
+        module.load_state_dict(parameters | running, strict=False)
         nets.append(fold_batchnorm(module))
     folded = Batched(nets[0])
     return folded, folded.layout.pack(nets).to(rows)

@@ -1,7 +1,9 @@
 """Inputs that once gave a wrong answer without a word: each is right now, or refused."""
 
 import warnings
+from math import nan
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,10 @@ from toy import MixesSamples, generator, looped, mlp, random_nets, small_nets, t
 
 from netspace_lite import (
     Batched,
+    Descent,
     Distillation,
+    Gaussian,
+    ImageLoss,
     Images,
     ImageTask,
     Layout,
@@ -21,13 +26,17 @@ from netspace_lite import (
     SpaceConfig,
     Zoo,
     compare,
+    describe_layers,
     disagreement,
     draw_recipes,
     fit,
     initial_rows,
     lite_net,
     load_digits,
+    load_images,
     novelty,
+    optimise_weights,
+    readout,
     refine,
     sample,
     scores,
@@ -435,3 +444,138 @@ def test_labels_that_would_be_compared_crosswise_are_refused():
     with pytest.raises(ValueError, match="each image needs one label"):
         Images(DATA.val.x, DATA.val.y[1:])
     assert Images(DATA.val.x, DATA.val.y)[0].y == DATA.val.y[0]
+
+
+def test_state_dicts_of_another_architecture_are_refused(zoo):
+    space = NetSpace.for_zoos(zoo, DATA.train.x, CONFIG)
+    same = zoo.to_module(0).state_dict()
+    torch.testing.assert_close(space.encode(same), space.encode(zoo[0]))
+    with pytest.raises(ValueError, match="state dicts hold .*running_mean.*, too"):
+        space.encode(same | {"norm.running_mean": torch.zeros(3)})
+
+
+def test_a_teacher_that_works_in_place_leaves_images_alone():
+    images = Images(DATA.val.x.clone(), DATA.val.y)
+    ImageLoss(images, nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(64, 3)))
+    assert torch.equal(images.x, DATA.val.x)
+
+
+def spoiled(loss, at):
+    """A loss whose gradient, not its value, is NaN from the ``at``-th call."""
+    calls = []
+
+    def changed(*arguments):
+        calls.append(1)
+        value = loss(*arguments)
+        return value if len(calls) < at else value + (value - value.detach()).square().sqrt()
+
+    return changed
+
+
+def test_gradients_that_are_not_finite_stop_searches_and_fits(zoo):
+    space = NetSpace.for_zoos(zoo, DATA.train.x, CONFIG)
+    like = Distillation(space, zoo, DATA.train.x)
+    with pytest.raises(ValueError, match="step 2: the gradient is not finite"):
+        fit(space, spoiled(like, 3), lambda s: {"score": 0.0}, 3)
+    assert all(p.isfinite().all() for p in space.parameters())
+
+    def small(nets, generator):
+        return nets(DATA.val.x).square().mean((1, 2))
+
+    with pytest.warns(UserWarning, match="gradient is not finite at step 4"):
+        z = refine(space, zoo, spoiled(small, 5), 5)
+    assert z.isfinite().all()
+
+
+def test_two_zoos_of_one_architecture_are_not_one_over_the_other(zoo):
+    with pytest.raises(ValueError, match="several zoos of one architecture"):
+        NetSpace.for_zoos([zoo, zoo], DATA.train.x, CONFIG, modules=[zoo.module])
+
+
+def test_a_score_that_is_nan_is_no_best_one(zoo):
+    scored = Zoo(zoo.batched, zoo.rows[:3], {"val_accuracy": torch.tensor([50.0, nan, 90.0])})
+    space = NetSpace.for_zoos(scored, DATA.train.x, CONFIG)
+    assert torch.equal(space.decoder.bias[0], scored.rows[2])
+
+
+def test_columns_are_read_out_as_vectors_are():
+    x = torch.randn(30, 5, generator=generator())
+    y = x[:, :1] * 2 + 0.1 * torch.randn(30, 1, generator=generator(1))
+    column, vector = (readout(x[:20], y_[:20], x[20:], y_[20:])[1] for y_ in (y, y[:, 0]))
+    assert column == vector > 0.9
+
+
+def test_answers_of_other_axes_are_refused():
+    net = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))  # one number a sample, no axis of classes
+    with pytest.raises(ValueError, match=r"answers of shape \[4, 8\] are not \[N, M, K\]"):
+        NetSpace.for_zoos(random_nets(net, 4), torch.randn(20, 4), CONFIG).encode(
+            random_nets(net, 4)
+        )
+
+
+def test_features_are_read_again_for_other_probes(zoo):
+    space = NetSpace.for_zoos(zoo, DATA.train.x, CONFIG)
+    pool, n = Distillation(space, zoo, DATA.train.x).pool, torch.arange(4)
+    torch.testing.assert_close(pool.encode(space, n), space.encode(zoo))
+    space.probes = nn.Parameter(torch.randn(8, 1, 8, 8), requires_grad=False)
+    torch.testing.assert_close(pool.encode(space, n), space.encode(zoo))
+
+
+def test_images_of_two_scales_are_refused(tmp_path):
+    x, y = DATA.train.x[:, 0].sigmoid().numpy(), DATA.train.y.numpy()
+    np.savez(tmp_path / "two.npz", x_train=255 * x, y_train=y, x_test=x, y_test=y)
+    with pytest.raises(ValueError, match="of two scales, up to"):
+        load_images(tmp_path / "two.npz")
+
+
+def test_parameters_described_alike_are_refused():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+            self.gamma, self.beta = nn.Parameter(torch.ones(5)), nn.Parameter(torch.zeros(5))
+
+        def forward(self, x):
+            return self.last(torch.relu(self.first(x)) * self.gamma + self.beta)
+
+    with pytest.raises(ValueError, match="gamma.* are described alike"):
+        describe_layers(Layout.of(Scaled()))
+
+
+def test_randomness_of_a_gpu_is_left_alone(monkeypatch, zoo):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    NetSpace.for_zoos(zoo, DATA.train.x, CONFIG)
+    initial_rows(flat(nn.ReLU()), [0, 1])
+    assert seeded == []
+
+
+def test_embeddings_that_are_all_alike_are_not_sampled():
+    with pytest.raises(ValueError, match="2 embeddings .* that differ"):
+        sample(torch.ones(3, 4), 2)
+
+
+def test_a_prior_is_measured_in_any_dtype_and_of_finite_values():
+    z = torch.randn(9, 4, generator=generator())
+    rounded = Gaussian(z.bfloat16())(z.bfloat16())
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), Gaussian(z)(z), rtol=0.1, atol=0.1)
+    with pytest.raises(ValueError, match="not finite"):
+        Gaussian(z * nan)
+
+
+def test_nets_first_asked_in_inference_mode_can_be_searched():
+    class Scales(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.steps = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+            self.register_buffer("by", torch.tensor([1.0, 2, 3]))
+
+        def forward(self, x):
+            return self.steps(x) * self.by
+
+    nets = random_nets(Scales(), 3)
+    with torch.inference_mode():
+        nets.accuracy(DATA.val)
+    found = optimise_weights(nets, ImageLoss(DATA.val), config=Descent(2), progress=False)
+    assert found.nets.finite().all()

@@ -162,9 +162,14 @@ def normalise_mesh(mesh: trimesh.Trimesh, name="the mesh") -> tuple[trimesh.Trim
         raise ValueError(f"{name} is a single point as far as its coordinates can tell: no surface")
     transform = Transform(tuple(centre.tolist()), float(1 / radius))
     placed = trimesh.Trimesh(transform.apply(vertices), index.reshape(faces.shape))
+    trimesh.repair.fix_normals(placed, multibody=False)  # faces may be wound both ways
     placed.update_faces(placed.nondegenerate_faces())
     if len(placed.faces) == 0:
         raise ValueError(f"{name} has only faces without area: it is no surface")
+    if len(placed.faces) < len(faces):  # those without area may have been the farthest out
+        placed, again = normalise_mesh(placed, name)
+        centre = transform.invert(np.array(again.centre))
+        transform = Transform(tuple(centre.tolist()), transform.scale * again.scale)
     return placed, transform
 
 
@@ -228,9 +233,10 @@ def winding_number(mesh: trimesh.Trimesh, points: Tensor, block: int = 2**18) ->
 def load_deepsdf(path, samples: int = 20_000, seed: int = 0) -> Samples:
     """Samples of one shape from a DeepSDF ``.npz``: ``pos`` and ``neg``, rows of x, y, z, sdf.
 
-    Rows with NaN or a value beyond ±2, in other units than those of the unit sphere, are dropped,
-    and a warning counts them. Half of ``samples`` comes from each array, rows drawn again only
-    where an array has too few. Returns N = 1; DeepSDF's points fill the cube -1..1 about the ball.
+    Rows with NaN, a distance of the other sign, or a value beyond ±2, in other units than those of
+    the unit sphere, are dropped, and a warning counts them. Half of ``samples`` comes from each
+    array, rows drawn again only where an array has too few. Returns N = 1; DeepSDF's points fill
+    the cube -1..1 about the ball.
 
     Raises FileNotFoundError, and ValueError for damaged files, other contents, pickled objects, or
     a side without a usable row.
@@ -240,11 +246,14 @@ def load_deepsdf(path, samples: int = 20_000, seed: int = 0) -> Samples:
     for name, rows in load_arrays(path, ("neg", "pos")).items():
         if np.shape(rows)[1:] != (4,) or rows.dtype.kind != "f":
             raise ValueError(f"{path}: {name} should be floats x, y, z, sdf, not {np.shape(rows)}")
-        good = rows[(np.abs(rows.astype(np.float32)) <= 2).all(1)]  # DeepSDF's own fill -1..1
+        sign = -1 if name == "neg" else 1
+        good = rows[sign * rows[:, 3] >= 0]
+        good = good[(np.abs(good.astype(np.float32)) <= 2).all(1)]  # DeepSDF's own fill -1..1
         if len(good) == 0:
             raise ValueError(f"{path} has no usable row in {name}: both sides are needed")
         if dropped := len(rows) - len(good):
-            warnings.warn(f"{path}: dropped {dropped} rows, NaN or beyond ±2", stacklevel=3)
+            why = "NaN, beyond ±2 or of the other sign"
+            warnings.warn(f"{path}: dropped {dropped} rows, {why}", stacklevel=3)
         halves.append(good[rng.choice(len(good), half, replace=len(good) < half)])
     rows = torch.from_numpy(np.concatenate(halves).astype(np.float32))[None]
     return Samples(rows[..., :3], rows[..., 3])

@@ -91,6 +91,8 @@ class Settings:
 
     def net(self, name: str, data: ImageData) -> nn.Module:
         """The architecture of that name, small for a laptop or as the paper's for CIFAR-10."""
+        if not self.lite and (*data.shape, data.classes) != (3, 32, 32, 10):
+            raise ValueError(f"{self.preset} is for 3×32×32 images of 10 classes: take lite")
         return lite_net(name, data.shape, data.classes) if self.lite else paper_net(name)
 
     def folder(self, name: str) -> Path:

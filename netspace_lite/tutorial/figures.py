@@ -71,7 +71,7 @@ def images(x: Tensor, titles: Sequence = (), columns: int = 10) -> np.ndarray:
     figure.set_label(f"images: {len(x)}")
     for n, (ax, picture) in enumerate(zip(axes.flat, _numpy(x), strict=False)):
         scaled = (picture - picture.min()) / (np.ptp(picture) + 1e-8)
-        ax.imshow(scaled.transpose(1, 2, 0).squeeze(), cmap="gray_r")
+        ax.imshow(scaled[0] if len(scaled) == 1 else scaled.transpose(1, 2, 0), cmap="gray_r")
         ax.set_title(titles[n] if n < len(titles) else "", fontsize=11)
     for ax in axes.flat:
         ax.axis("off")
@@ -157,10 +157,11 @@ def curves(
         y = np.atleast_2d(_numpy(y))
         if len(y) > 1:
             ax.plot(x, y.T, color=colour, lw=0.8, alpha=0.3)
-        ax.plot(x, np.median(y, 0), "-" if names else "o-", color=colour, ms=4, label=name)
+        middle = np.median(y, 0)
+        ax.plot(x, middle, "-" if names else "o-", color=colour, ms=4, label=name)
         for k, kind in enumerate(names):
             at = _numpy(kinds) == k
-            ax.scatter(x[at], y[0, at], 48, KINDS[k], marker=MARKS[k], label=kind, zorder=3)
+            ax.scatter(x[at], middle[at], 48, KINDS[k], marker=MARKS[k], label=kind, zorder=3)
     for (name, height), colour in zip((levels or {}).items(), colours, strict=False):
         ax.axhline(height, color=colour, ls="--", label=f"{name}: {height:.1f}")
     ax.legend()
@@ -189,7 +190,7 @@ def bars(
     for i, label in enumerate(labels):
         look = {"color": colours} if len(labels) == 1 else {"color": KINDS[i], "label": label}
         if spans:
-            look["xerr"] = abs(ends - rows[:, i])
+            ax.hlines(range(len(rows)), *ends, color="k", zorder=3)
         places = np.arange(len(rows)) + (i - (len(labels) - 1) / 2) * height
         drawn = ax.barh(places, rows[:, i], height, **look)
         ax.bar_label(drawn, fmt="%.1f", padding=3, fontsize=10)

@@ -1,0 +1,293 @@
+"""Modules and tasks of one's own that once gave a wrong answer without a word."""
+
+import copy
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from toy import looped, random_nets
+
+from netspace_lite import (
+    Batched,
+    LeNetLike,
+    Nets,
+    Recipe,
+    Zoo,
+    architecture,
+    fingerprint,
+    initial_rows,
+    train_nets,
+    train_zoo,
+)
+
+
+class Sums:
+    """Learn the sum of four numbers."""
+
+    def batch(self, recipes, members, step):
+        x = torch.randn(len(recipes), 16, 4, generator=torch.Generator().manual_seed(step))
+        return x, x.sum(-1, keepdim=True)
+
+    def loss(self, outputs, y):
+        return (outputs - y).square().mean((1, 2))
+
+    def schedule(self, progress):
+        return torch.ones_like(progress)
+
+    def scores(self, nets, members):
+        return {}
+
+
+class Drops(nn.Module):
+    """Leaves a layer out at random, as stochastic depth does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        kept = not (self.training and torch.rand(1).item() < 0.2)
+        return self.last(x + torch.relu(self.first(x)) if kept else x)
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.layer(x) * self.calls
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.last = nn.Embedding(5, 3, padding_idx=0), nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.last(self.embed(x.long()).mean(1))
+
+
+class Activated(nn.BatchNorm1d):
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+class Listed(nn.Module):
+    """Holds its layers in a plain list, too, and runs that."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.Linear(8, 1)
+        self.steps = [self.conv, self.norm, nn.ReLU(), nn.Flatten(), self.last]
+
+    def forward(self, x):
+        x = x[:, None]
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+class ReadsItsConv(nn.Module):
+    """A convolution that feeds a norm, and whose weight is read beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4), nn.Linear(8, 1)
+
+    def forward(self, x):
+        beside = F.conv1d(x[:, None], self.conv.weight)
+        return self.last((self.norm(self.conv(x[:, None])) + beside).flatten(1))
+
+
+class Remembers(nn.Module):
+    """Keeps what it made in the first call."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.shift = nn.Linear(4, 2), None
+
+    def forward(self, x):
+        if self.shift is None:
+            self.shift = torch.zeros_like(x[:1])
+        return self.layer(x + self.shift)
+
+
+def test_second_derivatives_through_many_convolutions():
+    net = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.LeakyReLU(0.1), nn.Conv2d(3, 2, 3))
+    net = nn.Sequential(net, nn.Tanh(), nn.Flatten()).double()
+    rows = random_nets(net, 3, scale=0.3).rows.double().requires_grad_()
+    x, found = torch.randn(6, 1, 5, 5, dtype=torch.double), []
+    for answers in (Batched(net)(rows, x), looped(net, rows, x)):
+        (first,) = torch.autograd.grad(answers.square().sum(), rows, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), rows)[0])
+    torch.testing.assert_close(*found)
+
+
+def test_the_padding_of_embeddings_is_not_trained():
+    rows = initial_rows(Tokens, [0, 1]).requires_grad_()
+    x = torch.tensor([[0.0, 0, 1, 2], [0, 3, 4, 0], [0, 0, 1, 1]])
+    batched = Batched(Tokens())
+    with pytest.warns(UserWarning, match="slower"):
+        answers = batched(rows, x.expand(2, 3, 4), True)
+    assert batched.way(False, True) == "loop"
+    (gradient,) = torch.autograd.grad(answers.sum(), rows)
+    assert torch.equal(gradient[:, :3], torch.zeros(2, 3))
+    assert gradient[:, 3:].any(1).all()
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_norms_with_a_forward_of_their_own_are_refused(used):
+    net = nn.Sequential(nn.Linear(4, 8), Activated(8), nn.Linear(8, 1))
+    with pytest.raises(ValueError, match="a Activated, has a forward of its own"):
+        Zoo.from_modules([net]) if used else train_zoo(net, Sums(), [Recipe(0, 2)])
+
+
+def test_inputs_are_kept_though_the_first_samples_hide_the_change():
+    nets = random_nets(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 2)), 3)
+    x = torch.rand(8, 4)
+    x[3:] -= 1
+    before = x.clone()
+    answers = nets.outputs(x)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(answers, looped(nets.module, nets.rows, x.clone()))
+
+
+def test_what_is_drawn_at_random_is_not_kept_by_the_trace():
+    for _ in range(4):
+        before = torch.get_rng_state()
+        batched = Batched(Drops())
+        torch.set_rng_state(before)
+        with pytest.warns(UserWarning, match="slower"):
+            train_nets(batched, Sums(), [Recipe(seed, 2) for seed in range(3)])
+        assert batched.way(True, True) != "interpreted"
+        assert torch.equal(before, torch.get_rng_state())
+
+
+def test_buffers_that_a_module_changes_are_refused():
+    with pytest.raises(ValueError, match="Counts changes its buffer 'calls', one for all nets"):
+        Zoo.from_modules([Counts()] * 3).outputs(torch.randn(5, 4))
+
+
+@pytest.mark.parametrize("net", [Listed, ReadsItsConv])
+def test_folding_keeps_what_modules_compute(net):
+    nets = [net() for _ in range(3)]
+    for module in nets:
+        for _ in range(5):
+            module(torch.randn(32, 4) * 2 + 1)
+        module.eval()
+    x = torch.randn(9, 4)
+    with pytest.warns(UserWarning, match="through torch.func.vmap"):
+        answers = Zoo.from_modules(nets).outputs(x)
+    torch.testing.assert_close(answers, torch.stack([m(x) for m in nets]), rtol=1e-4, atol=1e-5)
+
+
+def test_new_nets_do_not_start_from_the_statistics_of_the_one_given():
+    used = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+    new = copy.deepcopy(used)
+    for _ in range(50):
+        used(torch.randn(64, 4) * 5 + 10)
+    zoos = [train_zoo(net, Sums(), [Recipe(1, 5)], progress=False) for net in (new, used)]
+    assert torch.equal(zoos[0].rows, zoos[1].rows)
+    assert used[1].running_mean.abs().max() > 1  # which stays as it is
+
+
+def test_frozen_parameters_are_refused():
+    def make():
+        net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        net[0].requires_grad_(False)
+        return net
+
+    with pytest.raises(ValueError, match="some parameters are frozen"):
+        train_nets(make, Sums(), [Recipe(1, 3)])
+
+
+def test_a_loss_for_all_nets_together_is_refused(monkeypatch):
+    monkeypatch.setattr(Sums, "loss", lambda self, outputs, y: F.mse_loss(outputs, y))
+    with pytest.raises(ValueError, match=r"the loss of 3 nets should be \[3\], not \[\]"):
+        train_nets(nn.Linear(4, 1), Sums(), [Recipe(seed, 2) for seed in range(3)])
+
+
+def test_a_score_for_all_nets_together_is_refused_before_it_is_kept(monkeypatch, tmp_path):
+    one = {"mean": torch.zeros(1)}
+    monkeypatch.setattr(Sums, "scores", lambda self, nets, members: one)
+    with pytest.raises(ValueError, match="scores, .* are not of 3 nets each"):
+        train_zoo(nn.Linear(4, 1), Sums(), [Recipe(seed, 2) for seed in range(3)], tmp_path)
+    assert not (tmp_path / "zoo.json").exists()
+
+
+def test_objects_of_libraries_count_with_what_they_keep_to_themselves():
+    assert fingerprint(random.Random(1)) == fingerprint(random.Random(1))
+    assert fingerprint(random.Random(1)) != fingerprint(random.Random(2))
+
+
+def test_a_factory_may_give_one_module_each_time():
+    net = nn.Linear(4, 1)
+
+    def again():
+        return net.apply(lambda layer: nn.init.normal_(layer.weight))
+
+    rows = initial_rows(again, range(3))
+    assert len(rows.unique(dim=0)) == 3
+
+
+def test_numbers_of_numpy_and_keys_that_are_numbers_come_back(tmp_path):
+    numpy = pytest.importorskip("numpy")
+    recipes = [Recipe(numpy.int64(0), numpy.int64(3), numpy.float32(1e-3)), Recipe(1, 2)]
+    nets = Nets(LeNetLike((1, 8, 8), numpy.int64(3), (4,), (8,), 3), torch.randn(2, 587))
+    zoo = Zoo(nets.module, nets.rows, recipes=recipes, about={"steps": dict.fromkeys(range(12), 0)})
+    zoo.save(tmp_path)
+    found = Zoo.load(tmp_path)
+    assert found.recipes == recipes
+    assert found.about == {"steps": {str(key): 0 for key in range(12)}}
+    assert torch.equal(found.rows, zoo.rows)
+    with pytest.raises(TypeError, match="integer"):
+        Recipe(0, 3.5)
+
+
+def test_a_list_in_a_config_stays_the_callers(tmp_path):
+    hidden = [8]
+    net = LeNetLike((1, 8, 8), 3, (4,), hidden, 3)
+    hidden.append(8)
+    random_nets(net, 2).save(tmp_path)
+    assert Zoo.load(tmp_path).module.config["hidden"] == [8]
+
+
+def test_an_architecture_may_be_given_what_is_no_json():
+    @architecture
+    class OwnActivation(nn.Module):
+        def __init__(self, activation=nn.ReLU):
+            super().__init__()
+            self.steps = nn.Sequential(nn.Linear(4, 2), activation())
+
+        def forward(self, x):
+            return self.steps(x)
+
+    assert OwnActivation(nn.Tanh).config == {"activation": nn.Tanh}
+
+
+def test_what_a_module_makes_in_its_first_call_is_no_proxy():
+    nets = random_nets(Remembers(), 2)
+    x = torch.randn(6, 4)
+    torch.testing.assert_close(nets.outputs(x), looped(Remembers(), nets.rows, x))
+
+
+def test_one_sample_does_not_settle_how_more_are_run():
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+            self.register_buffer("point", torch.ones(4))
+
+        def forward(self, x):
+            return self.layer(x) + self.layer(self.point[None])
+
+    nets = random_nets(Beside(), 2)
+    x = torch.randn(6, 4)
+    with pytest.warns(UserWarning, match="slower"):
+        nets.outputs(x[:1])
+    torch.testing.assert_close(nets.outputs(x), looped(Beside(), nets.rows, x))
