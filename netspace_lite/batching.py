@@ -141,16 +141,7 @@ class Batched:
             return torch.cat([out.flatten(1), running], 1) if mode.training else out
 
         with torch.random.fork_rng([x.device] if x.is_cuda else []), backend("torch"), _NoDropout():
-            mode.changes_inputs = False
-            with torch.inference_mode(False):  # which counts no changes
-                given = x.clone()
-            held = [(n, b, b.clone()) for n, b in mode.module.named_buffers()]
-            run("loop", given)
-            mode.changes_inputs = given._version > 0
-            for n, b, before in held:
-                if b.is_floating_point() and not torch.equal(b, before):
-                    what = f"{name_of(self.module)} changes its buffer {n!r}, one for all nets"
-                    raise ValueError(f"{what}: hold what a net keeps in a norm of PyTorch's")
+            self._watch(mode, functools.partial(run, "loop"), x)
             expected = run("loop", x)
             if not expected.isfinite().all():
                 return "loop"
@@ -175,6 +166,19 @@ class Batched:
             warnings.warn(text, stacklevel=4)
         self._ways[mode.training, per_net] = way
         return way
+
+    def _watch(self, mode: "_Mode", run, x: Tensor) -> None:
+        """See what plain modules change as they run: their inputs, or a buffer, one for all nets."""
+        mode.changes_inputs = False
+        with torch.inference_mode(False):  # which counts no changes
+            given = x.clone()
+        held = [(n, b, b.clone()) for n, b in mode.module.named_buffers()]
+        run(given)
+        mode.changes_inputs = given._version > 0
+        for n, b, before in held:
+            if b.is_floating_point() and not torch.equal(b, before):
+                what = f"{name_of(self.module)} changes its buffer {n!r}, one for all nets"
+                raise ValueError(f"{what}: hold what a net keeps in a norm of PyTorch's")
 
 
 def check_inputs(rows: Tensor, x: Tensor, per_net: bool) -> None:

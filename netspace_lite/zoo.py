@@ -362,7 +362,10 @@ def _template(make: Make | Batched) -> Batched:
         make = Batched(make)
         for norm in statistics(make.module).values():
             norm.reset_running_stats()
-    return make if isinstance(make, Batched) else Batched(make)
+    batched = make if isinstance(make, Batched) else Batched(make)
+    if len({p.requires_grad for p in batched.module.parameters()}) > 1:
+        raise ValueError("some parameters are frozen, and all would be trained: make them buffers")
+    return batched
 
 
 def train_nets(
@@ -388,8 +391,6 @@ def train_nets(
     lengths, seeds = [recipe.steps for recipe in recipes], [recipe.seed for recipe in recipes]
     if lengths != sorted(lengths, reverse=True) or min(lengths, default=0) < 1:
         raise ValueError("recipes should be sorted by steps, the longest first and none under 1")
-    if len({p.requires_grad for p in batched.module.parameters()}) > 1:
-        raise ValueError("some parameters are frozen, and all would be trained: make them buffers")
     members = torch.arange(len(recipes)) if members is None else members
     state = _state(batched, state or {"rows": initial_rows(make, seeds)}, lengths[0])
     state |= {k: v.to(device) for k, v in state.items() if k not in ("step", "seconds")}

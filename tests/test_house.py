@@ -54,12 +54,11 @@ def test_lines_are_counted_as_said():
         # 1,600 is the aim; processes took 135, Muon 53, the paper's parts 57, analogies and
         # principal components 44, answers that are values 10, sizes refused by a sentence 21,
         # axes alike for any number of threads 2,
-        # channels innermost 7, inputs and folders that gave wrong answers without a word 38,
-        # a sentence on uint8 2
-        (list(LIBRARY.glob("*.py")), 2616),
-        (list((LIBRARY / "shapes").rglob("*.py")), 456),
-        (list((LIBRARY / "tutorial").rglob("*.py")), 395),
-        ([p for p in KERNELS.glob("*.py") if p.stem not in STUDIES], 1211),  # 1,200 is the aim
+        # channels innermost 7, what gave wrong answers without a word 98
+        (list(LIBRARY.glob("*.py")), 2674),
+        (list((LIBRARY / "shapes").rglob("*.py")), 464),
+        (list((LIBRARY / "tutorial").rglob("*.py")), 398),
+        ([p for p in KERNELS.glob("*.py") if p.stem not in STUDIES], 1225),  # 1,200 is the aim
         ([p for p in KERNELS.glob("*.py") if p.stem in STUDIES], 400),
     ],
     ids=["core", "shapes", "tutorial", "kernels", "studies of kernels"],

@@ -238,6 +238,28 @@ class TestMeshes:
         ):
             sample_mesh(mesh, 100)
 
+    @pytest.mark.parametrize("flipped", [1, 6, 12])
+    def test_faces_wound_both_ways_change_no_sign(self, flipped):
+        box = trimesh.creation.box([1, 0.8, 0.6])
+        faces = box.faces.copy()
+        faces[:flipped] = faces[:flipped, ::-1]
+        mesh, placed = normalise_mesh(trimesh.Trimesh(box.vertices, faces, process=False))
+        samples = sample_mesh(mesh, 2000)
+        beyond = np.abs(placed.invert(samples.points[0].double().numpy())) - [0.5, 0.4, 0.3]
+        outside = (beyond.max(1) > 1e-6) == (samples.sdf[0].numpy() > 0)
+        assert outside[np.abs(beyond.max(1)) > 1e-4].all()
+
+    def test_faces_without_area_do_not_decide_the_scale(self):
+        box = trimesh.creation.box([1, 0.8, 0.6])
+        vertices, faces = (
+            np.vstack([box.vertices, [[100, 0, 0]]]),
+            np.vstack([box.faces, [[0, 0, 8]]]),
+        )
+        mesh, placed = normalise_mesh(trimesh.Trimesh(vertices, faces, process=False))
+        alone, expected = normalise_mesh(box)
+        np.testing.assert_allclose(mesh.bounds, alone.bounds, atol=1e-12)
+        np.testing.assert_allclose(placed.apply(box.vertices), expected.apply(box.vertices))
+
     def test_a_mesh_that_was_not_normalised_is_refused(self):
         with pytest.raises(ValueError, match="normalise_mesh first"):
             sample_mesh(trimesh.creation.box((5, 5, 5)), 100)
@@ -289,6 +311,10 @@ class TestDeepSDF:
         samples = load_deepsdf(self.save(tmp_path, pos=self.rows(1), neg=self.rows(-1)), 60)
         assert samples.points.shape == (1, 60, 3)
         assert (samples.sdf < 0).sum() == 30
+
+    def test_sides_that_are_swapped_are_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="no usable row in neg"):
+            load_deepsdf(self.save(tmp_path, pos=self.rows(-1), neg=self.rows(1)), 60)
 
     def test_nan_rows_are_dropped_and_counted(self, tmp_path):
         bad = self.rows(1)

@@ -236,6 +236,8 @@ class TestFigures:
         axes = figures.predicted({"a": pair, "b": pair})
         assert [ax.get_title() for ax in axes] == ["a", "b"]
         assert axes[1].get_xlim() == axes[1].get_ylim() == (17, 101)
+        beyond = torch.tensor([30.0, 130])
+        assert figures.predicted({"a": (pair[0], beyond)})[0].get_ylim() == (17, 131)
 
     def test_a_map_draws_kinds_and_searches(self):
         z, kinds = torch.randn(20, 4), torch.arange(20) % 3
@@ -256,6 +258,8 @@ class TestFigures:
         kinds = torch.tensor([0, 0, 1])
         ax = figures.curves([0, 1, 2], {"": [5.0, 6, 7]}, "x", "y", kinds=kinds, names=["a", "b"])
         assert [len(dots.get_offsets()) for dots in ax.collections] == [2, 1]
+        ax = figures.curves(range(3), {"": many}, "x", "y", kinds=kinds, names=["a", "b"])
+        np.testing.assert_allclose(ax.collections[1].get_offsets(), [[2, 7]])  # on the median
 
     def test_history_draws_scores_over_steps(self):
         rows = [{"step": 10, "r": 0.5, "mae": 3}, {"step": 20, "r": 0.7, "mae": 2}]
@@ -269,6 +273,8 @@ class TestFigures:
         assert first != second
         segments = [s for lines in ax.collections for s in lines.get_segments()]
         np.testing.assert_allclose(segments[0][:, 0], [75, 82])
+        ax = figures.bars({"a": 5.0}, "%", spans={"a": (6, 8)})  # not about the value
+        np.testing.assert_allclose(ax.collections[0].get_segments()[0][:, 0], [6, 8])
         ax = figures.bars({"a": [1, 2], "b": [3, 4]}, "%", labels=["x", "y"])
         assert len(ax.patches) == 4
         heights = sorted((bar.get_y(), bar.get_y() + bar.get_height()) for bar in ax.patches)

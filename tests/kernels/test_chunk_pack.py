@@ -242,3 +242,14 @@ def test_opcheck(device):
     used = torch.tensor([4, 6], device=device)
     torch.library.opcheck(op, (prep, used, None, std, torch.float32))
     torch.library.opcheck(op, (prep, None, std, std, torch.float32))
+
+
+def test_scales_that_are_learned_have_gradients(device):
+    rows = torch.randn(3, 7, device=device)
+    mean, std = torch.randn(2, 2, 4, device=device).exp().requires_grad_()
+    found = []
+    for name in ("torch", "triton"):
+        with backend(name):
+            prep = chunk_pack(rows, 2, 4, mean, std)
+            found.append(torch.autograd.grad(prep.square().sum(), [mean, std], retain_graph=True))
+    torch.testing.assert_close(*found)

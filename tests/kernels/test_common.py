@@ -148,3 +148,16 @@ def test_default_precision_under_torch_compile(device):
     with backend("triton"):
         compiled = torch.compile(siren_mlp, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(x, rows, 4), siren_mlp(x, rows, 4))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # jvp's own use of it
+@pytest.mark.parametrize("named_op", [n for n in NAMES if n != "pack"], indirect=True)
+def test_forward_derivatives(named_op):
+    """The kernels have none, so PyTorch gives them, not zeros."""
+    _, op, x = named_op
+    way, found = torch.linspace(-1, 2, x.numel()).to(x).view_as(x), []
+    for name in ("torch", "triton"):
+        with backend(name):
+            found.append(torch.func.jvp(op, (x,), (way,))[1])
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(*found)

@@ -115,3 +115,20 @@ def test_opcheck(device):
     labels = torch.zeros(3, dtype=torch.long, device=device)
     args = (z, t, labels, torch.full((2,), 4.0, device=device), 0.9)
     torch.library.opcheck(torch.ops.netspace_lite.distillation_loss.default, args)
+
+
+def test_labels_beyond_the_classes_are_refused():
+    z, t = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    for label in (-100, 3):
+        labels = torch.tensor([0, 1, 2, label])
+        for name in ("torch", "triton"):
+            with backend(name), pytest.raises(RuntimeError):
+                distillation_loss(z, t, labels)
+
+
+def test_the_loss_has_the_logits_dtype(device):
+    z, t = torch.randn(2, 2, 4, 3, device=device).bfloat16()
+    for temperature in (2.0, torch.full((2,), 2.0, device=device)):
+        for name in ("torch", "triton"):
+            with backend(name):
+                assert distillation_loss(z, t, temperature=temperature).dtype == torch.bfloat16

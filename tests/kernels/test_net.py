@@ -359,3 +359,35 @@ def test_torch_compile(device):
 def test_opcheck(device):
     x, rows, plan = operands(device)
     torch.library.opcheck(torch.ops.netspace_lite.net.default, (x, rows, plan.text, True, "ieee"))
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_are_called(assert_close, device, hook):
+    module = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).to(device)
+
+    def doubled(layer, given, out=None):
+        return given[0] * 2 if out is None else out * 2
+
+    getattr(module[1], hook)(doubled)
+    batched = Batched(module)
+    rows, x = torch.randn(2, batched.layout.size, device=device), torch.randn(5, 3, device=device)
+    with backend("triton"):
+        assert_close(hook, batched(rows, x), looped(module, rows, x))
+
+
+def test_a_value_may_be_added_to_itself_flattened(assert_close, device):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            y = self.first(x)
+            return self.last(y + y.flatten(1))
+
+    batched, x = Batched(Twice().to(device)), torch.randn(5, 3, device=device)
+    rows, found = torch.randn(2, batched.layout.size, device=device, requires_grad=True), []
+    for name in ("torch", "triton"):
+        with backend(name):
+            found += torch.autograd.grad(batched(rows, x).square().sum(), rows)
+    assert_close("gradient", *found)
