@@ -168,7 +168,7 @@ class Batched:
         return way
 
     def _watch(self, mode: "_Mode", run, x: Tensor) -> None:
-        """See what plain modules change as they run: their inputs, or a buffer, one for all nets."""
+        """See what plain modules change as they run: their inputs, or buffers, which is refused."""
         mode.changes_inputs = False
         with torch.inference_mode(False):  # which counts no changes
             given = x.clone()

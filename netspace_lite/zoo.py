@@ -399,8 +399,7 @@ def train_nets(
     started = time.perf_counter() - state["seconds"].item()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for step in range(int(state["step"]), lengths[0]):
-            # Dropout's, also after a resume. torch.manual_seed would also queue a call, with a
-            # stack trace, for a GPU that isn't there: half a millisecond in every step.
+            # Dropout's, also after a resume. torch.manual_seed would queue a call for GPUs: slow.
             source = torch.cuda if device.type == "cuda" else torch.default_generator
             source.manual_seed(seeds[0] + 1_000_003 * step)
             n = sum(length > step for length in lengths)  # nets still in training
