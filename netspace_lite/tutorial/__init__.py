@@ -102,7 +102,7 @@ class Settings:
 
     def write_results(self, notebook: str, results: dict[str, float]) -> None:
         """Keep a notebook's headline numbers as flat JSON, beside what else this seed left."""
-        rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in results.items()}
+        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in results.items()}
         record = {"seed": self.seed, "preset": self.preset, "data": self.data or "default"}
         path = self.folder("results") / f"{notebook}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
