@@ -284,7 +284,7 @@ def _descend(decode, start, loss, validate, penalty, reached, config, progress) 
     z, scores, there = (torch.stack(part) for part in zip(*path, strict=True))
     best = _best(scores, there)
     score, n = scores.gather(0, best[None])[0], torch.arange(len(start))
-    kept = z[best.to(z.device), n.to(z.device)]
+    kept = z[best, n]
     with torch.no_grad():
         nets = decode(kept)
     losses = torch.stack(losses) if losses else z.new_empty(0, len(start))

@@ -73,7 +73,8 @@ def control_flow(w):
 
 
 def constants(w):
-    """A tensor that is neither a parameter nor a buffer, so nothing but `Batched` moves it."""
+    """A tensor that is neither a parameter nor a buffer, so nothing but `Batched` moves it; and a
+    buffer, in a module that is interpreted."""
     zoo = ns.Zoo(ns.Batched(Shifts()), ns.initial_rows(Shifts, [0, 1]).to(w.device))
     found = zoo.outputs(w.x)
     assert zoo.batched.way() == "interpreted"
@@ -84,9 +85,10 @@ class Shifts(nn.Module):
     def __init__(self):
         super().__init__()
         self.linear, self.shift = nn.Linear(64, 3), torch.arange(3.0)
+        self.register_buffer("scale", torch.arange(1.0, 4.0))
 
     def forward(self, x):
-        return self.linear(x.flatten(1)) + self.shift
+        return self.linear(x.flatten(1)) * self.scale + self.shift
 
 
 class Attends(nn.Module):

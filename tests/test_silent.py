@@ -17,6 +17,7 @@ from netspace_lite import (
     ImageLoss,
     Images,
     ImageTask,
+    Interpolation,
     Layout,
     LeNetLike,
     Nets,
@@ -579,3 +580,28 @@ def test_nets_first_asked_in_inference_mode_can_be_searched():
         nets.accuracy(DATA.val)
     found = optimise_weights(nets, ImageLoss(DATA.val), config=Descent(2), progress=False)
     assert found.nets.finite().all()
+
+
+def test_counts_that_mean_nothing_are_refused(zoo):
+    with pytest.raises(ValueError, match="needs some"):
+        ImageLoss(DATA.val, samples=-5)
+    space = NetSpace.for_zoos([zoo], DATA.train.x, CONFIG)
+    with pytest.raises(ValueError, match="pass apart="):
+        Interpolation(space, zoo, ImageLoss(DATA.val), apart=0)
+
+
+def test_scores_of_nets_decoded_as_another_architecture():
+    zoos = [random_nets(net, 5, scale=0.3) for net in small_nets()[:2]]
+    space = NetSpace.for_zoos(zoos, DATA.train.x, CONFIG)
+    found = scores(space, zoos[0], DATA.val, architecture=1)
+    z = space.translate(space.encode(zoos[0]), 0, 1)
+    answers = space.decode(z, 1).outputs(DATA.val.x), zoos[0].outputs(DATA.val.x)
+    assert found == compare(*answers, DATA.val.y)
+
+
+def test_a_fit_needs_gradients_whatever_its_caller_does(zoo):
+    space = NetSpace.for_zoos(zoo, DATA.train.x, CONFIG)
+    before = space.decoder.hidden.weight.clone()
+    with torch.no_grad():
+        fit(space, Distillation(space, zoo, DATA.train.x), lambda s: {"score": 0.0}, 1)
+    assert not torch.equal(before, space.decoder.hidden.weight)

@@ -10,6 +10,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from toy import toy_data
 
 from netspace_lite.data import ImageData, Images
 from netspace_lite.tutorial import PRESETS, Settings, bootstrap, chapters, figures, seconds
@@ -223,6 +224,12 @@ class TestFigures:
         assert [len(ax.images) for ax in axes.flat] == [1] * 13 + [0] * 7
         assert axes[0, 0].get_title() == "a"
         assert figures.images(torch.zeros(1, 1, 4, 4))[0, 0].images[0].get_array().shape == (4, 4)
+        assert figures.images(torch.zeros(1, 3, 1, 5))[0, 0].images[0].get_array().shape == (
+            1,
+            5,
+            3,
+        )
+        assert figures.images(torch.zeros(1, 1, 1, 5))[0, 0].images[0].get_array().shape == (1, 5)
 
     def test_preps_have_scales_of_their_own(self):
         axes = figures.preps(torch.randn(2, 5, 7).requires_grad_(), ["one", "two"])
@@ -283,3 +290,10 @@ class TestFigures:
     def test_a_matrix_writes_its_numbers(self):
         ax = figures.matrix(torch.tensor([[100.0, 0], [25, 75]]), ["a", "b"], "x", "y", "%")
         assert [text.get_text() for text in ax.texts] == ["100", "0", "25", "75"]
+
+
+def test_the_papers_nets_are_not_for_other_images():
+    data = toy_data()
+    assert Settings().net("LeNetLike", data)(data.val.x).shape == (60, 3)
+    with pytest.raises(ValueError, match="evening is for 3×32×32 images of 10 classes: take lite"):
+        Settings(preset="evening").net("LeNetLike", data)
