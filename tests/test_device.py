@@ -322,8 +322,15 @@ def test_results_stay_where_the_nets_are(worlds):
         assert tensor.is_cuda
     with pretend_cuda(), backend("torch"):  # figures are drawn beside one another
         figures = [*ns.novelty(w.zoo, w.x).values(), w.zoo.accuracy(w.images)]
+        options = {"config": STEPS, "progress": False}  # scores where the nets are
+        score = lambda nets: nets(w.x).mean((1, 2))  # noqa: E731
+        found = ns.optimise(w.space, w.z[:2], w.loss, score, **options)
+        drawn = ns.sample(w.z, 5), ns.Gaussian(w.z).sample(5)
     for tensor in (w.zoo.scores["val_accuracy"], w.zoo.losses, w.zoo.members, *figures):
         assert not tensor.is_cuda
+    assert not found.score.is_cuda
+    for tensor in (*drawn, found.best):
+        assert tensor.is_cuda
 
 
 def test_the_space_and_its_nets_move(worlds):
