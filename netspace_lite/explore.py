@@ -82,7 +82,7 @@ class ImageLoss:
         self, images: Images, teacher=None, *, distil=0.9, loss=None, temperature=4.0, samples=256
     ):
         if min(samples, len(images)) < 1:
-            raise ValueError("a loss on images needs some to ask the nets about: there are none")
+            raise ValueError(f"a loss on images needs some to draw, not {samples} of {len(images)}")
         if not 0 <= distil <= 1:
             raise ValueError(f"distil is a share of the loss, from 0 to 1, not {distil}")
         self.images, self.loss = images, loss or cross_entropy

@@ -228,11 +228,11 @@ class NetSpace(nn.Module):
         """
         zoos = [zoos] if isinstance(zoos, Nets) else list(zoos)
         space = cls(modules or [zoo.module for zoo in zoos], inputs, config, seed)
-        if len({space.index(zoo) for zoo in zoos}) < len(zoos):
+        index = [space.index(zoo) for zoo in zoos]
+        if len(set(index)) < len(zoos):
             raise ValueError("several zoos of one architecture: make them one, or leave some out")
-        for zoo in zoos:
-            a, rows = space.index(zoo), zoo.rows.detach()
-            check_finite(rows)
+        for a, zoo in zip(index, zoos, strict=True):
+            check_finite(rows := zoo.rows.detach())
             scores = getattr(zoo, "scores", {}).get("val_accuracy", torch.zeros(len(zoo)))
             base = rows[scores.nan_to_num(-torch.inf).argmax()]
             space.decoder.bias[a].data.copy_(base)
@@ -244,7 +244,7 @@ class NetSpace(nn.Module):
                 getattr(space, f"std{a}").flatten()[:size] = rows.std(0).clamp_min(1e-6)
         if space.config.components and space.config.probes:
             with torch.no_grad():
-                answers = [space._answers(zoo.rows, space.index(zoo)) for zoo in zoos]
+                answers = [space._answers(z.rows, a) for z, a in zip(zoos, index, strict=True)]
             space.encoder.read_along(torch.cat(answers))
         return space
 

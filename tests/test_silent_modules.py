@@ -3,11 +3,12 @@
 import copy
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toy import looped, random_nets
+from toy import generator, looped, random_nets
 
 from netspace_lite import (
     Batched,
@@ -27,7 +28,7 @@ class Sums:
     """Learn the sum of four numbers."""
 
     def batch(self, recipes, members, step):
-        x = torch.randn(len(recipes), 16, 4, generator=torch.Generator().manual_seed(step))
+        x = torch.randn(len(recipes), 16, 4, generator=generator(step))
         return x, x.sum(-1, keepdim=True)
 
     def loss(self, outputs, y):
@@ -236,9 +237,8 @@ def test_a_factory_may_give_one_module_each_time():
 
 
 def test_numbers_of_numpy_and_keys_that_are_numbers_come_back(tmp_path):
-    numpy = pytest.importorskip("numpy")
-    recipes = [Recipe(numpy.int64(0), numpy.int64(3), numpy.float32(1e-3)), Recipe(1, 2)]
-    nets = Nets(LeNetLike((1, 8, 8), numpy.int64(3), (4,), (8,), 3), torch.randn(2, 587))
+    recipes = [Recipe(np.int64(0), np.int64(3), np.float32(1e-3)), Recipe(1, 2)]
+    nets = Nets(LeNetLike((1, 8, 8), np.int64(3), (4,), (8,), 3), torch.randn(2, 587))
     zoo = Zoo(nets.module, nets.rows, recipes=recipes, about={"steps": dict.fromkeys(range(12), 0)})
     zoo.save(tmp_path)
     found = Zoo.load(tmp_path)

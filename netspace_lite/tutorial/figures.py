@@ -186,11 +186,11 @@ def bars(
     width = 5 + 0.08 * max(map(len, values))  # inches for bars, and for their names
     ax = _axes(ax, width, 0.25 * len(rows) * (len(labels) + 0.7) + 1, xlabel=xlabel)
     ends = np.array([(spans or {}).get(name, (np.nan, np.nan)) for name in values]).T
+    if spans:
+        ax.hlines(range(len(rows)), *ends, color="k", zorder=3)
     colours, height = [BLUE if name in highlight else GREY for name in values], 0.8 / len(labels)
     for i, label in enumerate(labels):
         look = {"color": colours} if len(labels) == 1 else {"color": KINDS[i], "label": label}
-        if spans:
-            ax.hlines(range(len(rows)), *ends, color="k", zorder=3)
         places = np.arange(len(rows)) + (i - (len(labels) - 1) / 2) * height
         drawn = ax.barh(places, rows[:, i], height, **look)
         ax.bar_label(drawn, fmt="%.1f", padding=3, fontsize=10)
