@@ -27,10 +27,10 @@ from .metrics import (
 )  # fmt: skip
 from .nets import MixedNets, Nets
 from .optimiser import Muon
-from .space import NetSpace, SpaceConfig
+from .space import NetSpace, SpaceConfig, logit_scale
 from .training import (
     ArchitectureClassification, Distillation, Interpolation, MixedZoo, TeacherDistillation,
-    combine, fit, kl_divergence, logit_scale, squared_error,
+    combine, fit, kl_divergence, squared_error,
 )  # fmt: skip
 from .zoo import (
     ImageTask, Recipe, Task, Zoo, draw_recipes, fine_tune, initial_rows, train_nets, train_zoo,

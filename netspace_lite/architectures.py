@@ -8,12 +8,27 @@ saved zoo can build it again from its JSON file.
 import copy
 import inspect
 import math
+from contextlib import contextmanager
 from functools import partial, wraps
+from threading import RLock
 
 import torch
 from torch import nn
 
 ARCHITECTURES: dict[str, type[nn.Module]] = {}
+_ALONE = RLock()
+
+
+@contextmanager
+def own_randomness(seed: int | None = None, devices=()):
+    """Within, PyTorch's random numbers follow ``seed``; afterwards they go on as if nothing was.
+
+    One thread at a time: generators, and what traces a module, are those of the whole process.
+    """
+    with _ALONE, torch.random.fork_rng(devices):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        yield
 
 
 def architecture(cls):
@@ -62,7 +77,8 @@ def build(description: dict) -> nn.Module:
     if name not in ARCHITECTURES or config is None:
         cure = "pass your own module with module=..., or decorate its class with @architecture"
         raise ValueError(f"{name!r} is none of {', '.join(ARCHITECTURES)}: {cure}")
-    return ARCHITECTURES[name](**config)
+    with own_randomness():
+        return ARCHITECTURES[name](**config)
 
 
 def name_of(module: nn.Module) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call, vmap
 from torch.overrides import TorchFunctionMode
 
-from .architectures import Sine, Siren, name_of
+from .architectures import Sine, Siren, build, describe, name_of, own_randomness
 from .fingerprint import structure
 from .folding import CONVOLUTIONS, Affine, affine, statistics
 from .kernels import backend, batched_conv2d, batched_linear, siren_mlp
@@ -33,6 +33,7 @@ from .kernels.plan import is_plain, translate
 from .layout import Layout, check_rows, one_by_one
 
 BLOCK = 32  # nets evaluated together: on a CPU, blocks of 16 to 80 nets fit the caches best
+TRIED = 1 << 15  # input values that show which way is right: 512 digits, 10 images of CIFAR-10
 VMAPPED = 1 << 20  # input values of all nets that vmap takes at a time: attention makes much of few
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -63,8 +64,13 @@ class Batched:
         self.running = _statistics_layout(self.module)
         self._modes: dict[tuple, _Mode] = {}
         self._ways: dict[tuple[bool, bool], str] = {}
-        stock = Siren(**module.config) if type(module) is Siren else None
+        stock = build(describe(module)) if type(module) is Siren else None
         self._is_siren = stock is not None and structure(stock) == self.fingerprint
+
+    def check_trainable(self) -> None:
+        """Raise ValueError if some parameters are frozen: rows are trained as a whole."""
+        if len({p.requires_grad for p in self.module.parameters()}) > 1:
+            raise ValueError("some parameters are frozen, all would be trained: make them buffers")
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -109,7 +115,8 @@ class Batched:
     def _mode(self, rows: Tensor, training: bool) -> "_Mode":
         key = training, rows.device, rows.dtype
         if key not in self._modes:
-            with torch.inference_mode(False):  # or its constants never have gradients
+            # without inference mode, or its constants never have gradients
+            with torch.inference_mode(False), own_randomness():
                 self._modes[key] = _Mode(self.module, training, rows)
         return self._modes[key]
 
@@ -120,7 +127,7 @@ class Batched:
 
     @torch.no_grad()
     def _choose(self, mode: "_Mode", rows: Tensor, x: Tensor, per_net: bool) -> str:
-        """The fastest way that gives what plain modules give, on two nets and three samples.
+        """The fastest way that gives what plain modules give, on two nets and some samples.
 
         Trying it shows what a trace can't, such as an operation that mixes samples; nets or inputs
         that are alike would hide it. Dropout is off meanwhile. What is random all the same can't be
@@ -131,7 +138,8 @@ class Batched:
             return "loop"  # nets that aren't finite show nothing: the next call looks again
         if len(good) == 1 or torch.equal(*good):
             good = torch.stack([good[0], good[0].flip(0)])
-        x, reasons = (x[0, :3] if per_net else x[:3]).detach(), []
+        x, reasons = (x[0] if per_net else x).detach(), []
+        x = x[: max(3, TRIED // x[0].numel())]
         x = torch.cat([x, x.roll(1, -1)]) if len(x) == 1 else x  # one hides what mixes samples
         x = torch.stack([x, x.roll(1, -1)]) if per_net else x
 
@@ -140,7 +148,8 @@ class Batched:
             out = getattr(mode, way)(self._views(good, running), x, per_net)
             return torch.cat([out.flatten(1), running], 1) if mode.training else out
 
-        with torch.random.fork_rng([x.device] if x.is_cuda else []), backend("torch"), _NoDropout():
+        devices = [x.device] if x.is_cuda else []
+        with own_randomness(devices=devices), backend("torch"), _NoDropout():
             self._watch(mode, functools.partial(run, "loop"), x)
             expected = run("loop", x)
             if not expected.isfinite().all():
@@ -160,9 +169,9 @@ class Batched:
                 way = "loop"
             with contextlib.suppress(Exception):  # the user's, who may read memory as it lies
                 mode.may_reorder = _close(run("innermost", x), expected)
-        slower = "through torch.func.vmap", "one net after the other"
-        for how, reason in zip(slower, reasons, strict=False):
-            text = f"{name_of(self.module)} runs {how}, which is slower: {reason}"
+        if reasons:
+            how = "one net after the other" if way == "loop" else "through torch.func.vmap"
+            text = f"{name_of(self.module)} runs {how}, which is slower: {'; '.join(reasons)}"
             warnings.warn(text, stacklevel=4)
         self._ways[mode.training, per_net] = way
         return way
@@ -183,7 +192,10 @@ class Batched:
 
 def check_inputs(rows: Tensor, x: Tensor, per_net: bool) -> None:
     """Raise ValueError unless nets [N, P] can be asked about inputs x."""
-    if x.dtype != rows.dtype or x.device != rows.device:
+    if not isinstance(x, Tensor):
+        raise ValueError(f"inputs are a {type(x).__name__}: give a tensor")
+    tokens = x.dtype in (torch.int32, torch.int64)  # which a module may look up
+    if x.device != rows.device or not (tokens or x.dtype == rows.dtype):
         given, nets = f"{x.dtype} on {x.device}", f"{rows.dtype} on {rows.device}"
         raise ValueError(f"inputs are {given}, nets are {nets}: convert one of them with .to()")
     if per_net and len(x) != len(rows):

@@ -22,15 +22,21 @@ CIFAR10_MD5 = "md5:c32a1d4ab5d03f1284b67883e8d87530"
 
 @dataclass
 class Images:
-    """Images x: [B, C, H, W] float32 and their labels y: [B] int64 in 0..K-1."""
+    """Images x: [B, C, H, W] float32 and their labels y: [B] int64 in 0..K-1.
+
+    Where nothing but a loss of your own reads them, y may be [B] of floats.
+    """
 
     x: Tensor
     y: Tensor
 
     def __post_init__(self):
+        if not (isinstance(self.x, Tensor) and isinstance(self.y, Tensor)):
+            raise ValueError("images and labels should be tensors: torch.from_numpy(array)")
         if self.y.dim() and self.y.shape != self.x.shape[:1]:
             given = f"images {list(self.x.shape)} with labels {list(self.y.shape)}"
             raise ValueError(f"{given}: each image needs one label, y should be [B]")
+        self.y = self.y if self.y.is_floating_point() else self.y.long()
 
     def __len__(self) -> int:
         return len(self.x)
@@ -56,6 +62,10 @@ class ImageData:
     test: Images
     classes: int
 
+    def __post_init__(self):
+        for y in (self.train.y, self.val.y, self.test.y):
+            check_labels(y, self.classes)
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
@@ -65,6 +75,13 @@ class ImageData:
         """The same data on another device; zoos and spaces are trained where their images are."""
         parts = (part.to(device) for part in (self.train, self.val, self.test))
         return ImageData(self.name, *parts, self.classes)
+
+
+def check_labels(y: Tensor, classes: int) -> None:
+    """Raise ValueError unless labels y [B] are whole numbers 0..classes-1."""
+    if y.is_floating_point() or y.min() < 0 or y.max() >= classes:
+        given = f"{y.dtype} from {y.min().item()} to {y.max().item()}"
+        raise ValueError(f"labels of {classes} classes are numbers 0..{classes - 1}, not {given}")
 
 
 def load_digits(seed: int = 0) -> ImageData:
@@ -102,7 +119,8 @@ def load_images(path, seed: int = 0, val: float = 0.2) -> ImageData:
     known = np.unique(y)
     if known[-1] != len(known) - 1 or y_test.max() > known[-1]:
         held = f"{len(known)} classes up to {known[-1]}, y_test up to {y_test.max()}"
-        raise ValueError(f"y_train should hold every class 0..K-1 without gaps; it holds {held}")
+        cure = "np.unique(y, return_inverse=True)[1] numbers any labels"
+        raise ValueError(f"y_train should hold every class 0..K-1, and holds {held}: {cure}")
     return _split(Path(path).stem, x, y, x_test, y_test, seed, val)
 
 
@@ -170,10 +188,11 @@ def _split(name, x, y, x_test, y_test, seed, val=0.2) -> ImageData:
     """Draw the validation set from the training images and standardise all by the rest."""
     order = np.random.default_rng(seed + 1).permutation(len(y))
     held = max(1, round(val * len(y)))
-    if held >= len(y):
+    if val < 0 or held >= len(y):
         raise ValueError(f"{name}: {len(y)} training images can't spare {held} to validate on")
     train, held_out = order[held:], order[:held]
-    mean, std = x[train].mean((0, 2, 3), keepdims=True), x[train].std() + 1e-8
+    mean = x[train].mean((0, 2, 3), np.float64, keepdims=True).astype(x.dtype)  # fp32 would drift
+    std = x[train].std() + 1e-8
 
     def images(x, y):
         x = torch.from_numpy(((x - mean) / std).astype(np.float32))

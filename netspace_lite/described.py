@@ -14,6 +14,7 @@ from math import cos, log2, pi, prod, sin
 import torch
 from torch import Tensor, nn
 
+from .architectures import own_randomness
 from .batching import Batched
 from .layout import Layout
 from .nets import Nets
@@ -87,8 +88,7 @@ class DescribedDecoder(nn.Module):
             "linear": (outputs, self.largest.inputs), "bias": (max(c, outputs),),
         }  # fmt: skip
         width = describe_layers(Layout(("weight",), ((1, 1),))).shape[1]
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.seed)
+        with own_randomness(self.seed):
             self.read = nn.Linear(embedding, hidden)
             self.layer = nn.Sequential(nn.Linear(width, hidden), nn.LeakyReLU())
             self.code = nn.Sequential(nn.Linear(2 * hidden, hidden), nn.LeakyReLU())

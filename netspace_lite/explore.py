@@ -13,13 +13,12 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from sklearn.decomposition import PCA
 from sklearn.neighbors import KernelDensity
 from torch import Tensor, nn
 
 from .data import Images
-from .nets import MixedNets, Nets
+from .nets import MixedNets, Nets, cross_entropy
 from .progress import progress_bar
 from .space import NetSpace, check_finite
 from .training import LikenessLoss, NetsLoss, kl_divergence, learning_rate
@@ -107,12 +106,6 @@ class ImageLoss:
             kl = kl_divergence(logits, self.targets[:, s], self.temperature)
             total = total + self.distil * self.temperature**2 * kl
         return total
-
-
-def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of each net's logits [N, B, K] against shared labels y [B]: [N]."""
-    each = F.cross_entropy(logits.movedim(-1, 1), y.expand(len(logits), -1), reduction="none")
-    return each.mean(1)
 
 
 @dataclass
@@ -210,6 +203,7 @@ def optimise_weights(
 
     Arguments and result as in `optimise`; from freshly initialised nets it is training.
     """
+    nets.batched.check_trainable()
     decode, config = partial(Nets, nets.batched), config or Descent(lr=3e-3)
     free = lambda rows: 0.0, lambda rows: True  # no penalty, and nowhere else to be
     return _descend(decode, nets.rows, loss, validate, *free, config, progress)
@@ -237,7 +231,7 @@ def refine(
 
 def _start_points(space: NetSpace, starts, prior, seed: int) -> Tensor:
     """Whatever a search may start from -> embeddings [N, E]."""
-    if isinstance(starts, int):
+    if isinstance(starts, int | np.integer):
         if prior is None:
             raise ValueError("random starts need prior=, such as Gaussian(space.encode(zoo))")
         starts = prior.sample(starts, seed)
@@ -361,7 +355,7 @@ class Gaussian:
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """Random embeddings [n, E]."""
         noise = torch.randn(n, len(self.axes), generator=torch.Generator().manual_seed(seed))
-        return self.mean + (noise.to(self.mean) * self.spread) @ self.axes
+        return self.mean + ((noise.to(self.mean) @ self.axes.T) * self.spread) @ self.axes
 
 
 def sample(embeddings: Tensor, n: int, density=None, bandwidth=0.5, seed: int = 0) -> Tensor:

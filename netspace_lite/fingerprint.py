@@ -20,12 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from .architectures import own_randomness
 from .folding import statistics
 
 PLAIN = (
     type(None), type(...), bool, int, float, complex, str, bytes, slice, range, enum.Enum,
     np.generic, torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
+HOOKS = "_forward_pre_hooks", "_forward_hooks"
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _METHODS = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)
 
@@ -63,15 +65,29 @@ def _settings(module: nn.Module) -> dict:
     """Plain attributes of a layer (strides, slopes, numbers of heads) and its functions."""
     kinds = (*PLAIN, *_FUNCTIONS, tuple, list, dict, set, Tensor, np.ndarray)
     found = {k: v for k, v in vars(module).items() if k[0] != "_" and k != "training"}
-    return {k: v for k, v in found.items() if isinstance(v, kinds) or is_dataclass(v)}
+    hooks = {k: list(vars(module)[k].values()) for k in HOOKS if vars(module)[k]}
+    return hooks | {k: v for k, v in found.items() if isinstance(v, kinds) or is_dataclass(v)}
+
+
+def difference(module: nn.Module, other: nn.Module) -> str:
+    """What first sets two modules of different `structure` apart, in words."""
+    pairs = zip(module.named_modules(), other.named_modules(), strict=False)
+    for (name, one), (_, two) in pairs:
+        where = f"layer {name!r}" if name else "the whole"
+        if type(one) is not type(two):
+            return f"{where} is a {type(two).__name__}, not a {type(one).__name__}"
+        a, b = _settings(one), _settings(two)
+        for key in sorted(a.keys() | b.keys()):
+            if fingerprint(a.get(key)) != fingerprint(b.get(key)):
+                return f"{where} has {key} = {b.get(key)!r}, not {a.get(key)!r}"
+    return "in shapes, ties, buffers or the steps of forward"
 
 
 def _graphs(module: nn.Module) -> list:
     """The steps of the traced graph in both modes; if there is no graph the classes' code."""
     root = nn.Sequential(module)  # calls it with the input alone: options have their defaults
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)  # numbers drawn on the way become constants
+        with own_randomness(0):  # numbers drawn on the way become constants
             graphs = [fx.Tracer().trace(root.train(mode)) for mode in (True, False)]
     except Exception:  # tracing runs the user's code on proxies: anything can be raised
         own = [part for part in module.modules() if not _of_library(type(part).__module__)]
@@ -103,14 +119,18 @@ def _of_library(name: str | None) -> bool:
 def _digest(thing, memo: dict) -> bytes:
     """Hash of a thing; ``memo`` has what was met before, by id, so that cycles end."""
     thing = thing.item() if isinstance(thing, np.generic) else thing  # NumPy's numbers as any
+    if isinstance(thing, np.ndarray):
+        plain = thing.astype(thing.dtype.newbyteorder("="))
+        of_numbers = plain.dtype.kind in "biufc"
+        thing = torch.from_numpy(plain) if of_numbers else [str(plain.dtype), plain.tolist()]
     if id(thing) in memo:
         return memo[id(thing)][0]
     kind = list if isinstance(thing, tuple) else type(thing)  # JSON makes lists of tuples
     digest = hashlib.blake2b(kind.__qualname__.encode(), digest_size=8)
     if isinstance(thing, PLAIN):
         digest.update(repr(thing).encode())
-    elif isinstance(thing, Tensor | np.ndarray):
-        values = torch.as_tensor(thing).detach().cpu().contiguous()
+    elif isinstance(thing, Tensor):
+        values = thing.detach().cpu().contiguous()
         digest.update(f"{values.dtype}{list(values.shape)}".encode())
         digest.update(values.flatten().view(torch.uint8).numpy())
     else:
@@ -140,7 +160,9 @@ def _parts(thing) -> list:
         own = {k: v for k, v in vars(thing).items() if k[0] != "_" or isinstance(v, _METHODS)}
         return [thing.__qualname__, thing.__bases__, own]
     if isinstance(thing, type | types.ModuleType | types.BuiltinFunctionType):
-        return [getattr(thing, "__module__", ""), getattr(thing, "__qualname__", thing.__name__)]
+        bound = getattr(thing, "__self__", None)  # of a method, which may be an object's
+        named = [getattr(thing, "__module__", ""), getattr(thing, "__qualname__", thing.__name__)]
+        return named if isinstance(bound, type | types.ModuleType | None) else [*named, bound]
     if hasattr(thing, "__wrapped__"):  # static methods, cached functions
         return [thing.__wrapped__]
     own = getattr(thing, "fingerprint", None)
@@ -151,7 +173,9 @@ def _parts(thing) -> list:
     home = type(thing).__module__  # other libraries keep what counts in private attributes
     if not hasattr(thing, "__dict__") or (_of_library(home) and not home.startswith(__package__)):
         return _parts_of_native(thing)
-    return [type(thing), {k: v for k, v in vars(thing).items() if k[0] != "_"}]
+    kind, kept = type(thing), {k: v for k, v in vars(thing).items() if k[0] != "_"}
+    computed = {k for k in kept if isinstance(getattr(kind, k, None), functools.cached_property)}
+    return [kind, {k: v for k, v in kept.items() if k not in computed}]
 
 
 def _parts_of_native(thing) -> list:
@@ -173,6 +197,7 @@ def _parts_of_function(function) -> list:
         codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
     names = {i.argval for code in codes for i in dis.get_instructions(code) if "GLOBAL" in i.opname}
     constants = [[c for c in code.co_consts if not isinstance(c, types.CodeType)] for code in codes]
+    constants[0] = [None if c == function.__doc__ else c for c in constants[0]]  # where it stood
     attributes = {name for code in codes for name in code.co_names}
     # in order, or cycles would be cut elsewhere in the next run
     reads = {name: _read(known[name], attributes) for name in sorted(names & known.keys())}

@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -50,7 +51,13 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     (``torch.nn.utils.fusion``); any other batch norm becomes an `Affine` layer. What is left is
     weights and biases only, so it can be packed. Without batch norms it is a plain copy.
     """
-    folded = copy.deepcopy(module).eval()
+    module = getattr(module, "_orig_mod", module)  # of torch.compile
+    module = module.module if isinstance(module, WRAPPERS) else module
+    try:
+        folded = copy.deepcopy(module).eval()
+    except RuntimeError as error:  # pruned, or normalised by hooks: weights that are no parameters
+        cure = "take its pruning or weight norm off first (torch.nn.utils has what removes them)"
+        raise ValueError(f"{type(module).__name__} can't be copied ({error}): {cure}") from error
     norms = statistics(folded)
     for name, layer in _layers_before(folded, norms).items() if norms else ():
         before, norm = folded.get_submodule(layer), norms.pop(name)

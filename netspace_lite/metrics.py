@@ -11,7 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from .nets import Nets, classes
+from .nets import Nets, classes, correct
 from .space import NetSpace
 
 
@@ -21,24 +21,19 @@ def compare(predicted: Tensor, target: Tensor, y: Tensor) -> dict[str, float]:
     Returns ``agreement`` (share of samples both put in the same class), ``mae`` and ``r`` (mean
     absolute error and Pearson correlation of the nets' accuracies).
     """
-    predicted, target = classes(predicted), classes(target)
-    accuracies = [(p == y).float().mean(1) * 100 for p in (predicted, target)]
+    accuracies = [correct(outputs, y) for outputs in (predicted, target)]
     # all predicted nets alike (the mean net) have no correlation with anything
     constant = any(a.max() == a.min() for a in accuracies)
     return {
-        "agreement": float((predicted == target).float().mean() * 100),
+        "agreement": float((classes(predicted) == classes(target)).float().mean() * 100),
         "mae": float((accuracies[0] - accuracies[1]).abs().mean()),
         "r": 0.0 if constant else float(torch.corrcoef(torch.stack(accuracies))[0, 1]),
     }
 
 
-def scores(space: NetSpace, nets: Nets, images, architecture=None) -> dict[str, float]:
-    """`compare` the nets with what the space decodes from their embeddings, on ``images``.
-
-    ``architecture`` None: the nets' own.
-    """
-    a = space.index(nets if architecture is None else architecture)
-    decoded = space.decode(space.translate(space.encode(nets), nets, a), a)
+def scores(space: NetSpace, nets: Nets, images) -> dict[str, float]:
+    """`compare` the nets with what the space decodes from their embeddings, on ``images``."""
+    decoded = space.decode(space.encode(nets), space.index(nets))
     return compare(decoded.outputs(images.x), nets.outputs(images.x), images.y)
 
 
@@ -73,7 +68,7 @@ def nearest_by_answers(zoo_answers: Tensor, answers: Tensor, zoo: Nets) -> Nets:
 def pca_nets(zoo: Nets, nets: Nets, size: int) -> Nets:
     """Baseline: weights squeezed through the zoo's first ``size`` principal components."""
     rows, others = (rows.detach().cpu() for rows in _alike(zoo, nets))
-    pca = PCA(min(size, *rows.shape), random_state=0).fit(rows)
+    pca = PCA(min(size, *rows.shape), svd_solver="full").fit(rows)
     found = torch.from_numpy(pca.inverse_transform(pca.transform(others)))
     return Nets(nets.batched, found.to(nets.rows))
 
@@ -132,6 +127,8 @@ def novelty(nets: Nets, x: Tensor, zoo: Nets | None = None) -> dict[str, Tensor]
 
 def averages(zoo: Nets, n: int, of: int = 2, seed: int = 0) -> Nets:
     """Baseline: ``n`` nets, each the mean of the weights of ``of`` random zoo nets."""
+    if n < 1 or not 1 <= of <= len(zoo):
+        raise ValueError(f"{n} averages of {of} nets each can't be drawn from {len(zoo)}")
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.stack([torch.randperm(len(zoo), generator=generator)[:of] for _ in range(n)])
     return Nets(zoo.batched, zoo.rows[chosen.to(zoo.rows.device)].mean(1))

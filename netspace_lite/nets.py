@@ -5,13 +5,16 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import store
 from .architectures import describe, name_of
 from .batching import BLOCK, Batched, check_inputs
+from .data import check_labels
 from .fingerprint import fingerprint
 from .layout import check_rows
 
@@ -47,6 +50,8 @@ class Nets:
 
     def __getitem__(self, index) -> "Nets":
         index = index.cpu() if isinstance(index, Tensor) else index
+        if getattr(index, "dtype", None) in (torch.uint8, np.uint8):  # places, no mask
+            index = torch.as_tensor(index).long()
         return self._at(torch.arange(len(self))[index].flatten())
 
     def __repr__(self) -> str:
@@ -70,9 +75,10 @@ class Nets:
     def accuracy(self, images) -> Tensor:
         """Accuracy in percent of each net on ``images`` (``.x`` [B, C, H, W], ``.y`` [B]): [N].
 
-        The result is on the CPU, wherever the nets are.
+        The result is on the CPU, wherever the nets are. Raises ValueError for labels that are no
+        whole numbers 0..K-1.
         """
-        return (classes(self.outputs(images.x)) == images.y).float().mean(1).cpu() * 100
+        return correct(self.outputs(images.x), images.y).cpu()
 
     def finite(self) -> Tensor:
         """Which nets hold no NaN and no infinite value: [N], on the CPU."""
@@ -188,3 +194,16 @@ def classes(outputs: Tensor) -> Tensor:
         given = f"answers of shape {list(outputs.shape)}"
         raise ValueError(f"{given} are no logits [N, B, K] of K ≥ 2 classes: measure them yourself")
     return outputs.argmax(-1)
+
+
+def correct(outputs: Tensor, y: Tensor) -> Tensor:
+    """Share in percent of each net's logits [N, B, K] that are largest for the class y [B]: [N]."""
+    found = classes(outputs)
+    check_labels(y, outputs.shape[-1])
+    return (found == y).float().mean(1) * 100
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of each net's logits [N, B, K] against labels y, [B] or [N, B]: [N]."""
+    each = F.cross_entropy(logits.movedim(-1, 1), y.expand(len(logits), -1), reduction="none")
+    return each.mean(1)

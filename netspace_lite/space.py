@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from . import store
-from .architectures import build, describe, name_of
+from .architectures import build, describe, name_of, own_randomness
 from .batching import BLOCK, Batched
 from .fingerprint import structure
 from .folding import fold_batchnorm
@@ -47,8 +47,9 @@ class SpaceConfig:
             if hasattr(size, "item"):  # a NumPy number, which JSON does not take
                 object.__setattr__(self, name, size := size.item())
             least = int(name not in ("probes", "components"))
-            if type(size) is int and size < least:
-                raise ValueError(f"SpaceConfig.{name} should be at least {least}, not {size}")
+            sizes = type(getattr(type(self), name)) is int
+            if sizes and not (type(size) is int and size >= least):
+                raise ValueError(f"SpaceConfig.{name} is a number from {least}, not {size!r}")
 
 
 @dataclass
@@ -189,8 +190,7 @@ class NetSpace(nn.Module):
         for a, shape in enumerate(shapes):
             self.register_buffer(f"mean{a}", torch.zeros(shape))
             self.register_buffer(f"std{a}", torch.ones(shape))
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.default_generator.manual_seed(self.seed)
+        with own_randomness(self.seed), torch.no_grad():
             if config.probes:
                 probes = inputs[torch.randperm(len(inputs))[: config.probes]]
                 self.probes = nn.Parameter(probes.clone(), requires_grad=config.learn_probes)
@@ -213,6 +213,7 @@ class NetSpace(nn.Module):
         self.to(inputs)
 
     @classmethod
+    @torch.inference_mode(False)
     def for_zoos(
         cls, zoos, inputs: Tensor, config: SpaceConfig | None = None, seed: int = 0, modules=None
     ):
@@ -378,9 +379,10 @@ class NetSpace(nn.Module):
 
     def check(self, z: Tensor) -> Tensor:
         """Embeddings [N, E], or one of them, [E] -> [N, E]; ValueError if z is neither."""
-        z, size = torch.atleast_2d(z), self.config.embedding
-        if z.dim() != 2 or z.shape[1] != size or len(z) == 0:
-            raise ValueError(f"embeddings should be [N, {size}], not {list(z.shape)}")
+        z, size, kind = torch.atleast_2d(z), self.config.embedding, self.decoder.bias[0].dtype
+        if z.dim() != 2 or z.shape[1] != size or len(z) == 0 or z.dtype != kind:
+            given = f"{list(z.shape)} of {z.dtype}"
+            raise ValueError(f"embeddings should be [N, {size}] of {kind}, not {given}")
         return z
 
     def save(self, folder) -> None:
@@ -419,16 +421,30 @@ def check_finite(values: Tensor, what: str = "nets") -> None:
         raise ValueError(f"{what} {bad} are not finite: leave them out, by zoo[mask] or a list")
 
 
+def _centred(outputs: Tensor) -> Tensor:
+    """Logits [N, B, K] without their mean over classes, which softmax ignores; values as they are.
+
+    Raises ValueError for answers of other shapes.
+    """
+    if outputs.dim() != 3:
+        what = f"answers of shape {list(outputs.shape)} are not [N, B, K]"
+        raise ValueError(f"{what}: let the module give [B, K], [B, 1] for one value")
+    return outputs - outputs.mean(-1, keepdim=True) if outputs.shape[-1] > 1 else outputs
+
+
+def logit_scale(outputs: Tensor) -> Tensor:
+    """Root mean square of each net's centred logits [N, B, K]: [N, 1, 1], its natural temperature.
+
+    Nets at the start of training have logits a hundred times smaller than trained ones; measured in
+    their own scale, all nets weigh the same in the loss. For K = 1 the values aren't centred.
+    """
+    return _centred(outputs).square().mean((1, 2), keepdim=True).sqrt().clamp_min(1e-6)
+
+
 def normalised_answers(outputs: Tensor) -> Tensor:
     """Answers [N, M, K] -> [N, M·K + 1]: each net's own level and spread apart from its shape.
 
-    Logits are centred over classes, which softmax ignores, then divided by their spread; the log of
-    the spread is kept as the last value.
+    Logits are centred, then divided by their spread, whose logarithm is kept as the last value.
     """
-    if outputs.dim() != 3:
-        raise ValueError(f"answers of shape {list(outputs.shape)} are not [N, M, K]: flatten them")
-    if outputs.shape[-1] > 1:
-        outputs = outputs - outputs.mean(-1, keepdim=True)
-    flat = outputs.flatten(1)
-    spread = flat.square().mean(1, keepdim=True).sqrt().clamp_min(1e-6)
-    return torch.cat([flat / spread, spread.log()], dim=1)
+    spread = logit_scale(outputs)
+    return torch.cat([(_centred(outputs) / spread).flatten(1), spread.log()[:, 0]], dim=1)

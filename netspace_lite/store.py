@@ -25,7 +25,7 @@ def save(folder, name: str, record: dict, tensors: dict[str, Tensor]) -> None:
     payload = save_tensors({key: value.detach().contiguous() for key, value in tensors.items()})
     digest = hashlib.sha256(payload).hexdigest()
     file = f"{name}-{digest[:12]}.safetensors"
-    record = json.loads(json.dumps(record, default=methodcaller("item")))  # as it will be read
+    record = json.loads(json.dumps(record, default=methodcaller("tolist")))  # as it will be read
     full = {**record, "tensors": {"file": file, "sha256": digest}}
     text = json.dumps({**full, "checksum": _checksum(full)}, indent=1)
     _replace(folder / file, payload)

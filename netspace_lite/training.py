@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import cos, inf, isfinite, isnan, nan, pi
+from pathlib import Path
 from statistics import fmean
 
 import torch
@@ -24,21 +25,10 @@ from .nets import MixedNets, Nets
 from .optimiser import Muon
 from .processes import agreed, average, rank, share
 from .progress import progress_bar
-from .space import NetSpace, check_finite
+from .space import NetSpace, check_finite, logit_scale
 
 Objective = Callable[[NetSpace, torch.Generator], Tensor]
 NetsLoss = Callable[[Nets, torch.Generator], Tensor]
-
-
-def logit_scale(outputs: Tensor) -> Tensor:
-    """Root mean square of each net's centred logits [N, B, K]: [N, 1, 1], its natural temperature.
-
-    Nets at the start of training have logits a hundred times smaller than trained ones; measured in
-    their own scale, all nets weigh the same in the loss. For K = 1 the values aren't centred.
-    """
-    if outputs.shape[-1] > 1:
-        outputs = outputs - outputs.mean(-1, keepdim=True)
-    return outputs.square().mean((1, 2), keepdim=True).sqrt().clamp_min(1e-6)
 
 
 def kl_divergence(outputs: Tensor, targets: Tensor, temperature) -> Tensor:
@@ -51,6 +41,9 @@ def kl_divergence(outputs: Tensor, targets: Tensor, temperature) -> Tensor:
         raise ValueError("answers of one value have no softmax to compare: pass loss=squared_error")
     if isinstance(temperature, Tensor):
         temperature = temperature.flatten()
+    if targets.shape[-1] != outputs.shape[-1]:
+        given = f"answers {list(outputs.shape)} and targets {list(targets.shape)}"
+        raise ValueError(f"{given} are of different numbers of classes: they can't be compared")
     targets = targets.expand_as(outputs)
     return distillation_loss(outputs, targets, temperature=temperature) / temperature**2
 
@@ -137,6 +130,8 @@ class MixedZoo:
         constant = [t for t in (*space.buffers(), *space.parameters()) if not t.requires_grad]
         read_of = [space, *((id(t), t._version) for t in constant)]  # _version counts writes
         if read_of != self._read_of:
+            if [space.index(zoo) for zoo in self.zoos] != self.present:
+                raise ValueError("the space has these zoos elsewhere: make the objective for it")
             pairs = () if space.config.learn_probes else zip(self.zoos, self.present, strict=True)
             self._read_of, self._features = read_of, [space.features(z.rows, a) for z, a in pairs]
             self._constant = constant  # kept alive, or another could have an id of theirs
@@ -374,9 +369,10 @@ def fit(
     """Train ``space`` in place and leave it in its best state.
 
     After every ``epoch`` steps ``validate`` scores the space, ``log`` is given the row of numbers,
-    and the state with the highest *first* score is kept (NaN counts as the lowest). With ``folder``
-    every epoch is saved there and the same call resumes, bit for bit; a finished fit is loaded.
-    Draws follow ``space.seed``; several processes (`netspace_lite.processes`) share each step.
+    and the state with the highest *first* score is kept (NaN counts as the lowest; of an error give
+    the negative). With ``folder`` every epoch is saved there and the same call resumes, bit for
+    bit; a finished fit is loaded. Draws follow ``space.seed``; several processes
+    (`netspace_lite.processes`) share each step.
 
     Returns the history: one dict of step, seconds, mean loss of the epoch and scores per epoch.
     Raises ValueError naming the step whose loss is not finite, and if ``folder`` holds the fit of
@@ -390,6 +386,7 @@ def fit(
     generator = torch.Generator().manual_seed(plan["seed"])
     history, best = [], {}
     if folder is not None:
+        folder = Path(folder).resolve()
         plan |= {"objective": fingerprint(objective), "validation": fingerprint(validate)}
         history, best = _resume(folder, plan, space, optimiser, generator)
     last = history[-1] if history else {"step": 0, "seconds": 0.0}
@@ -436,7 +433,7 @@ def _descend(space, objective, generator, optimiser, step: int) -> float:
     optimiser.zero_grad()
     loss.backward()
     loss = average(loss, optimiser.param_groups[0]["params"])
-    if not nn.utils.clip_grad_norm_(space.parameters(), 1.0).isfinite():
+    if not nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], 1.0).isfinite():
         raise ValueError(f"step {step}: the gradient is not finite")
     optimiser.step()
     return loss.item()
@@ -480,6 +477,8 @@ def _resume(folder, plan, space, optimiser, generator) -> tuple[list, dict[str, 
         space.load_state_dict(best)
         space.load_state_dict(parts.pop("space"))
         generator.set_state(parts.pop("random")["state"])
+        if history[-1]["step"] == plan["steps"]:  # no step will be taken
+            return history, best
         state = {int(number): part for number, part in parts.items()}
         for number, p in enumerate(optimiser.param_groups[0]["params"]):
             if number in state:

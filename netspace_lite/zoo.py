@@ -18,25 +18,24 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import store
-from .architectures import ARCHITECTURES, build, describe, name_of
+from .architectures import ARCHITECTURES, build, describe, name_of, own_randomness
 from .batching import BLOCK, Batched
 from .data import ImageData
-from .fingerprint import fingerprint, structure
+from .fingerprint import difference, fingerprint, structure
 from .folding import fold_batchnorm, statistics
 from .layout import Layout
-from .nets import Nets
+from .nets import Nets, cross_entropy
 from .processes import portion, rank, wait, world
 from .progress import progress_bar
 
 CHECKPOINT_SECONDS = 60  # an interruption loses at most this much training
 ADAM = ("momentum", "variance")  # AdamW's part of a state
 LOG_STEPS = 50  # steps between rows of numbers for a logger
-SUFFIXES = (".safetensors", ".pt", ".pth")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
 Make = nn.Module | Callable[[], nn.Module]
 
 
@@ -57,17 +56,20 @@ class Recipe:
         kinds = {"seed": index, "steps": index, "lr": float, "weight_decay": float}
         for name, kind in kinds.items():
             object.__setattr__(self, name, kind(getattr(self, name)))
+        if self.steps < 1 or not (self.lr >= 0 and self.weight_decay >= 0):
+            raise ValueError(f"steps are at least 1, rates and decay at least 0, not as in {self}")
 
 
 def draw_recipes(
     count: int, seed: int = 0, steps=(2, 300), lr=(2e-3, 8e-3), weight_decay=(1e-3, 1e-1), stream=""
 ) -> list[Recipe]:
-    """``count`` recipes, every range (low, high) drawn log-uniformly.
+    """``count`` recipes, every range (low, high), or a number, drawn log-uniformly.
 
     Log-uniform lengths spread accuracy from chance to convergence, as the paper's zoos of nets
     trained for 1 to 600 epochs do (section IV-A). ``stream`` names draws of one seed apart, such
     as those of several architectures, whose nets would share their data order otherwise.
     """
+    steps, lr, weight_decay = (np.broadcast_to(given, 2) for given in (steps, lr, weight_decay))
     for low, high in (steps, lr, weight_decay):
         if not 0 < low <= high:
             raise ValueError(f"a range is (low, high) with 0 < low ≤ high, not {(low, high)}")
@@ -149,7 +151,7 @@ class ImageTask:
 
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy of logits [N, B, K] against y [N, B]: [N]."""
-        return F.cross_entropy(outputs.movedim(-1, 1), y, reduction="none").mean(1)
+        return cross_entropy(outputs, y)
 
     def scores(self, nets: Nets, members: Tensor) -> dict[str, Tensor]:
         """Accuracies in percent of each net: {"val_accuracy": [N], "test_accuracy": [N]}."""
@@ -206,8 +208,10 @@ class Zoo(Nets):
     def scored(self, task: Task) -> "Zoo":
         """The same nets, where the task's data is, with the scores that ``task`` gives them."""
         zoo = self.to(_device(task))
-        history = zoo.recipes, zoo.losses, zoo.members, zoo.about
-        return Zoo(zoo.batched, zoo.rows, task.scores(zoo, zoo.members), *history)
+        history, found = (zoo.recipes, zoo.losses, zoo.members, zoo.about), {}
+        for name, values in dict(task.scores(zoo, zoo.members)).items():
+            found[name] = torch.atleast_1d(torch.as_tensor(values)).cpu()
+        return Zoo(zoo.batched, zoo.rows, found, *history)
 
     def _contents(self) -> tuple[dict, dict[str, Tensor]]:
         record, tensors = super()._contents()
@@ -251,7 +255,8 @@ class Zoo(Nets):
         for n, module in enumerate(modules):
             if structure(module) != batched.fingerprint:
                 what = f"module {n}, a {name_of(module)}, computes another function of its weights"
-                raise ValueError(f"{what} than module 0: one zoo holds one architecture")
+                why = difference(modules[0], module)
+                raise ValueError(f"{what} than module 0 ({why}): one zoo holds one architecture")
         zoo = cls(batched, batched.layout.pack(modules))
         return zoo if task is None else zoo.scored(task)
 
@@ -260,9 +265,10 @@ class Zoo(Nets):
         """A zoo of checkpoints: state dicts of ``module``, one file a net.
 
         Args:
-            files: a folder, or a list of .safetensors, .pt or .pth files; in order of their names
-                for a folder. Only tensors are read, with ``weights_only=True``.
-            module: a module that every file fits.
+            files: a folder, or a list of .safetensors, .pt, .pth or .ckpt files; in order of their
+                names for a folder. Only tensors are read, with ``weights_only=True``.
+            module: a module that every file fits, once what all its names begin with is left out
+                ("module.", "_orig_mod.", "model."). Values take its dtype.
 
         Raises FileNotFoundError, or ValueError naming the file and why it doesn't fit.
         """
@@ -279,13 +285,15 @@ def _read_checkpoint(path: Path, module: nn.Module) -> nn.Module:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     loaded = copy.deepcopy(module)
+    first = next(iter(loaded.state_dict()), "")
     try:
         safe = path.suffix == ".safetensors"
         state = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
         for key in ("state_dict", "model_state_dict", "model"):  # how training scripts wrap it
             state = state[key] if isinstance(state.get(key), dict) else state
-        wrapped = "" if hasattr(module, "module") else "module."  # by DistributedDataParallel
-        loaded.load_state_dict({k.removeprefix(wrapped): v for k, v in state.items()})
+        wrapped = (k.removesuffix(first) for k in state if k.endswith(f".{first}"))
+        wrapper = "" if first in state else next(wrapped, "")  # "module.", "_orig_mod."
+        loaded.load_state_dict({k.removeprefix(wrapper): v for k, v in state.items()})
     except Exception as error:  # readers and modules fail in many ways, each on its own terms
         pickled = isinstance(error, UnpicklingError)  # PyTorch's own advice would be to load it
         why = "it holds pickled objects, never loaded" if pickled else str(error) or repr(error)
@@ -320,14 +328,30 @@ def initial_rows(make: Make | Batched, seeds: Iterable[int]) -> Tensor:
 
     Args:
         make: a factory of modules; or a module, built anew if its class is registered, else copied
-            and each layer's ``reset_parameters`` called.
+            and each layer's ``reset_parameters`` called. What its class does besides is lost then:
+            a warning names the parameters whose size shows it.
 
     Raises ValueError naming a layer that has parameters but no ``reset_parameters``.
     """
     make = make.module if isinstance(make, Batched) else make
-    with torch.random.fork_rng(devices=[]):
+    with own_randomness():
         nets = [_make(make, seed) for seed in seeds]
+    if isinstance(make, nn.Module) and ARCHITECTURES.get(type(make).__name__) is not type(make):
+        pairs = zip(make.named_parameters(), nets[0].parameters(), strict=True)
+        if lost := [name for (name, given), found in pairs if _unlike(given, found)]:
+            what = f"{name_of(make)}: {', '.join(lost)} start as reset_parameters() leaves them"
+            cure = "if their initialisation counts pass a factory, such as lambda: MyNet(...)"
+            warnings.warn(f"{what}, not as given; {cure}", stacklevel=2)
     return Layout.of(nets[0]).pack(dict(net.named_parameters()) for net in nets)
+
+
+def _unlike(given: Tensor, found: Tensor) -> bool:
+    """Whether two parameters were drawn differently: only one varies, or far more than the other.
+
+    Of 64 values drawn alike, 1.5 times the spread would be five standard deviations.
+    """
+    small, large = sorted(p.detach().double().std(correction=0).item() for p in (given, found))
+    return small == 0 < large or (given.numel() >= 64 and large > 1.5 * small)
 
 
 def _make(make: Make, seed: int) -> nn.Module:
@@ -340,7 +364,8 @@ def _make(make: Make, seed: int) -> nn.Module:
         if Layout.of(built) == Layout.of(make):  # it may have been changed since it was made
             return built
     module = copy.deepcopy(make).cpu()  # random numbers are the CPU's
-    for name, layer in reversed(list(module.named_modules())):  # parents have the last word
+    layers = sorted(module.named_modules(), key=lambda layer: -layer[0].count(".") - bool(layer[0]))
+    for name, layer in layers:  # in order, but parents have the last word
         reset = getattr(layer, "reset_parameters", getattr(layer, "_reset_parameters", None))
         if reset is not None:
             reset()
@@ -353,7 +378,7 @@ def _make(make: Make, seed: int) -> nn.Module:
 def _template(make: Make | Batched) -> Batched:
     """The architecture, whatever its values."""
     if not isinstance(make, nn.Module | Batched):
-        with torch.random.fork_rng(devices=[]):
+        with own_randomness():
             make, other = (_make(make, seed) for seed in (0, 1))
         if structure(make) != structure(other):
             what = f"two {name_of(make)}s of the factory differ in more than their parameters"
@@ -363,11 +388,11 @@ def _template(make: Make | Batched) -> Batched:
         for norm in statistics(make.module).values():
             norm.reset_running_stats()
     batched = make if isinstance(make, Batched) else Batched(make)
-    if len({p.requires_grad for p in batched.module.parameters()}) > 1:
-        raise ValueError("some parameters are frozen, and all would be trained: make them buffers")
+    batched.check_trainable()
     return batched
 
 
+@torch.inference_mode(False)  # gradients are needed, whatever the caller does
 def train_nets(
     make: Make | Batched, task: Task, recipes: list[Recipe],
     state: dict[str, Tensor] | None = None,
@@ -389,13 +414,14 @@ def train_nets(
     """
     batched, device = _template(make), _device(task)
     lengths, seeds = [recipe.steps for recipe in recipes], [recipe.seed for recipe in recipes]
-    if lengths != sorted(lengths, reverse=True) or min(lengths, default=0) < 1:
-        raise ValueError("recipes should be sorted by steps, the longest first and none under 1")
+    if not lengths or lengths != sorted(lengths, reverse=True):
+        raise ValueError("recipes should be sorted by steps, the longest first")
     members = torch.arange(len(recipes)) if members is None else members
     state = _state(batched, state or {"rows": initial_rows(make, seeds)}, lengths[0])
-    state |= {k: v.to(device) for k, v in state.items() if k not in ("step", "seconds")}
+    state = {k: v.to(device if v.dim() else "cpu", copy=True) for k, v in state.items()}
     hyper = [[recipe.lr, recipe.weight_decay, recipe.steps] for recipe in recipes]
-    lr, decay, ends = torch.tensor(hyper, device=device).T
+    exact = torch.promote_types(state["rows"].dtype, torch.float32)
+    lr, decay, ends = torch.tensor(hyper, dtype=exact, device=device).T
     started = time.perf_counter() - state["seconds"].item()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for step in range(int(state["step"]), lengths[0]):
@@ -428,6 +454,7 @@ def _state(batched: Batched, given: dict[str, Tensor], steps: int) -> dict[str, 
     return start | {"running": batched.initial_running(len(rows)), "step": scalar.long()} | given
 
 
+@torch.inference_mode(False)
 def fine_tune(nets: Nets, task: Task, recipes: list[Recipe]) -> Nets:
     """Train nets further, one recipe each with equal steps; ``nets`` themselves stay as they are.
 
@@ -444,6 +471,7 @@ def fine_tune(nets: Nets, task: Task, recipes: list[Recipe]) -> Nets:
     return tuned
 
 
+@torch.inference_mode(False)
 def train_zoo(
     make: Make, task: Task, recipes: list[Recipe], folder=None, block: int = BLOCK,
     progress: bool = True, log: Callable[[dict[str, float]], None] | None = None,
@@ -474,9 +502,11 @@ def train_zoo(
         raise ValueError("no folder: several processes train a zoo in one that all of them see")
     batched = _template(make)
     plan = {"architecture": batched.fingerprint, "task": fingerprint(task), "block": block}
-    plan["initialisation"] = fingerprint(initial_rows(make, [recipes[0].seed]))
-    plan["recipes"] = fingerprint(recipes)
+    first = initial_rows(make, [recipes[0].seed])
+    plan |= {"initialisation": fingerprint(first), "recipes": fingerprint(recipes)}
     if folder is None or not store.exists(folder, "zoo"):
+        twice = _folded(batched, first.repeat(2, 1), batched.initial_running(2))
+        Zoo(*twice, members=torch.tensor([0, 0])).scored(task)  # or it fails after all training
         blocks = _Blocks(make, batched, task, recipes, folder, plan, log)
         states = blocks.train(portion(blocks.costs), progress)
         wait()  # until every block is in the folder
@@ -557,8 +587,7 @@ class _Blocks:
         rows, running = (torch.cat([s[key] for s in states])[order] for key in ("rows", "running"))
         losses = [net for s in states for net in s["losses"].cpu()]  # of longer and shorter blocks
         losses = nn.utils.rnn.pad_sequence(losses, True, torch.nan)[order]
-        if batched.running.size:
-            batched, rows = _folded(batched, rows, running)
+        batched, rows = _folded(batched, rows, running)
         about = self.plan | {"seconds": sum(state["seconds"].item() for state in states)}
         zoo = Zoo(batched, rows, None, self.recipes, losses, None, about).scored(self.task)
         if self.folder is not None:
@@ -574,7 +603,9 @@ def _without_adam(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _folded(batched: Batched, rows: Tensor, running: Tensor) -> tuple[Batched, Tensor]:
-    """Architecture and rows of nets whose batch norms are folded away."""
+    """Architecture and rows of nets whose batch norms, if any, are folded away."""
+    if not batched.running.size:
+        return batched, rows
     module, nets = copy.deepcopy(batched.module), []
     states = zip(batched.layout.unpack(rows), batched.running.unpack(running), strict=True)
     for parameters, running in states:

@@ -6,9 +6,19 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits as sklearn_digits
+from toy import random_nets
 
 from netspace_lite import data as data_module
-from netspace_lite.data import Images, blends, few_shot, load_cifar10, load_digits, load_images
+from netspace_lite.architectures import lite_net
+from netspace_lite.data import (
+    ImageData,
+    Images,
+    blends,
+    few_shot,
+    load_cifar10,
+    load_digits,
+    load_images,
+)
 
 
 def arrays(shape=(8, 8), count=30, dtype=np.uint8, classes=3):
@@ -73,7 +83,7 @@ WRONG = {
     "float labels": ({"y_train": np.zeros(30)}, "whole numbers from 0, not float64"),
     "words": ({"y_train": np.array(["cat", "dog", "ox"] * 10)}, "whole numbers from 0.*from cat"),
     "negative label": ({"y_test": np.full(9, -1)}, "whole numbers from 0, not int64 from -1"),
-    "label gap": ({"y_train": np.arange(30) % 3 * 2}, "without gaps; it holds 3 classes up to 4"),
+    "label gap": ({"y_train": np.arange(30) % 3 * 2}, "class 0..K-1, and holds 3 classes up to 4"),
     "unknown class": ({"y_test": np.full(9, 7)}, "3 classes up to 2, y_test up to 7"),
     "pickled": ({"x_train": np.array([{}] * 30, object)}, "pickled objects, which are never"),
     "empty": ({"x_test": np.zeros((0, 8, 8), np.uint8)}, "x_test should be grey or RGB"),
@@ -193,3 +203,27 @@ def test_blends_are_mixtures_of_two_after_the_inputs_themselves():
         left = (share[:, None] * towards - (mixed - own).flatten()).abs().amax(1)
         assert left.min() < 1e-5
         assert 0 <= share[left.argmin()] <= 1
+
+
+def test_a_mean_does_not_drift_with_the_order_in_memory():
+    x = np.random.default_rng(0).integers(100, 256, (20_000, 16, 16, 3)).astype(np.uint8)
+    x, y = data_module._check("train", x, np.arange(20_000) % 10)
+    data = data_module._split("many", x, y, x[:1], y[:1], 0)
+    assert data.train.x.double().mean((0, 2, 3)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("shift", [1, -1, 0.5])
+def test_labels_beyond_the_classes_are_refused(shift):
+    data = load_digits()
+    wrong = Images(data.val.x, data.val.y + shift)
+    with pytest.raises(ValueError, match=r"labels of 10 classes are numbers 0..9"):
+        ImageData("wrong", data.train, wrong, data.test, 10)
+    with pytest.raises(ValueError, match=r"labels of 10 classes are numbers 0..9"):
+        random_nets(lite_net("LeNetLike", data.shape, 10), 2).accuracy(wrong)
+
+
+def test_images_are_tensors_and_whole_labels_become_int64():
+    x, y = torch.zeros(3, 1, 2, 2), torch.tensor([0, 1, 2])
+    assert Images(x, y.int()).y.dtype == torch.int64
+    with pytest.raises(ValueError, match=r"torch\.from_numpy"):
+        Images(x.numpy(), y.numpy())

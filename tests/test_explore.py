@@ -208,7 +208,7 @@ def test_bad_starts_are_refused(space, two, images, nets):
         optimise(space, starts, ImageLoss(images), images, **options, **QUIET)
 
     for starts, message in (
-        (torch.zeros(2, 5), r"embeddings should be \[N, 6\], not \[2, 5\]"),
+        (torch.zeros(2, 5), r"embeddings should be \[N, 6\] of .*, not \[2, 5\]"),
         (torch.zeros(0, 6), "no starts"),
         ([], "no starts"),
         (torch.full((1, 6), torch.nan), r"starts \[0\] are not finite"),
@@ -393,3 +393,18 @@ def test_without_validation_the_last_state_is_kept(space, images):
 def test_a_search_that_never_validates_is_refused():
     with pytest.raises(ValueError, match="validates every 0"):
         Descent(every=0)
+
+
+def test_draws_from_a_prior_do_not_depend_on_the_order_of_nets():
+    z = torch.randn(4, 6, generator=generator())
+    drawn = Gaussian(z).sample(5, seed=1)
+    torch.testing.assert_close(Gaussian(z.flip(0)).sample(5, seed=1), drawn, rtol=1e-3, atol=1e-4)
+    wide = Gaussian(z.double()).sample(5, seed=1)
+    torch.testing.assert_close(wide.float(), drawn, rtol=1e-3, atol=1e-4)
+
+
+def test_a_frozen_backbone_is_not_searched():
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    net[0].requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen"):
+        optimise_weights(random_nets(net, 2), lambda nets, g: nets(torch.ones(1, 4)).mean((1, 2)))

@@ -5,9 +5,10 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from toy import mlp, toy_data
 
 from netspace_lite.architectures import Siren, lite_net
 from netspace_lite.fingerprint import fingerprint, structure
+from netspace_lite.zoo import Zoo
 
 
 class Scaled(nn.Module):
@@ -305,3 +307,47 @@ def test_cycles_end():
 
 def test_an_object_may_say_itself_what_it_is():
     assert fingerprint(Plain(fingerprint="x", a=1)) == fingerprint(Plain(fingerprint="x", a=2))
+
+
+class Labelled:
+    """Names and numbers as a task may hold them, and what it computes of them once."""
+
+    def __init__(self, names=("cat", "dog"), change=(1.0,), step=1):
+        self.names, self.change = np.array(names), torch.tensor(change).add
+        self.numbers = np.arange(6)[::step]
+
+    @cached_property
+    def count(self):
+        return len(self.names)
+
+
+def test_arrays_of_names_and_methods_of_values_count():
+    kinds = Labelled(), Labelled(("cat", "cow")), Labelled(change=(2.0,)), Labelled(step=-1)
+    assert len({fingerprint(kind) for kind in kinds}) == len(kinds)
+    assert fingerprint(Labelled()) == fingerprint(Labelled())
+
+
+def test_what_is_computed_once_and_kept_does_not_count():
+    used = Labelled()
+    assert used.count == 2
+    assert fingerprint(used) == fingerprint(Labelled())
+
+
+def test_hooks_count():
+    plain, hooked = mlp(nn.ReLU()), mlp(nn.ReLU())
+    hooked[1].register_forward_hook(lambda module, inputs, output: 3 * output)
+    assert structure(plain) != structure(hooked)
+    with pytest.raises(ValueError, match="layer '1' has _forward_hooks"):
+        Zoo.from_modules([plain, hooked])
+
+
+def test_docstrings_do_not_count():
+    def silent(x):
+        return x + 1
+
+    def told(x):
+        """One more."""
+        return x + 1
+
+    told.__qualname__ = told.__name__ = silent.__qualname__
+    assert fingerprint(silent) == fingerprint(told)

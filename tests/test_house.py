@@ -54,10 +54,10 @@ def test_lines_are_counted_as_said():
         # 1,600 is the aim; processes took 135, Muon 53, the paper's parts 57, analogies and
         # principal components 44, answers that are values 10, sizes refused by a sentence 21,
         # axes alike for any number of threads 2,
-        # channels innermost 7, what gave wrong answers without a word 101
-        (list(LIBRARY.glob("*.py")), 2677),
+        # channels innermost 7, what gave wrong answers without a word 202
+        (list(LIBRARY.glob("*.py")), 2778),
         (list((LIBRARY / "shapes").rglob("*.py")), 464),
-        (list((LIBRARY / "tutorial").rglob("*.py")), 398),
+        (list((LIBRARY / "tutorial").rglob("*.py")), 401),
         ([p for p in KERNELS.glob("*.py") if p.stem not in STUDIES], 1225),  # 1,200 is the aim
         ([p for p in KERNELS.glob("*.py") if p.stem in STUDIES], 400),
     ],

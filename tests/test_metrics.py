@@ -133,6 +133,8 @@ def test_averages_of_all_nets_are_the_mean_net():
     zoo = nets(12)
     found = averages(zoo, 3, of=12)
     torch.testing.assert_close(found.rows, zoo.rows.mean(0).expand(3, -1))
+    with pytest.raises(ValueError, match="averages of 13 nets each can't be drawn from 12"):
+        averages(zoo, 3, of=13)
 
 
 def test_readout_finds_a_linear_property():

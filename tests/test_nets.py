@@ -30,7 +30,7 @@ def nets():
 
 @pytest.fixture(scope="module")
 def mixed():
-    groups = [random_nets(net, 3, seed) for seed, net in enumerate(small_nets()[:3])]
+    groups = [random_nets(net, 3, seed, scale=0.1) for seed, net in enumerate(small_nets()[:3])]
     return MixedNets(groups, torch.randperm(9, generator=generator()).split(3))
 
 

@@ -428,7 +428,7 @@ def test_a_step_that_can_not_be_drawn_is_refused_before_the_first(zoo, given, sa
 
 def test_sizes_rates_and_ranges_that_mean_nothing_are_refused(zoo):
     for name in ("embedding", "chunk", "hidden", "probes", "components"):
-        with pytest.raises(ValueError, match=f"{name} should be at least"):
+        with pytest.raises(ValueError, match=f"{name} is a number from"):
             SpaceConfig(**{name: -1})
     SpaceConfig(probes=0, components=0)
     space = NetSpace.for_zoos(zoo, DATA.train.x, CONFIG)
@@ -508,7 +508,7 @@ def test_columns_are_read_out_as_vectors_are():
 
 def test_answers_of_other_axes_are_refused():
     net = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))  # one number a sample, no axis of classes
-    with pytest.raises(ValueError, match=r"answers of shape \[4, 8\] are not \[N, M, K\]"):
+    with pytest.raises(ValueError, match=r"answers of shape \[4, 8\] are not \[N, B, K\]"):
         NetSpace.for_zoos(random_nets(net, 4), torch.randn(20, 4), CONFIG).encode(
             random_nets(net, 4)
         )
@@ -588,15 +588,6 @@ def test_counts_that_mean_nothing_are_refused(zoo):
     space = NetSpace.for_zoos([zoo], DATA.train.x, CONFIG)
     with pytest.raises(ValueError, match="pass apart="):
         Interpolation(space, zoo, ImageLoss(DATA.val), apart=0)
-
-
-def test_scores_of_nets_decoded_as_another_architecture():
-    zoos = [random_nets(net, 5, scale=0.3) for net in small_nets()[:2]]
-    space = NetSpace.for_zoos(zoos, DATA.train.x, CONFIG)
-    found = scores(space, zoos[0], DATA.val, architecture=1)
-    z = space.translate(space.encode(zoos[0]), 0, 1)
-    answers = space.decode(z, 1).outputs(DATA.val.x), zoos[0].outputs(DATA.val.x)
-    assert found == compare(*answers, DATA.val.y)
 
 
 def test_a_fit_needs_gradients_whatever_its_caller_does(zoo):

@@ -359,7 +359,7 @@ def test_wrong_input_is_refused_in_a_sentence(zoos, data):
         space.encode(random_nets(other, 2))
     with pytest.raises(ValueError, match=rf"\[N, {Layout.of(net).size}\] .*not \[2, 5\]"):
         space.encode(torch.zeros(2, 5))
-    with pytest.raises(ValueError, match=r"embeddings should be \[N, 16\], not \[2, 9\]"):
+    with pytest.raises(ValueError, match=r"embeddings should be \[N, 16\] of .*, not \[2, 9\]"):
         space.decode(torch.zeros(2, 9))
     with pytest.raises(ValueError, match="weights=True, or probes > 0"):
         NetSpace([net], data.train.x, SpaceConfig(probes=0, weights=False))

@@ -8,7 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toy import Interrupted, generator, interrupted, small_nets, small_zoos, toy_data
+from toy import (
+    Interrupted,
+    generator,
+    interrupted,
+    mlp,
+    random_nets,
+    small_nets,
+    small_zoos,
+    toy_data,
+)
 
 from netspace_lite.architectures import paper_net
 from netspace_lite.data import Images
@@ -534,3 +543,55 @@ def test_a_users_module_joins_a_mixed_zoo(zoos, data):
         objective = Distillation(space, [zoos[0], own], data.train.x, chances=chances)
         objective(space, generator()).backward()
     assert all(head.weight.grad.abs().sum() > 0 for head in space.decoder.heads)
+
+
+def test_an_objective_made_for_another_space_is_refused():
+    relu, tanh = (random_nets(mlp(act), 6) for act in (nn.ReLU(), nn.Tanh()))
+    x = torch.randn(20, 4, generator=generator())
+    spaces = [NetSpace.for_zoos(zoo, x, SMALL) for zoo in (relu, tanh)]
+    with pytest.raises(ValueError, match="is not one of this space"):
+        Distillation(spaces[0], relu, x)(spaces[1], generator())
+
+
+def test_gradients_left_on_frozen_parameters_change_nothing(zoos, data):
+    def fitted(used):
+        space = NetSpace.for_zoos(zoos[0], data.train.x, CONFIG)
+        if used:
+            space.decode(space.encode(zoos[0]) * 50)(data.train.x).square().sum().backward()
+        space.decoder.requires_grad_(False)
+        fit(space, Distillation(space, zoos[0], data.train.x), lambda s: {"score": 0.0}, 2)
+        return space.encode(zoos[0])
+
+    assert torch.equal(fitted(True), fitted(False))
+
+
+def test_a_fit_is_found_again_by_another_spelling_of_its_folder(tmp_path, monkeypatch, zoos, data):
+    monkeypatch.chdir(tmp_path)
+    space = NetSpace.for_zoos(zoos[0], data.train.x, CONFIG)
+    objective = Distillation(space, zoos[0], data.train.x)
+
+    def validate(space):
+        return {"score": 0.0}
+
+    log = interrupted(lambda row: None, 2)
+    with pytest.raises(Interrupted):
+        fit(space, objective, validate, 4, epoch=2, folder="fit", log=log)
+    assert len(fit(space, objective, validate, 4, epoch=2, folder=tmp_path / "fit")) == 2
+
+
+def test_a_finished_fit_is_loaded_with_any_optimiser(monkeypatch, tmp_path, zoos, data):
+    adamw = lambda module, lr: torch.optim.AdamW(module.parameters(), lr)  # noqa: E731
+    monkeypatch.setattr("netspace_lite.training.Muon", adamw)
+    for _ in range(2):
+        space = NetSpace.for_zoos(zoos[0], data.train.x, CONFIG)
+        objective = Distillation(space, zoos[0], data.train.x)
+        history = fit(space, objective, lambda s: {"score": 0.0}, 2, folder=tmp_path)
+    assert history[-1]["step"] == 2
+
+
+def test_answers_without_classes_and_of_other_classes_are_refused():
+    single = random_nets(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), 2)
+    with pytest.raises(ValueError, match="let the module give"):
+        LikenessLoss(single, torch.randn(5, 4))
+    with pytest.raises(ValueError, match="different numbers of classes"):
+        kl_divergence(torch.zeros(2, 5, 3), torch.zeros(1, 5, 4), 1.0)

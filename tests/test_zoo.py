@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -494,3 +495,84 @@ def test_training_on_nets_of_a_given_batched_module(task):
     assert state["losses"].shape == (2, 7)
     assert float(state["seconds"]) > 0
     assert Nets(NET, state["rows"]).finite().all()
+
+
+class Own(nn.Module):
+    """Initialised by its class, not by its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 4)
+        nn.init.constant_(self.b.bias, -4.6)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)))
+
+
+def test_an_initialisation_that_is_lost_is_named():
+    with pytest.warns(UserWarning, match=r"Own: b.bias start as .* pass a factory"):
+        initial_rows(Own(), [0])
+    assert (initial_rows(Own, [0])[0, -4:] == torch.tensor(-4.6)).all()
+
+
+def test_a_chain_of_layers_is_initialised_as_if_it_were_made():
+    def make():
+        return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+
+    assert torch.equal(initial_rows(make(), [7]), initial_rows(make, [7]))
+
+
+def test_a_state_that_is_given_stays_as_it_is(task):
+    state = {"rows": initial_rows(NET, [0])}
+    before = state["rows"].clone()
+    first, second = (train_nets(NET, task, RECIPES[:1], state)["rows"] for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(state["rows"], before)
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"lr": -1e-2}, {"lr": math.nan}])
+def test_recipes_that_train_nothing_or_uphill_are_refused(wrong):
+    with pytest.raises(ValueError, match="steps are at least 1, rates and decay at least 0"):
+        Recipe(**{"seed": 0, "steps": 3} | wrong)
+
+
+def test_a_range_may_be_one_number():
+    assert all(recipe.lr == pytest.approx(1e-3) for recipe in draw_recipes(5, lr=1e-3))
+
+
+@pytest.mark.parametrize("surrounding", [torch.no_grad, torch.inference_mode])
+def test_zoos_are_trained_whatever_the_caller_does(surrounding, task, zoo):
+    with surrounding():
+        again = train_zoo(NET, task, RECIPES, block=3, **QUIET)
+    assert torch.equal(again.rows, zoo.rows)
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod.", "model."])
+def test_checkpoints_of_wrapped_modules_are_read(tmp_path, wrapper):
+    net = mlp(nn.ReLU())
+    state = {wrapper + name: value for name, value in net.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "last.ckpt")
+    zoo = Zoo.from_files(tmp_path, mlp(nn.ReLU()))
+    assert torch.equal(zoo.rows, Layout.of(net).pack([net]))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inside torch.compile
+def test_modules_are_taken_out_of_their_wrappers():
+    nets = [mlp(nn.ReLU()) for _ in range(2)]
+    zoo = Zoo.from_modules([torch.compile(nets[0]), nn.DataParallel(nets[1])])
+    assert torch.equal(zoo.rows, Layout.of(nets[0]).pack(nets))
+    assert zoo.batched.fingerprint == Zoo.from_modules(nets).batched.fingerprint
+
+
+def test_loading_leaves_the_callers_random_numbers(tmp_path, zoo):
+    zoo.save(tmp_path)
+    before = torch.get_rng_state()
+    Zoo.load(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_threads_draw_as_one_alone():
+    expected = initial_rows(NET, range(12))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: initial_rows(NET, range(12)), range(8)))
+    assert all(torch.equal(rows, expected) for rows in found)

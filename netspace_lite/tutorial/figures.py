@@ -48,7 +48,7 @@ def describe(figure: Figure) -> str:
     for ax in figure.axes:
         axes = " over ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))
         names = cycle([name.get_text() for name in ax.get_yticklabels()] if ax.containers else [])
-        bars = [f"{name} {value.get_text()}" for name, value in zip(names, ax.texts, strict=False)]
+        bars = [f"{n} {text.get_text().strip()}" for n, text in zip(names, ax.texts, strict=False)]
         shown = ", ".join(ax.get_legend_handles_labels()[1] + bars)
         words.append(": ".join(filter(None, (ax.get_title(), axes, shown))))
     return "; ".join(dict.fromkeys(filter(None, words)))
@@ -125,10 +125,13 @@ def space_map(
     kinds = np.zeros(len(z), int) if kinds is None else _numpy(kinds)
     flat, size = pca.transform(_numpy(z)), 9 if len(z) > 500 else 22
     for k in np.unique(kinds):
-        look, name = {"color": KINDS[k]}, names[k] if names else None
+        look = {"color": KINDS[k]}
         if values is not None:
             look = {"c": _numpy(values)[kinds == k], "vmin": values.min(), "vmax": values.max()}
-        drawn = ax.scatter(*flat[kinds == k].T, size, marker=MARKS[k], lw=0, label=name, **look)
+        drawn = ax.scatter(*flat[kinds == k].T, size, marker=MARKS[k], lw=0, **look)
+        if names:  # in the legend large, and grey where colours are values
+            colour = KINDS[k] if values is None else GREY
+            ax.scatter([], [], 40, color=colour, marker=MARKS[k], label=names[k])
     if values is not None:
         ax.figure.colorbar(drawn, ax=ax, label=label)
     if path is not None:
@@ -186,14 +189,14 @@ def bars(
     width = 5 + 0.08 * max(map(len, values))  # inches for bars, and for their names
     ax = _axes(ax, width, 0.25 * len(rows) * (len(labels) + 0.7) + 1, xlabel=xlabel)
     ends = np.array([(spans or {}).get(name, (np.nan, np.nan)) for name in values]).T
-    if spans:
-        ax.hlines(range(len(rows)), *ends, color="k", zorder=3)
+    ax.hlines(range(len(rows)), *ends, color="k", zorder=3)
     colours, height = [BLUE if name in highlight else GREY for name in values], 0.8 / len(labels)
     for i, label in enumerate(labels):
         look = {"color": colours} if len(labels) == 1 else {"color": KINDS[i], "label": label}
         places = np.arange(len(rows)) + (i - (len(labels) - 1) / 2) * height
-        drawn = ax.barh(places, rows[:, i], height, **look)
-        ax.bar_label(drawn, fmt="%.1f", padding=3, fontsize=10)
+        ax.barh(places, rows[:, i], height, **look)
+        for place, value, end in zip(places, rows[:, i], np.fmax(rows[:, i], ends[1]), strict=True):
+            ax.text(end, place, f" {value:.1f}", va="center", fontsize=10)
     ax.set_yticks(range(len(rows)), list(values))
     ax.invert_yaxis()
     if len(labels) > 1:
