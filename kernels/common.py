@@ -1,7 +1,7 @@
 """What several ops share on the host: checks, precision, the rule of tiles, registration."""
 
 import functools
-from itertools import zip_longest
+from itertools import compress
 
 import torch
 import torch.nn.functional as F
@@ -141,8 +141,8 @@ def register_differentiable(name, launch, empty, launch_backward):
 
     def differentiate(ctx, g, *_):
         kept, needs = zip(ctx.saved_tensors, ctx.options, strict=True), ctx.needs_input_grad
-        grads = backward(g, list(needs), *(o if t is None else t for t, o in kept))
-        return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+        grads = iter(backward(g, list(needs), *(o if t is None else t for t, o in kept)))
+        return tuple(next(grads) if need else None for need in needs)
 
     op.register_autograd(differentiate, setup_context=keep)
     return op
@@ -151,19 +151,17 @@ def register_differentiable(name, launch, empty, launch_backward):
 def _backward_op(name, launch, launch_backward):
     """The op of the gradient, which arguments need theirs, and arguments and results of `launch`.
 
-    It gives a tensor for each place in `needs`, empty where none belongs. Its own gradient raises.
+    It gives the gradients that are needed and no others. Its own gradient raises.
     """
     arguments, _, results = torch.library.infer_schema(launch, mutates_args=()).partition(") -> ")
     kept = "".join(f", Tensor result{i}" for i in range(results.count("Tensor")))
     schema = f"(Tensor g, bool[] needs, {arguments[1:]}{kept}) -> Tensor[]"
 
     def gradients(g, needs, *values):
-        found = zip_longest(launch_backward(g, needs, *values), needs)
-        return [grad if need else g.new_empty(0) for grad, need in found]
+        return list(compress(launch_backward(g, needs, *values), needs))
 
     def empty_gradients(g, needs, *values):
-        pairs = zip(values, needs, strict=False)
-        return [v.new_empty(v.shape) if need else g.new_empty(0) for v, need in pairs]
+        return [v.new_empty(v.shape) for v in compress(values, needs)]
 
     def refuse(ctx, *grads):
         instead = 'For second derivatives compute the first ones under backend("torch").'
