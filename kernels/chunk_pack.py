@@ -135,7 +135,7 @@ def _split(row, shapes):
 @triton.jit
 def _scale_kernel(x, out, mean, std, used, size, BLOCK: tl.constexpr):
     """Grid (N·⌈size/BLOCK⌉,): one block of one net; `size` is T·L."""
-    n, _, at = place(tl.program_id(0), 1, size, 1, BLOCK)
+    n, _, at = place(1, size, 1, BLOCK)
     n = n.to(tl.int64)
     value = take(x + n * size + at, at < size)
     if used is not None:

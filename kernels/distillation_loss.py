@@ -98,7 +98,7 @@ def _loss_kernel(
     BM: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """Loss and gradient of BM samples of one net; KP is K up to a power of 2."""
-    n, m, k = place(tl.program_id(0), B, KP, BM, KP)
+    n, m, k = place(B, KP, BM, KP)
     n, rows = n.to(tl.int64), m.to(tl.int64)[:, None]
     inside = (m[:, None] < B) & (k[None, :] < K)
     outside = tl.where(k < K, 0.0, -1e30)[None, :]

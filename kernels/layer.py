@@ -75,8 +75,7 @@ def forward_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, index=None,
 ):  # fmt: skip
     """BM output pixels by BN channels of one net."""
-    index = tl.program_id(0) if index is None else index
-    n, pixel, col = place(index, B * U * V, O, BM, BN)
+    n, pixel, col = place(B * U * V, O, BM, BN, index)
     n, window = n.to(tl.int64), C * step.KH * step.KW
     acc = tl.zeros((BM, BN), tl.float32)
     for start in range(0, window, BK):
@@ -109,8 +108,7 @@ def input_grad_kernel(
     """
     area: tl.constexpr = step.KH * step.KW
     tall, wide = tl.cdiv(H, step.SH), tl.cdiv(W, step.SW)
-    index = tl.program_id(0) if index is None else index
-    part, pixel, col = place(index, B * tall * wide, C, BM, BN)
+    part, pixel, col = place(B * tall * wide, C, BM, BN, index)
     first = (part // (step.SH * step.SW)).to(tl.int64)
     down, over = part // step.SW % step.SH, part % step.SW
     sample, spot = (pixel // (tall * wide)).to(tl.int64), pixel % (tall * wide)
@@ -155,8 +153,7 @@ def weight_grad_kernel(
     dw [splits, N, O, C·KH·KW] and db [splits, N, O] hold the sums over each part.
     """
     window = C * step.KH * step.KW
-    index = tl.program_id(0) if index is None else index
-    share, row, col = place(index, O, window, BM, BN)
+    share, row, col = place(O, window, BM, BN, index)
     n, begin = (share % nets).to(tl.int64), (share // nets) * part
     end = tl.minimum(begin + part, B * U * V)
     acc = tl.zeros((BM, BN), tl.float32)
@@ -173,11 +170,9 @@ def weight_grad_kernel(
         acc = product(grad.to(g.dtype.element_ty), b, acc, PRECISION)
     at = share.to(tl.int64) * O + row
     inside = (row[:, None] < O) & (col[None, :] < window)
-    at_w = at[:, None] * window + col[None, :]
-    tl.store(dw + at_w, acc.to(dw.dtype.element_ty), mask=inside)
-    if db is not None:  # noqa: SIM102 - known at compile time, the other only in the program
-        if index % tl.cdiv(window, BN) == 0:
-            tl.store(db + at, total.to(db.dtype.element_ty), mask=row < O)
+    put(dw + (at[:, None] * window + col[None, :]), acc, inside)
+    if db is not None:  # the same sums in all tiles of these rows: the first one writes them
+        put(db + at, total, (row < O) & (tl.min(col, 0) == 0))
 
 
 PART = 2048  # pixels that one program of the weight gradient adds at least: hides its start

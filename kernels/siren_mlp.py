@@ -137,7 +137,7 @@ def _forward_kernel(
     PRECISION: tl.constexpr, HP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Grid (N·⌈B/BM⌉,): the outputs of one net at BM points. HP is h up to a power of two."""
-    n, m, col = place(tl.program_id(0), B, HP, BM, HP)
+    n, m, col = place(B, HP, BM, HP)
     n = n.to(tl.int64)
     row = rows + n * rn
     p = _points(points + n * pn, m, pb, pi, B)

@@ -4,11 +4,13 @@ from .backend import INTERPRETED, tl, triton
 
 
 @triton.jit
-def place(index, rows, cols, BM: tl.constexpr, BN: tl.constexpr):
+def place(rows, cols, BM: tl.constexpr, BN: tl.constexpr, index=None):
     """Which of several results [rows, cols] has the tile `index`, and the tile's rows and columns.
 
-    Tiles of one result, and in it of the same rows, run side by side and meet in the cache.
+    None takes the program's tile. Tiles of one result, and in it of the same rows, run side by side
+    and meet in the cache.
     """
+    index = tl.program_id(0) if index is None else index
     across = tl.cdiv(cols, BN)
     tiles = tl.cdiv(rows, BM) * across
     share, at = index // tiles, index % tiles
