@@ -88,8 +88,7 @@ def _in_blocks(points, rows, hidden, omega):
     step = max(1, CACHE_VALUES // (points.shape[-2] * hidden))
     if rows.device.type != "cpu" or step >= rows.shape[0]:
         return siren_mlp_reference(points, rows, hidden, omega)
-    many = points.split(step) if points.ndim == 3 else [points] * -(-rows.shape[0] // step)
-    blocks = zip(many, rows.split(step), strict=True)
+    blocks = zip(points.expand(rows.shape[0], -1, -1).split(step), rows.split(step), strict=True)
     return torch.cat([siren_mlp_reference(p, block, hidden, omega) for p, block in blocks])
 
 
