@@ -67,8 +67,7 @@ def prefers_unfolding(x, weight, output_size) -> bool:
     """
     if x.ndim == 4 or x.dtype not in (torch.float32, torch.float64) or x.device.type != "cpu":
         return False
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    if torch.compiler.is_compiling() or wrapped(x) or wrapped(weight):
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     if not has_onednn():
         return True
@@ -87,13 +86,11 @@ class UnfoldedConv2d(torch.autograd.Function):
         window = _Window(x.shape, weight.shape, stride, padding)
         y = x.new_empty(*weight.shape[:2], *window.size, x.shape[-1])
         ctx.window, ctx.slope, ctx.blocks, columns = window, slope, window.blocks(x), []
+        b, beta = (x.new_zeros(len(weight), 1), 0) if bias is None else (bias, 1)
         for at in ctx.blocks:
             cols = window.unfold(x[at])
             w, y_block = weight[at].flatten(2), y[at].flatten(2)
-            if bias is None:
-                torch.bmm(w, cols, out=y_block)
-            else:
-                torch.baddbmm(bias[at].unsqueeze(-1), w, cols, out=y_block)
+            torch.baddbmm(b[at].unsqueeze(-1), w, cols, beta=beta, out=y_block)
             if slope != 1:
                 F.leaky_relu_(y_block, slope)
             columns.append(cols)
@@ -135,7 +132,7 @@ class _Window:
     """Where a kernel's window meets the images; unfolds images and folds gradients back."""
 
     def __init__(self, images, weight, stride, padding):
-        self.images, self.kernel = images, weight[3:]
+        self.images, self.kernel, self.padded = images, weight[3:], any(padding)
         self.size = output_size(images[2:4], self.kernel, stride, padding)
         sides = zip(images[2:4], self.size, self.kernel, stride, padding, strict=True)
         rows, columns = (list(_meetings(*side)) for side in sides)
@@ -154,12 +151,10 @@ class _Window:
     def unfold(self, x):
         """[n, C, H, W, B] -> [n, C·kh·kw, H'·W'·B]."""
         x = x.contiguous()  # turned once here, not again in every place of the window
-        cols = x.new_empty(*x.shape[:2], *self.kernel, *self.size, x.shape[-1])
+        new = x.new_zeros if self.padded else x.new_empty
+        cols = new(*x.shape[:2], *self.kernel, *self.size, x.shape[-1])
         for in_window, in_image in self.meetings:
-            place, seen = cols[in_window], x[in_image]
-            if place.shape[2:4] != self.size:  # the rest lies in the padding
-                cols[in_window[:4]].zero_()
-            place.copy_(seen)
+            cols[in_window] = x[in_image]
         return cols.flatten(4).flatten(1, 3)
 
     def fold(self, cols, out):
