@@ -61,9 +61,8 @@ def distillation_loss(logits, targets, labels=None, temperature=4.0, alpha=0.9) 
         check(op, {"temperature": (temperature, "", "N")}, **sizes)
     if not use_triton(logits):
         return distillation_loss_reference(logits, targets, labels, temperature, alpha)
-    if not isinstance(temperature, Tensor):
-        temperature = torch.full((), temperature, device=place)  # a fill: no copy to wait for
-    per_net = temperature.detach().to(torch.float32).expand(logits.shape[0])
+    ones = torch.ones(sizes["N"], device=place)  # a fill, so no float is copied and waited for
+    per_net = (ones * temperature).detach().to(torch.float32)
     weight = 1.0 if labels is None else float(alpha)
     return _distillation(logits, targets.detach(), labels, per_net, weight)[0]
 
@@ -134,10 +133,9 @@ def launch(
     label_strides = (0, 0) if labels is None else labels.expand(nets, -1).stride()
     padded = max(2, triton.next_power_of_2(classes))
     rows = max(1, min(64, 2048 // padded))
-    programs = triton.cdiv(samples, rows)
-    parts = logits.new_empty(nets, programs, dtype=torch.float32)
+    parts = logits.new_empty(nets, triton.cdiv(samples, rows), dtype=torch.float32)
     grad = logits.new_empty(logits.shape)
-    _loss_kernel[(nets * programs,)](
+    _loss_kernel[(parts.numel(),)](
         logits, targets, labels, temperature.contiguous(), parts, grad, samples, classes, alpha,
         *logits.stride()[:2], *targets.stride()[:2], *label_strides, BM=rows, KP=padded,
     )  # fmt: skip
