@@ -116,11 +116,10 @@ def _standardise(op, prep, used, mean, std, dtype):
 
 
 def _standardise_reference(prep, used, mean, std, dtype):
+    shift, scale = 0 if mean is None else mean, 1 if std is None else std
     if used is None:
-        prep = prep if std is None else prep * std
-        return (prep if mean is None else prep + mean).to(dtype)
-    prep = prep if mean is None else prep - mean
-    prep = prep if std is None else prep / std
+        return (prep * scale + shift).to(dtype)
+    prep = (prep - shift) / scale
     position = torch.arange(prep[0].numel(), device=prep.device).view(prep.shape[1:])
     return torch.where(position < used.view(-1, 1, 1), prep, 0).to(dtype)
 
@@ -138,17 +137,13 @@ def _scale_kernel(x, out, mean, std, used, size, BLOCK: tl.constexpr):
     n, _, at = place(1, size, 1, BLOCK)
     n = n.to(tl.int64)
     value = take(x + n * size + at, at < size)
+    shift = 0.0 if mean is None else take(mean + at, at < size)
+    scale = 1.0 if std is None else tl.load(std + at, mask=at < size, other=1)
     if used is not None:
-        if mean is not None:
-            value = value - tl.load(mean + at, mask=at < size, other=0)
-        if std is not None:
-            value = tl.div_rn(value, tl.load(std + at, mask=at < size, other=1))
+        value = tl.div_rn(value - shift, scale)
         value = tl.where(at < tl.load(used + n), value, 0.0)  # padding stays zero
     else:
-        if std is not None:
-            value = value * tl.load(std + at, mask=at < size, other=1)
-        if mean is not None:
-            value = value + tl.load(mean + at, mask=at < size, other=0)
+        value = value * scale + shift
     put(out + n * size + at, value, at < size)
 
 
