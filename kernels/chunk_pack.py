@@ -59,12 +59,6 @@ def chunk_pack(tensors, T, L, mean=None, std=None, dtype=None) -> torch.Tensor:
     padded = [(*net, zeros[..., : T * L - size]) for net, size in zip(nets, used, strict=True)]
     pieces = [t if t.dtype == between else t.to(between) for net in padded for t in net]
     prep = torch.cat(pieces, -1).view(-1, T, L)
-    if not scaled:
-        return prep
-    if len(used) == 1:
-        used = torch.full((len(prep),), used[0], device=prep.device)  # a fill: no copy to wait for
-    else:
-        used = torch.tensor(used, device=prep.device)
     return _standardise("chunk_pack", prep, used, mean, std, dtype)
 
 
@@ -93,9 +87,7 @@ def chunk_unpack(prep, shapes, mean=None, std=None):
         raise ValueError(f"chunk_unpack: {given}; {wanted}.")
     used = [sum(map(math.prod, net)) for net in (shapes if one_a_net else [shapes])]
     _check_fits("chunk_unpack", max(used), *prep.shape[1:])
-    if mean is not None or std is not None:
-        prep = _standardise("chunk_unpack", prep, None, mean, std, prep.dtype)
-    rows = prep.flatten(1)
+    rows = _standardise("chunk_unpack", prep, None, mean, std, prep.dtype).flatten(1)
     if one_a_net:
         return [_split(row, net) for row, net in zip(rows, shapes, strict=True)]
     return _split(rows, shapes)
@@ -107,9 +99,16 @@ chunk_unpack_reference = backend("torch")(chunk_unpack)
 
 
 def _standardise(op, prep, used, mean, std, dtype):
+    """Standardise nets with `used` values, a list for each or of one for all; undo it for None."""
+    if mean is None and std is None:
+        return prep
     wide = all(t is None or t.dtype == torch.float64 for t in (prep, mean, std))  # has no kernel
     kind = prep.device, torch.float64 if wide else torch.float32
     check(op, {"mean": (mean, "TL"), "std": (std, "TL")}, kind, T=prep.shape[1], L=prep.shape[2])
+    if used is not None and len(used) == 1:
+        used = torch.full((len(prep),), used[0], device=prep.device)  # a fill: no copy to wait for
+    elif used is not None:
+        used = torch.tensor(used, device=prep.device)
     learned = any(t is not None and t.requires_grad for t in (mean, std))  # no kernel, either
     scale = _scale if use_triton(prep) and not (wide or learned) else _standardise_reference
     return scale(prep, used, mean, std, dtype)
