@@ -65,9 +65,9 @@ def prefers_unfolding(x, weight, output_size) -> bool:
     convolution is faster), transforms of torch.func, torch.compile, and dtypes other than fp32 and
     fp64.
     """
-    if x.ndim == 4 or x.dtype not in (torch.float32, torch.float64) or x.device.type != "cpu":
-        return False
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    plain = x.ndim == 5 and x.dtype in (torch.float32, torch.float64) and x.device.type == "cpu"
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if not plain or traced or torch.autograd.forward_ad._current_level >= 0:
         return False
     if not has_onednn():
         return True

@@ -383,10 +383,9 @@ def fit(
     optimiser = Muon(space, lr)
     plan = {"steps": int(steps), "lr": float(lr), "epoch": int(epoch)}  # of NumPy's, too
     plan |= {"seed": int(getattr(space, "seed", 0)), "optimiser": type(optimiser).__name__}
-    generator = torch.Generator().manual_seed(plan["seed"])
-    history, best = [], {}
+    generator, history, best = torch.Generator().manual_seed(plan["seed"]), [], {}
+    folder = None if folder is None else Path(folder).resolve()
     if folder is not None:
-        folder = Path(folder).resolve()
         plan |= {"objective": fingerprint(objective), "validation": fingerprint(validate)}
         history, best = _resume(folder, plan, space, optimiser, generator)
     last = history[-1] if history else {"step": 0, "seconds": 0.0}

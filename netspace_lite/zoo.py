@@ -417,8 +417,7 @@ def train_nets(
     if not lengths or lengths != sorted(lengths, reverse=True):
         raise ValueError("recipes should be sorted by steps, the longest first")
     members = torch.arange(len(recipes)) if members is None else members
-    state = _state(batched, state or {"rows": initial_rows(make, seeds)}, lengths[0])
-    state = {k: v.to(device if v.dim() else "cpu", copy=True) for k, v in state.items()}
+    state = _state(batched, state or {"rows": initial_rows(make, seeds)}, lengths[0], device)
     hyper = [[recipe.lr, recipe.weight_decay, recipe.steps] for recipe in recipes]
     exact = torch.promote_types(state["rows"].dtype, torch.float32)
     lr, decay, ends = torch.tensor(hyper, dtype=exact, device=device).T
@@ -446,12 +445,16 @@ def train_nets(
     return state
 
 
-def _state(batched: Batched, given: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
-    """The whole state of training nets of which at least the rows are given."""
+def _state(batched: Batched, given: dict, steps: int, device="cpu") -> dict[str, Tensor]:
+    """The whole state of training nets, of which at least the rows are given, in memory of its own.
+
+    Single numbers stay on the CPU.
+    """
     rows, scalar = given["rows"], torch.zeros((), dtype=torch.double)
     start = {"losses": torch.full((len(rows), steps), torch.nan), "seconds": scalar}
     start |= {"momentum": torch.zeros_like(rows), "variance": torch.zeros_like(rows)}
-    return start | {"running": batched.initial_running(len(rows)), "step": scalar.long()} | given
+    start |= {"running": batched.initial_running(len(rows)), "step": scalar.long()} | given
+    return {k: v.to(device if v.dim() else "cpu", copy=True) for k, v in start.items()}
 
 
 @torch.inference_mode(False)
