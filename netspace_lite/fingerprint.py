@@ -73,7 +73,7 @@ def difference(module: nn.Module, other: nn.Module) -> str:
     """What first sets two modules of different `structure` apart, in words."""
     pairs = zip(module.named_modules(), other.named_modules(), strict=False)
     for (name, one), (_, two) in pairs:
-        where = f"layer {name!r}" if name else "the whole"
+        where = f"layer {name!r}" if name else "it"
         if type(one) is not type(two):
             return f"{where} is a {type(two).__name__}, not a {type(one).__name__}"
         a, b = _settings(one), _settings(two)

@@ -446,5 +446,6 @@ def normalised_answers(outputs: Tensor) -> Tensor:
 
     Logits are centred, then divided by their spread, whose logarithm is kept as the last value.
     """
-    spread = logit_scale(outputs)
-    return torch.cat([(_centred(outputs) / spread).flatten(1), spread.log()[:, 0]], dim=1)
+    flat = _centred(outputs).flatten(1)
+    spread = flat.square().mean(1, keepdim=True).sqrt().clamp_min(1e-6)
+    return torch.cat([flat / spread, spread.log()], dim=1)
