@@ -83,7 +83,8 @@ def test_few_modules_weigh_as_much_as_many():
 
 def test_training_lowers_the_loss_of_every_module_named():
     lenet = LeNetLike(IMAGE, 3, channels=(4,), hidden=(8,), kernel=3)
-    decoder, x = DescribedDecoder(16, hidden=16), torch.randn(30, *IMAGE)
+    decoder, random = DescribedDecoder(16, hidden=16), torch.Generator().manual_seed(0)
+    x, z = torch.randn(30, *IMAGE, generator=random), torch.randn(5, 16, generator=random)
     wanted = (x[:, 0, 0, 0] > 0).long()
 
     def loss(nets, generator):
@@ -92,7 +93,7 @@ def test_training_lowers_the_loss_of_every_module_named():
             logits, wanted.expand(len(logits), -1), reduction="none"
         ).mean(1)
 
-    objective = DescribedDistillation([lenet, resnet(8)], torch.randn(5, 16), loss, kinds=2)
+    objective = DescribedDistillation([lenet, resnet(8)], z, loss, kinds=2)
     before = objective(decoder, torch.Generator().manual_seed(0)).detach()
     fit(decoder, objective, lambda d: {"score": 0.0}, 30, lr=5e-3, epoch=30)
     assert objective(decoder, torch.Generator().manual_seed(0)).detach() < before / 2

@@ -275,7 +275,7 @@ class TestFigures:
 
     def test_bars_highlight_span_and_group(self):
         ax = figures.bars({"ours": 80.0, "theirs": 70.0}, "%", ["ours"], spans={"ours": (75, 82)})
-        assert [text.get_text() for text in ax.texts] == ["80.0", "70.0"]
+        assert [text.get_text().strip() for text in ax.texts] == ["80.0", "70.0"]
         first, second = (bar.get_facecolor() for bar in ax.patches)
         assert first != second
         segments = [s for lines in ax.collections for s in lines.get_segments()]
