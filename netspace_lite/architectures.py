@@ -81,6 +81,11 @@ def build(description: dict) -> nn.Module:
         return ARCHITECTURES[name](**config)
 
 
+def is_registered(module: nn.Module) -> bool:
+    """Whether `build` makes a module of this very class from its arguments."""
+    return ARCHITECTURES.get(type(module).__name__) is type(module)
+
+
 def name_of(module: nn.Module) -> str:
     """What an architecture is called: its class, and for a `ResNet` the depth ("ResNet14")."""
     depth = module.config["depth"] if isinstance(module, ResNet) else ""

@@ -148,8 +148,7 @@ class Batched:
             out = getattr(mode, way)(self._views(good, running), x, per_net)
             return torch.cat([out.flatten(1), running], 1) if mode.training else out
 
-        devices = [x.device] if x.is_cuda else []
-        with own_randomness(devices=devices), backend("torch"), _NoDropout():
+        with own_randomness(devices=[x.device] * x.is_cuda), backend("torch"), _NoDropout():
             self._watch(mode, functools.partial(run, "loop"), x)
             expected = run("loop", x)
             if not expected.isfinite().all():

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import store
-from .architectures import ARCHITECTURES, build, describe, name_of, own_randomness
+from .architectures import build, describe, is_registered, name_of, own_randomness
 from .batching import BLOCK, Batched
 from .data import ImageData
 from .fingerprint import difference, fingerprint, structure
@@ -208,10 +208,9 @@ class Zoo(Nets):
     def scored(self, task: Task) -> "Zoo":
         """The same nets, where the task's data is, with the scores that ``task`` gives them."""
         zoo = self.to(_device(task))
-        history, found = (zoo.recipes, zoo.losses, zoo.members, zoo.about), {}
-        for name, values in dict(task.scores(zoo, zoo.members)).items():
-            found[name] = torch.atleast_1d(torch.as_tensor(values)).cpu()
-        return Zoo(zoo.batched, zoo.rows, found, *history)
+        scores = dict(task.scores(zoo, zoo.members)).items()
+        scores = {name: torch.atleast_1d(torch.as_tensor(of)).cpu() for name, of in scores}
+        return Zoo(zoo.batched, zoo.rows, scores, zoo.recipes, zoo.losses, zoo.members, zoo.about)
 
     def _contents(self) -> tuple[dict, dict[str, Tensor]]:
         record, tensors = super()._contents()
@@ -336,7 +335,7 @@ def initial_rows(make: Make | Batched, seeds: Iterable[int]) -> Tensor:
     make = make.module if isinstance(make, Batched) else make
     with own_randomness():
         nets = [_make(make, seed) for seed in seeds]
-    if isinstance(make, nn.Module) and ARCHITECTURES.get(type(make).__name__) is not type(make):
+    if isinstance(make, nn.Module) and not is_registered(make):
         pairs = zip(make.named_parameters(), nets[0].parameters(), strict=True)
         if lost := [name for (name, given), found in pairs if _unlike(given, found)]:
             what = f"{name_of(make)}: {', '.join(lost)} start as reset_parameters() leaves them"
@@ -359,7 +358,7 @@ def _make(make: Make, seed: int) -> nn.Module:
     torch.default_generator.manual_seed(seed)
     if not isinstance(make, nn.Module):
         return copy.deepcopy(make())  # it may be the same one each time
-    if ARCHITECTURES.get(type(make).__name__) is type(make):
+    if is_registered(make):
         built = build(describe(make)).to(next(make.parameters()).dtype)
         if Layout.of(built) == Layout.of(make):  # it may have been changed since it was made
             return built

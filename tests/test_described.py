@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from toy import generator
 
 from netspace_lite.architectures import LeNetLike, ResNet, VanillaCNN
 from netspace_lite.described import (
@@ -83,7 +84,7 @@ def test_few_modules_weigh_as_much_as_many():
 
 def test_training_lowers_the_loss_of_every_module_named():
     lenet = LeNetLike(IMAGE, 3, channels=(4,), hidden=(8,), kernel=3)
-    decoder, random = DescribedDecoder(16, hidden=16), torch.Generator().manual_seed(0)
+    decoder, random = DescribedDecoder(16, hidden=16), generator()
     x, z = torch.randn(30, *IMAGE, generator=random), torch.randn(5, 16, generator=random)
     wanted = (x[:, 0, 0, 0] > 0).long()
 
