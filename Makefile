@@ -4,7 +4,7 @@ SHELL := bash
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help tutorial seeds test test-fast lint format lab bench gpu mutate clean
+.PHONY: help tutorial seeds test test-fast lint format lab badges bench gpu mutate clean
 
 help:
 	@echo "make tutorial   run the notebooks in order into build/notebooks/ and print their results"
@@ -12,6 +12,7 @@ help:
 	@echo "make test       all tests, the whole notebooks included"
 	@echo "make test-fast  most tests: without compiling kernels ahead, notebooks at the smallest sizes"
 	@echo "make lab        open the notebooks in JupyterLab"
+	@echo "make badges REPO=owner/name   let every notebook open in Colab from there on GitHub"
 	@echo "make bench      time the kernels beside a loop, vmap and torch.compile"
 	@echo "make gpu        on a machine with a GPU: tests, benchmarks and notebooks, tables in build/gpu/"
 	@echo "make mutate     leave out each move to a device in turn and see that a test turns red"
@@ -48,6 +49,9 @@ format: $(READY)
 
 lab: $(READY)
 	$(BIN)/jupyter lab notebooks
+
+badges: $(READY)
+	$(BIN)/python notebooks/badges.py $(REPO)
 
 bench: $(READY)
 	$(BIN)/python -m netspace_lite.kernels.bench

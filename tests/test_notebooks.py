@@ -21,7 +21,8 @@ def texts(book):
 
 
 def code(book):
-    return [cell for cell in book.cells if cell.cell_type == "code" and cell.source.strip()]
+    cells = [cell for cell in book.cells if cell.id != "install"]  # what `make badges` writes
+    return [cell for cell in cells if cell.cell_type == "code" and cell.source.strip()]
 
 
 def number(book):
