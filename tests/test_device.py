@@ -11,6 +11,8 @@ from netspace_lite.kernels import backend
 from pretend_cuda import CudaTensor, pretend_cuda
 from sklearn.mixture import GaussianMixture
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from toy import generator, small_nets, toy_data
 
 import netspace_lite as ns
@@ -344,6 +346,72 @@ def test_the_space_and_its_nets_move(worlds):
             space.encode(w.zoo)
         with pytest.raises(ValueError, match="on cpu.*on cuda"):
             w.zoo.to("cuda").outputs(w.x)
+
+
+class Waits(TorchDispatchMode):
+    """Collects operations for which a CPU waits for its GPU: they can't be in a CUDA graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, leaves = func.overloadpacket.__name__, tree_leaves((args, kwargs))
+        places = {t.is_cuda for t in leaves if isinstance(t, torch.Tensor) and t.dim()}
+        places |= {d.type != "cpu" for d in leaves if isinstance(d, torch.device)}
+        masked = name.startswith("index") and any(
+            t.dtype == torch.bool for t in leaves if isinstance(t, torch.Tensor)
+        )
+        if len(places) > 1 or masked or name in ("_local_scalar_dense", "nonzero", "equal"):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+WAITING = {
+    "a number": lambda cuda, cpu: cuda.sum().item(),
+    "a decision": lambda cuda, cpu: bool(cuda.sum() > 0),
+    "a mask": lambda cuda, cpu: cuda[cuda > 0],
+    "a list": lambda cuda, cpu: (cuda > 0).nonzero(),
+    "copied in": lambda cuda, cpu: cpu.to("cuda"),
+    "copied out": lambda cuda, cpu: cuda.cpu(),
+    "an index": lambda cuda, cpu: cuda[torch.tensor([1, 0])],
+}
+
+
+@pytest.mark.parametrize("case", WAITING)
+def test_what_waits_for_the_gpu_is_seen(case):
+    with pretend_cuda():
+        cuda, cpu = torch.randn(3, 3).to("cuda"), torch.randn(3, 3)
+        with Waits() as waits:
+            assert (cuda @ cuda).relu().is_cuda
+            assert waits.found == []
+            WAITING[case](cuda, cpu)
+    assert waits.found
+
+
+@pytest.mark.parametrize(
+    "module", [*NETS, normed(), ns.Siren(8), Shifts()], ids=lambda module: type(module).__name__
+)
+@pytest.mark.parametrize("per_net", [False, True], ids=["shared", "per net"])
+def test_a_step_waits_for_no_gpu_once_its_way_is_chosen(module, per_net):
+    """So that it can be captured in a CUDA graph: forward and backward."""
+    with pretend_cuda(), backend("torch"):
+        batched = ns.Batched(module)
+        rows = (0.3 * torch.randn(3, batched.layout.size, generator=generator())).to("cuda")
+        sample = (3,) if isinstance(module, ns.Siren) else (1, 8, 8)
+        x = torch.randn(*[3] * per_net, 5, *sample, generator=generator()).to("cuda")
+        running = batched.initial_running(3).to("cuda") if batched.running.size else None
+        rows.requires_grad_()
+
+        def step():
+            return torch.autograd.grad(batched(rows, x, per_net, running).square().sum(), rows)
+
+        first = step()
+        with Waits() as waits:
+            (grad,) = step()
+        assert waits.found == []
+        assert grad.cpu().any()
+        torch.testing.assert_close(grad.cpu(), first[0].cpu())
 
 
 MISTAKES = {

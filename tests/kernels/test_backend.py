@@ -9,6 +9,7 @@ import torch
 from netspace_lite.kernels import backend
 from netspace_lite.kernels.backend import INTERPRETED, current_backend, use_triton
 
+import netspace_lite as ns
 from netspace_lite import kernels
 
 
@@ -97,6 +98,32 @@ def test_auto_takes_triton_on_a_gpu():
     torch.testing.assert_close(
         kernels.batched_linear(x, x, precision="ieee"), torch.bmm(x, x.mT), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["torch", "triton"])
+@pytest.mark.parametrize("net", ["LeNetLike", "VanillaCNN", "ResNet8"])
+def test_a_cuda_graph_of_a_step_gives_what_the_step_gives(name, net):
+    """What a step would wait for is looked for without a GPU, too: tests/test_device.py."""
+    batched = ns.Batched(ns.lite_net(net, (1, 8, 8), 10))
+    rows = 0.1 * torch.randn(4, batched.layout.size, device="cuda")
+    x, rows = torch.randn(8, 1, 8, 8, device="cuda"), rows.requires_grad_()
+
+    def step():
+        return torch.autograd.grad(batched(rows, x).square().sum(), rows)[0]
+
+    with backend(name):
+        aside = torch.cuda.Stream()
+        with torch.cuda.stream(aside):
+            step()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            grad = step()
+        with torch.no_grad():
+            rows.mul_(1.5)  # the graph reads the same memory
+        graph.replay()
+        torch.testing.assert_close(grad, step(), rtol=1e-4, atol=1e-4)
 
 
 def test_torch_compile(device):
