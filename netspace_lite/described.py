@@ -142,6 +142,6 @@ class DescribedDistillation:
         total = 0
         for a in torch.randperm(len(self.batched), generator=generator)[: self.kinds].tolist():
             n = torch.randint(len(self.z), (self.nets,), generator=generator)
-            nets = decoder.decode(self.z[n], self.batched[a])
+            nets = decoder.decode(self.z[n.to(self.z.device)], self.batched[a])
             total = total + self.loss(nets, generator).mean() / min(self.kinds, len(self.batched))
         return total

@@ -44,16 +44,15 @@ def mean_net(zoo: Nets, nets: Nets) -> Nets:
 
 def nearest_by_weights(zoo: Nets, nets: Nets) -> Nets:
     """Baseline: for each of ``nets`` the zoo's net with the closest weights."""
-    rows, others = (rows.double() for rows in _alike(zoo, nets))  # or close nets are mixed up
+    rows, others = _alike(zoo, nets)
     return Nets(zoo.batched, zoo.rows[torch.cdist(others, rows).argmin(1)])
 
 
 def _alike(zoo: Nets, nets: Nets) -> tuple[Tensor, Tensor]:
-    """Rows of both in at least fp32, if their weights can be compared."""
+    """Rows of both, if their weights can be compared; in fp64, or close nets are mixed up."""
     if zoo.batched.fingerprint != nets.batched.fingerprint:
         raise ValueError(f"{nets!r} and {zoo!r} compute something else: no comparing their weights")
-    wide = torch.promote_types(zoo.rows.dtype, torch.float32)
-    return zoo.rows.to(wide), nets.rows.to(wide)
+    return zoo.rows.double(), nets.rows.double()
 
 
 def nearest_by_answers(zoo_answers: Tensor, answers: Tensor, zoo: Nets) -> Nets:
@@ -131,7 +130,7 @@ def averages(zoo: Nets, n: int, of: int = 2, seed: int = 0) -> Nets:
         raise ValueError(f"{n} averages of {of} nets each can't be drawn from {len(zoo)}")
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.stack([torch.randperm(len(zoo), generator=generator)[:of] for _ in range(n)])
-    return Nets(zoo.batched, zoo.rows[chosen.to(zoo.rows.device)].mean(1))
+    return Nets(zoo.batched, zoo.rows[chosen].mean(1))
 
 
 def readout(x: Tensor, y: Tensor, held_x: Tensor, held_y: Tensor) -> tuple[Tensor, float]:

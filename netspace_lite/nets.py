@@ -46,7 +46,7 @@ class Nets:
         return len(self.rows)
 
     def _at(self, n: Tensor) -> "Nets":
-        return Nets(self.batched, self.rows[n.to(self.rows.device)])
+        return Nets(self.batched, self.rows[n])
 
     def __getitem__(self, index) -> "Nets":
         index = index.cpu() if isinstance(index, Tensor) else index
@@ -168,8 +168,7 @@ class MixedNets:
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """Values of each group's nets, [N_g, ...] each, in the common order: [N, ...]."""
-        joined = torch.cat(list(parts))
-        return joined[self._order.to(joined.device)]
+        return torch.cat(list(parts))[self._order]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Outputs [N, B, ...] of all nets on shared x [B, ...], differentiable."""

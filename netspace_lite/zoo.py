@@ -201,9 +201,8 @@ class Zoo(Nets):
         scores = {name: values[n] for name, values in self.scores.items()}
         recipes = None if self.recipes is None else [self.recipes[i] for i in n.tolist()]
         losses = None if self.losses is None else self.losses[n]
-        rows = self.rows[n.to(self.rows.device)]
         about = {k: v for k, v in self.about.items() if k != "recipes"}  # those are of the whole
-        return Zoo(self.batched, rows, scores, recipes, losses, self.members[n], about)
+        return Zoo(self.batched, self.rows[n], scores, recipes, losses, self.members[n], about)
 
     def scored(self, task: Task) -> "Zoo":
         """The same nets, where the task's data is, with the scores that ``task`` gives them."""

@@ -24,6 +24,7 @@ MOVES = {aten.copy_.default, aten.copy.default, aten._to_copy.default, aten.fill
 INDEXING = {aten.index.Tensor, aten._unsafe_index.Tensor}
 INDEXING |= {aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 JOINS = {aten.cat.default, aten.stack.default}  # no scalar of another device is let in
+_strict = False
 MIXED = (
     "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"
 )
@@ -98,6 +99,9 @@ def check(func, args, kwargs, to_cuda: bool) -> None:
             raise RuntimeError(
                 f"indices should be either on cpu or on the device of {func}'s tensor"
             )
+        places = [t for t in args[1] if isinstance(t, torch.Tensor) and t.dim()]
+        if _strict and isinstance(args[0], CudaTensor) and not all(t.is_cuda for t in places):
+            raise RuntimeError("a CPU index into a cuda tensor is copied there each time")
         tensors = [args[0], *(t for t in args[2:3] if isinstance(t, torch.Tensor))]
     written = func._schema.is_mutable and tensors and tensors[0].dim() == 0  # into a CPU scalar
     strict = func in JOINS or (written and not isinstance(tensors[0], CudaTensor))
@@ -180,8 +184,13 @@ def _meta(value):
 
 
 @contextlib.contextmanager
-def pretend_cuda():
-    """Inside the block there is one CUDA device."""
+def pretend_cuda(strict=False):
+    """Inside the block there is one CUDA device.
+
+    It allows what CUDA allows; a ``strict`` one refuses CPU indices into CUDA tensors, too, for
+    which CUDA makes a copy in every operation that is given them.
+    """
+    global _strict
     answers = {
         "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0,
         "synchronize": lambda device=None: None, "_lazy_init": lambda: None,
@@ -190,5 +199,9 @@ def pretend_cuda():
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
     }  # fmt: skip
     no_cudnn = mock.patch("torch.backends.cudnn.is_acceptable", return_value=False)
-    with mock.patch.multiple(torch.cuda, **answers), no_cudnn, Names(), Operations():
-        yield
+    before, _strict = _strict, strict
+    try:
+        with mock.patch.multiple(torch.cuda, **answers), no_cudnn, Names(), Operations():
+            yield
+    finally:
+        _strict = before

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from toy import generator, small_nets, toy_data
 
 import netspace_lite as ns
+from netspace_lite.optimiser import inverse_root
 
 NETS = small_nets()[:3]
 RECIPES = [ns.Recipe(seed, 5 - seed) for seed in range(4)]
@@ -328,7 +329,15 @@ def test_results_stay_where_the_nets_are(worlds):
         score = lambda nets: nets(w.x).mean((1, 2))  # noqa: E731
         found = ns.optimise(w.space, w.z[:2], w.loss, score, **options)
         drawn = ns.sample(w.z, 5), ns.Gaussian(w.z).sample(5)
-    for tensor in (w.zoo.scores["val_accuracy"], w.zoo.losses, w.zoo.members, *figures):
+        chosen = w.zoo[w.zoo.rows[:, 0] > w.zoo.rows[:, 0].mean()]  # by a mask that is there, too
+    assert 0 < len(chosen) < len(w.zoo)
+    for tensor in (
+        w.zoo.finite(),
+        w.zoo.scores["val_accuracy"],
+        w.zoo.losses,
+        w.zoo.members,
+        *figures,
+    ):
         assert not tensor.is_cuda
     assert not found.score.is_cuda
     for tensor in (*drawn, found.best):
@@ -346,6 +355,40 @@ def test_the_space_and_its_nets_move(worlds):
             space.encode(w.zoo)
         with pytest.raises(ValueError, match="on cpu.*on cuda"):
             w.zoo.to("cuda").outputs(w.x)
+
+
+STEPPED = {
+    "Distillation": lambda w: ns.Distillation(w.space, w.zoos, w.seen, nets=4, samples=3),
+    "teacher": lambda w: ns.TeacherDistillation(w.space, w.zoos, w.loss),
+    "names": lambda w: ns.ArchitectureClassification(w.space, w.zoos, 6, translated=True),
+    "lines": lambda w: ns.Interpolation(w.space, w.zoos, w.loss, nets=2, named=4, apart=1),
+}
+
+
+@pytest.mark.parametrize("name", STEPPED)
+def test_a_step_copies_what_it_draws_once(worlds, name):
+    """Not in every operation that is given an index, as CUDA would."""
+    w = worlds[1]
+    with pretend_cuda(), backend("torch"):
+        objective = STEPPED[name](w)
+        objective(w.space, generator())  # which reads the zoos
+        with pretend_cuda(strict=True):
+            assert objective(w.space, generator()).is_cuda
+
+
+def test_batches_and_losses_copy_what_they_draw_once(worlds):
+    w = worlds[1]
+    with pretend_cuda(), backend("torch"):
+        like = ns.LikenessLoss(w.zoo, w.seen, samples=3)
+        own = w.seen[:8].expand(4, 8, 1, 8, 8)
+        per_net = ns.LikenessLoss(w.zoo, own, per_net=True, samples=3)
+        described = ns.DescribedDistillation(NETS[:1], w.z, w.loss)
+        decoder = ns.DescribedDecoder(6, 8, ns.Largest.of(NETS)).to("cuda")
+    with pretend_cuda(strict=True), backend("torch"):
+        assert all(part.is_cuda for part in w.task.batch(RECIPES, torch.arange(4), 0))
+        for loss in (w.loss, like, per_net):
+            assert loss(w.zoo, generator()).is_cuda
+        assert described(decoder, generator()).is_cuda
 
 
 class Waits(TorchDispatchMode):
@@ -414,6 +457,24 @@ def test_a_step_waits_for_no_gpu_once_its_way_is_chosen(module, per_net):
         torch.testing.assert_close(grad.cpu(), first[0].cpu())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_what_takes_more_digits_on_the_way_gives_the_dtype_back(worlds, dtype):
+    """Factors of matrices and distances, which PyTorch doesn't compute in half precision."""
+    zoo, z = worlds[0].zoo, worlds[0].z[:4]
+    short = ns.Nets(zoo.batched, zoo.rows.to(dtype))
+    density, found = ns.Gaussian(z.to(dtype)), ns.invariants(zoo.layout, short.rows)
+    assert {density.axes.dtype, density.spread.dtype, density(z.to(dtype)).dtype} == {dtype}
+    torch.testing.assert_close(density(z.to(dtype)).float(), ns.Gaussian(z)(z), rtol=0.1, atol=0.1)
+    assert found.dtype == dtype
+    expected = ns.invariants(zoo.layout, zoo.rows)
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02 * expected.std())
+    assert torch.equal(ns.nearest_by_weights(short, short[1:]).rows, short.rows[1:])
+    assert ns.nearest_by_weights(zoo, short).rows.dtype == torch.float32
+    matrix = torch.randn(20, 16, generator=generator())
+    root = inverse_root(matrix.to(dtype)).double()
+    torch.testing.assert_close(root, inverse_root(matrix.double()), rtol=0.02, atol=0.02)
+
+
 MISTAKES = {
     "mixed": lambda cuda, cpu: cuda + cpu,
     "matrices": lambda cuda, cpu: cpu @ cuda.T,
@@ -453,6 +514,16 @@ ALLOWED = {
     "moved": lambda cuda, cpu: nn.Linear(3, 2).to(cuda.device)(cuda),
     "to another": lambda cuda, cpu: cpu.to(cuda),
 }
+
+
+def test_a_strict_pretence_refuses_indices_that_are_copied():
+    with pretend_cuda():
+        cuda, index = torch.randn(3, 3).to("cuda"), torch.tensor([2, 0])
+        with pretend_cuda(strict=True):
+            with pytest.raises(RuntimeError, match="CPU index"):
+                cuda[index]
+            assert cuda[index.to("cuda")].shape == cuda[1:].shape
+        assert cuda[index].is_cuda
 
 
 @pytest.mark.parametrize("case", ALLOWED)

@@ -60,3 +60,14 @@ def test_results_are_the_same_on_another_device(monkeypatch):
     assert devices == {name: "cpu" if name in on_cpu else "cuda" for name in expected}
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_batches_are_copied_once_and_scores_lie_on_the_cpu(monkeypatch):
+    monkeypatch.setenv("NETSPACE_BACKEND", "torch")
+    recipes, members = shape_recipes(3, steps=2), torch.arange(3)
+    with pretended.pretend_cuda():
+        task = ShapeTask(sample_chairs(draw_chairs(3), 64).to("cuda"), 16)
+        nets = train_zoo(NET, task, recipes, progress=False)
+        assert not any(score.is_cuda for score in task.scores(nets, members).values())
+    with pretended.pretend_cuda(strict=True):
+        assert all(part.is_cuda for part in task.batch(recipes, members, 0))

@@ -72,8 +72,8 @@ class ShapeTask:
         size = self.batch_size // 2
         epoch, position = divmod(step, self._half // size)
         orders = [self._orders(r.seed, epoch)[position * size :][:size] for r in recipes]
-        inside, shape = torch.stack(orders), members[:, None]
-        index = torch.cat([inside, inside + self._half], dim=1)  # [N, B]
+        inside, shape = torch.stack(orders), members.to(self.device)[:, None]
+        index = torch.cat([inside, inside + self._half], dim=1).to(self.device)  # [N, B]
         return self.samples.points[shape, index], self.samples.sdf[shape, index]
 
     def schedule(self, progress: Tensor) -> Tensor:
