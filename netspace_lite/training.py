@@ -482,6 +482,6 @@ def _resume(folder, plan, space, optimiser, generator) -> tuple[list, dict[str, 
         for number, p in enumerate(optimiser.param_groups[0]["params"]):
             if number in state:
                 wanted, given = optimiser.initial(p), state[number]
-                state[number] = {k: given[k].to(v).reshape(v.shape) for k, v in wanted.items()}
+                state[number] = {k: given[k].reshape(v.shape) for k, v in wanted.items()}
         optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
     return history, best

@@ -576,7 +576,7 @@ class _Blocks:
             rows = found["rows"].view(len(recipes), self.batched.layout.size)
             start = _state(self.batched, {"rows": rows}, recipes[0].steps)
             found = {name: start[name] for name in ADAM} | found
-            state = {k: found[k].reshape(v.shape).to(v.dtype) for k, v in start.items()}
+            state = {k: found[k].reshape(v.shape) for k, v in start.items()}
         if not 0 <= state["step"] <= recipes[0].steps:
             what = f"{self.folder} holds a block at step {state['step']} of {recipes[0].steps}"
             raise ValueError(f"{what}: delete it")
@@ -613,4 +613,4 @@ def _folded(batched: Batched, rows: Tensor, running: Tensor) -> tuple[Batched, T
         module.load_state_dict(parameters | running, strict=False)
         nets.append(fold_batchnorm(module))
     folded = Batched(nets[0])
-    return folded, folded.layout.pack(nets).to(rows)
+    return folded, folded.layout.pack(nets)

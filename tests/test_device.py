@@ -1,5 +1,6 @@
 """Nothing forgets its device: on a pretended CUDA device the core gives what it does on the CPU."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -457,6 +458,26 @@ def test_a_step_waits_for_no_gpu_once_its_way_is_chosen(module, per_net):
         torch.testing.assert_close(grad.cpu(), first[0].cpu())
 
 
+class ScoresThere(ns.ImageTask):
+    """A task whose scores lie where its images do."""
+
+    def scores(self, nets, members):
+        return {"spread": nets.rows.std(1)}
+
+
+def test_what_lies_on_the_gpu_is_fetched(worlds):
+    """Scores, modules to be made anew, and what an error names."""
+    w = worlds[1]
+    with pretend_cuda(), backend("torch"):
+        assert not w.zoo.scored(ScoresThere(w.data)).scores["spread"].is_cuda
+        module = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+        expected = ns.initial_rows(module, [3])
+        assert torch.equal(ns.initial_rows(module.to("cuda"), [3]), expected)
+        spoilt = ns.Distillation(w.space, w.zoos, w.seen, loss=lambda o, t, s: o.sum((1, 2)) / 0)
+        with pytest.raises(ValueError, match="losses of nets .* are not finite"):
+            spoilt(w.space, generator())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_what_takes_more_digits_on_the_way_gives_the_dtype_back(worlds, dtype):
     """Factors of matrices and distances, which PyTorch doesn't compute in half precision."""
@@ -470,6 +491,7 @@ def test_what_takes_more_digits_on_the_way_gives_the_dtype_back(worlds, dtype):
     torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02 * expected.std())
     assert torch.equal(ns.nearest_by_weights(short, short[1:]).rows, short.rows[1:])
     assert ns.nearest_by_weights(zoo, short).rows.dtype == torch.float32
+    assert ns.initial_rows(copy.deepcopy(NETS[0]).to(dtype), [0]).dtype == dtype
     matrix = torch.randn(20, 16, generator=generator())
     root = inverse_root(matrix.to(dtype)).double()
     torch.testing.assert_close(root, inverse_root(matrix.double()), rtol=0.02, atol=0.02)
