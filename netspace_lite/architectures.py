@@ -8,10 +8,12 @@ saved zoo can build it again from its JSON file.
 import copy
 import inspect
 import math
+import random
 from contextlib import contextmanager
 from functools import partial, wraps
 from threading import RLock
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -21,14 +23,33 @@ _ALONE = RLock()
 
 @contextmanager
 def own_randomness(seed: int | None = None, devices=()):
-    """Within, PyTorch's random numbers follow ``seed``; afterwards they go on as if nothing was.
+    """Within, random numbers follow ``seed``; afterwards they go on as if nothing was.
 
-    One thread at a time: generators, and what traces a module, are those of the whole process.
+    Those of PyTorch, NumPy and Python. One thread at a time: generators, and what traces a module,
+    are those of the whole process.
     """
     with _ALONE, torch.random.fork_rng(devices):
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)
-        yield
+        before = random.getstate(), np.random.get_state()
+        try:
+            if seed is not None:
+                follow(seed)
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+
+
+def follow(seed: int) -> None:
+    """Let the random numbers of PyTorch on the CPU, NumPy and Python start from ``seed``."""
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def drawn() -> tuple:
+    """Where the random numbers of PyTorch on the CPU, NumPy and Python are."""
+    states = torch.get_rng_state().numpy().tobytes(), str(np.random.get_state())
+    return *states, random.getstate()
 
 
 def architecture(cls):

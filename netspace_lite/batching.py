@@ -20,9 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.func import functional_call, vmap
-from torch.overrides import TorchFunctionMode
 
-from .architectures import Sine, Siren, build, describe, name_of, own_randomness
+from .architectures import Sine, Siren, build, describe, drawn, name_of, own_randomness
 from .fingerprint import structure
 from .folding import CONVOLUTIONS, Affine, affine, statistics
 from .kernels import backend, batched_conv2d, batched_linear, siren_mlp
@@ -31,9 +30,9 @@ from .kernels.cpu import channels_last, nets_per_block
 from .kernels.net import net
 from .kernels.plan import is_plain, translate
 from .layout import Layout, check_rows, one_by_one
+from .trial import NoDropout, Trial, may_lie_innermost, plain_operations
 
 BLOCK = 32  # nets evaluated together: on a CPU, blocks of 16 to 80 nets fit the caches best
-TRIED = 1 << 15  # input values that show which way is right: 512 digits, 10 images of CIFAR-10
 VMAPPED = 1 << 20  # input values of all nets that vmap takes at a time: attention makes much of few
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -125,68 +124,51 @@ class Batched:
         views = self.layout.views(rows)
         return views if running is None else views | self.running.views(running)
 
-    @torch.no_grad()
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def _choose(self, mode: "_Mode", rows: Tensor, x: Tensor, per_net: bool) -> str:
-        """The fastest way that gives what plain modules give, on two nets and some samples.
+        """The fastest way that gives what plain modules give, see `_Trial`.
 
-        Trying it shows what a trace can't, such as an operation that mixes samples; nets or inputs
-        that are alike would hide it. Dropout is off meanwhile. What is random all the same can't be
-        compared: that is vmap's.
+        Dropout is off meanwhile. What is random all the same can't be compared: that is vmap's.
+        Raises ValueError where no way gives it.
         """
-        good = rows.detach()[rows.detach().isfinite().all(1)][:2]
-        if len(good) == 0:
-            return "loop"  # nets that aren't finite show nothing: the next call looks again
-        if len(good) == 1 or torch.equal(*good):
-            good = torch.stack([good[0], good[0].flip(0)])
-        x, reasons = (x[0] if per_net else x).detach(), []
-        x = x[: max(3, TRIED // x[0].numel())]
-        x = torch.cat([x, x.roll(1, -1)]) if len(x) == 1 else x  # one hides what mixes samples
-        x = torch.stack([x, x.roll(1, -1)]) if per_net else x
-
-        def run(way, x):
-            running = self.initial_running(len(good)).to(good) if mode.training else None
-            out = getattr(mode, way)(self._views(good, running), x, per_net)
-            return torch.cat([out.flatten(1), running], 1) if mode.training else out
-
-        with own_randomness(devices=[x.device] * x.is_cuda), backend("torch"), _NoDropout():
-            self._watch(mode, functools.partial(run, "loop"), x)
-            expected = run("loop", x)
-            if not expected.isfinite().all():
-                return "loop"
-            random = mode.training and not _close(run("loop", x), expected)
+        trial, reasons, way = Trial.of(self, mode, rows, x, per_net), [], "loop"
+        if trial is None:  # nets that aren't finite show nothing: the next call looks again
+            return way
+        with own_randomness(devices=[x.device] * x.is_cuda), backend("torch"), NoDropout():
+            trial = trial.exact()
+            trial.watch()
+            expected, before = trial.plain(), drawn()
+            if not expected[0].isfinite().all():
+                return way
+            random = not trial.close(trial.plain(), expected) or drawn() != before
+            if not random and not trial.close(trial.run("loop"), expected):
+                what = f"{name_of(self.module)} has other answers or gradients with parameters that"
+                cure = "does it keep some in a list, or compute parts anew for the gradient?"
+                raise ValueError(f"{what} it is handed than with its own: {cure}")
             for way in ("interpreted", "vmap"):
-                reason = "its operations mix samples, draw at random or depend on the batch size"
+                reason = "its operations mix samples, draw at random, depend on the batch size or "
+                reason += "have gradients of their own"
+                by_chance = random and mode.training and way == "vmap"
                 try:
-                    found = run(way, x)
-                    alike = found.shape == expected.shape
-                    if alike and ((random and way == "vmap") or _close(found, expected)):
+                    found = trial.run(way)
+                    if trial.close(found, expected) or (by_chance and trial.alike(found, expected)):
                         break
                 except Exception as error:  # the user's code runs on what it never expected
                     reason = str(error).partition("\n")[0] or repr(error)
                 reasons.append(reason)
             else:
                 way = "loop"
-            with contextlib.suppress(Exception):  # the user's, who may read memory as it lies
-                mode.may_reorder = _close(run("innermost", x), expected)
+            if way == "interpreted" and may_lie_innermost(self.module):
+                with contextlib.suppress(Exception):  # the user's, who may read memory as it lies
+                    mode.may_reorder = trial.close(trial.run("innermost"), expected)
+        mode.changes_inputs = trial.mode.changes_inputs
         if reasons:
             how = "one net after the other" if way == "loop" else "through torch.func.vmap"
             text = f"{name_of(self.module)} runs {how}, which is slower: {'; '.join(reasons)}"
             warnings.warn(text, stacklevel=4)
         self._ways[mode.training, per_net] = way
         return way
-
-    def _watch(self, mode: "_Mode", run, x: Tensor) -> None:
-        """See what plain modules change as they run: their inputs, or buffers, which is refused."""
-        mode.changes_inputs = False
-        with torch.inference_mode(False):  # which counts no changes
-            given = x.clone()
-        held = [(n, b, b.clone()) for n, b in mode.module.named_buffers()]
-        run(given)
-        mode.changes_inputs = given._version > 0
-        for n, b, before in held:
-            if b.is_floating_point() and not torch.equal(b, before):
-                what = f"{name_of(self.module)} changes its buffer {n!r}, one for all nets"
-                raise ValueError(f"{what}: hold what a net keeps in a norm of PyTorch's")
 
 
 def check_inputs(rows: Tensor, x: Tensor, per_net: bool) -> None:
@@ -214,39 +196,6 @@ def _statistics_layout(module: nn.Module) -> Layout:
     return Layout(tuple(shapes), tuple(shapes.values()))
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    """Equal up to what the dtype can tell, in units of the largest value."""
-    tolerance = 2 * torch.finfo(expected.dtype).eps ** 0.5
-    scale = float(expected.abs().max()) if expected.numel() else 1.0
-    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance * scale)
-
-
-class _NoDropout(TorchFunctionMode):
-    """Functions that drop values at random give back what they were given."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        if name.endswith(("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d")):
-            return args[0]
-        if name == "scaled_dot_product_attention":
-            args, kwargs = args[:4], {**kwargs, "dropout_p": 0.0}
-        return func(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def _plain_operations():
-    """Transformer layers without their fused path, which has no gradient and no batching; and
-    nothing said of single operations that vmap has to loop over."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "There is a performance drop")
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
 class _Mode:
     """A module in training or evaluation on one device in one dtype: its graph and ways to run it.
 
@@ -258,11 +207,10 @@ class _Mode:
         self.may_reorder = False  # whether images can have their channels innermost
         self.changes_inputs = True  # whether steps in place may change the caller's
         # A bare layer has a name in it, and options are left out. Tracing leaves proxies behind.
-        root, drawn = nn.Sequential(copy.deepcopy(self.module)), torch.get_rng_state()
+        root, before = nn.Sequential(copy.deepcopy(self.module)), drawn()
         try:
             self.graph = _trace(root)
-            if not torch.equal(drawn, torch.get_rng_state()):
-                torch.set_rng_state(drawn)
+            if drawn() != before:
                 self.graph = "a trace would keep what it draws at random"
         except Exception as error:  # tracing runs the user's code on proxies
             self.graph = f"it can't be traced ({str(error).partition(chr(10))[0]})"
@@ -298,7 +246,7 @@ class _Mode:
     def _own(self, x: Tensor) -> Tensor:
         return x.clone() if self.changes_inputs else x
 
-    @_plain_operations()
+    @plain_operations()
     def vmap(self, views: dict[str, Tensor], x: Tensor, per_net: bool) -> Tensor:
         """Through PyTorch's own batching."""
         if any(getattr(part, "padding_idx", None) is not None for part in self.module.modules()):
@@ -306,7 +254,7 @@ class _Mode:
         one_net, axes = functools.partial(functional_call, self.module), (0, 0 if per_net else None)
         return vmap(one_net, axes, randomness="different")(views, self._own(x))
 
-    @_plain_operations()
+    @plain_operations()
     def loop(self, views: dict[str, Tensor], x: Tensor, per_net: bool) -> Tensor:
         """One net after the other, as its plain module."""
         nets = zip(one_by_one(views), x if per_net else itertools.repeat(x), strict=False)

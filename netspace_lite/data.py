@@ -44,6 +44,9 @@ class Images:
     def __getitem__(self, index) -> "Images":
         return Images(self.x[index], self.y[index])
 
+    def __getattr__(self, name: str):
+        raise AttributeError(f"Images have .x and .y and no {name!r}: does it take an ImageData?")
+
     def to(self, device) -> "Images":
         """The same images on another device."""
         return Images(self.x.to(device), self.y.to(device))
@@ -70,6 +73,10 @@ class ImageData:
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         return tuple(self.train.x.shape[1:])
+
+    def __getattr__(self, name: str):
+        what = f"ImageData has .train, .val and .test, which have .x and .y, and no {name!r}"
+        raise AttributeError(f"{what}: give one of them, or ImageTask(data) where a task is wanted")
 
     def to(self, device) -> "ImageData":
         """The same data on another device; zoos and spaces are trained where their images are."""
@@ -191,8 +198,13 @@ def _split(name, x, y, x_test, y_test, seed, val=0.2) -> ImageData:
     if val < 0 or held >= len(y):
         raise ValueError(f"{name}: {len(y)} training images can't spare {held} to validate on")
     train, held_out = order[held:], order[:held]
+    if lost := set(y.tolist()) - set(y[train].tolist()):
+        what = f"all images of classes {sorted(lost)} went to validation"
+        raise ValueError(f"{name}: {what}: give more of them, or take another seed")
     mean = x[train].mean((0, 2, 3), np.float64, keepdims=True).astype(x.dtype)  # fp32 would drift
     std = x[train].std() + 1e-8
+    if not np.isfinite(std) or x[train].min() == x[train].max():
+        raise ValueError(f"{name}: training images with a spread of {std:.2g} show nothing")
 
     def images(x, y):
         x = torch.from_numpy(((x - mean) / std).astype(np.float32))

@@ -59,6 +59,9 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
         cure = "take its pruning or weight norm off first (torch.nn.utils has what removes them)"
         raise ValueError(f"{type(module).__name__} can't be copied ({error}): {cure}") from error
     norms = statistics(folded)
+    for name, norm in norms.items():
+        if norm._forward_hooks or norm._forward_pre_hooks:
+            raise ValueError(f"norm {name!r} has hooks, which folding would lose: take them off")
     for name, layer in _layers_before(folded, norms).items() if norms else ():
         before, norm = folded.get_submodule(layer), norms.pop(name)
         _replace(before, fuse_conv_bn_eval(before, norm))
@@ -98,6 +101,7 @@ def _layers_before(module: nn.Module, norms: dict) -> dict[str, str]:
             before = module.get_submodule(layer.target)
             alone = all(tied.count(id(p)) == 1 for p in before.parameters())
             once = calls.count(norm) == calls.count(layer.target) == 1
-            if type(before) in CONVOLUTIONS and alone and once:
+            hooked = before._forward_hooks or before._forward_pre_hooks
+            if type(before) in CONVOLUTIONS and alone and once and not hooked:
                 found[norm] = layer.target
     return found

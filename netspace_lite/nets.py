@@ -184,7 +184,7 @@ class MixedNets:
 
 
 def classes(outputs: Tensor) -> Tensor:
-    """The class that each answer stands for: logits [N, B, K] -> [N, B].
+    """The class that each answer stands for: logits [N, B, K] -> [N, B]; -1 if not finite.
 
     Raises ValueError for answers that are no logits of two classes or more: the largest of one
     value is always the first, and all nets would agree.
@@ -192,7 +192,7 @@ def classes(outputs: Tensor) -> Tensor:
     if outputs.dim() != 3 or outputs.shape[-1] < 2:
         given = f"answers of shape {list(outputs.shape)}"
         raise ValueError(f"{given} are no logits [N, B, K] of K ≥ 2 classes: measure them yourself")
-    return outputs.argmax(-1)
+    return outputs.argmax(-1).where(outputs.isfinite().all(-1), -1)  # or NaN would be class 0
 
 
 def correct(outputs: Tensor, y: Tensor) -> Tensor:

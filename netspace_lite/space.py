@@ -143,7 +143,7 @@ class Decoder(nn.Module):
         self.hidden = nn.Linear(config.embedding, config.hidden)
         self.heads = nn.ModuleList([nn.Linear(config.hidden, len(b), bias=False) for b in bases])
         self.bias = nn.ParameterList([base.clone() for base in bases])
-        self.scale = nn.ParameterList([torch.full_like(b, float(b.std())) for b in bases])
+        self.scale = nn.ParameterList([torch.full_like(b, _spread(b)) for b in bases])
 
     def forward(self, z: Tensor, architecture: int = 0) -> Tensor:
         h = F.leaky_relu(self.hidden(z))  # [N, hidden]
@@ -163,12 +163,15 @@ class NetSpace(nn.Module):
     Build it with `NetSpace.for_zoos`, which also measures the zoos' weight statistics.
     """
 
+    @torch.inference_mode(False)
     def __init__(self, modules, inputs: Tensor, config: SpaceConfig | None = None, seed: int = 0):
         super().__init__()
         self.config, self.seed = config or SpaceConfig(), int(seed)
         config, answers = self.config, 0
         if not inputs.is_floating_point():
             raise ValueError(f"inputs should be floats, as load_images makes them: {inputs.dtype}")
+        if config.probes:
+            check_finite(inputs, "inputs")
         if not (config.weights or config.probes):
             raise ValueError("an encoder needs weights=True, or probes > 0, to read anything")
         known = {"parts": ("ours", "paper"), "weights": (True, False, "invariants")}
@@ -237,7 +240,7 @@ class NetSpace(nn.Module):
             scores = getattr(zoo, "scores", {}).get("val_accuracy", torch.zeros(len(zoo)))
             base = rows[scores.nan_to_num(-torch.inf).argmax()]
             space.decoder.bias[a].data.copy_(base)
-            space.decoder.scale[a].data.fill_(base.std())
+            space.decoder.scale[a].data.fill_(_spread(base))
             rows = space._weights(rows, a)
             size = rows.shape[1]
             getattr(space, f"mean{a}").flatten()[:size] = rows.mean(0)
@@ -392,6 +395,7 @@ class NetSpace(nn.Module):
         store.save(folder, "space", record, self.state_dict())
 
     @classmethod
+    @torch.inference_mode(False)
     def load(cls, folder, modules=None) -> "NetSpace":
         """Read a space back; ``modules`` are needed for architectures that aren't registered.
 
@@ -414,10 +418,16 @@ class NetSpace(nn.Module):
         return space
 
 
+def _spread(row: Tensor) -> float:
+    """Standard deviation of a net's values; 1 if it has only one, or the same everywhere."""
+    return float(row.std(correction=int(len(row) > 1))) or 1.0
+
+
 def check_finite(values: Tensor, what: str = "nets") -> None:
     """Raise ValueError naming those of N, [N, ...], with NaN or infinity: they would spoil all."""
     bad = (~values.detach().flatten(1).isfinite().all(1)).nonzero()[:, 0].tolist()
     if bad:
+        bad = bad if len(bad) < 50 else f"{bad[:50]} and {len(bad) - 50} more"
         raise ValueError(f"{what} {bad} are not finite: leave them out, by zoo[mask] or a list")
 
 
@@ -436,9 +446,11 @@ def logit_scale(outputs: Tensor) -> Tensor:
     """Root mean square of each net's centred logits [N, B, K]: [N, 1, 1], its natural temperature.
 
     Nets at the start of training have logits a hundred times smaller than trained ones; measured in
-    their own scale, all nets weigh the same in the loss. For K = 1 the values aren't centred.
+    their own scale, all nets weigh the same in the loss. For K = 1 the values aren't centred. 1 for
+    nets whose answers say nothing: in a scale of nearly 0 they would weigh more than all others.
     """
-    return _centred(outputs).square().mean((1, 2), keepdim=True).sqrt().clamp_min(1e-6)
+    scale = _centred(outputs).square().mean((1, 2), keepdim=True).sqrt()
+    return scale.where(scale > 1e-6, 1.0)
 
 
 def normalised_answers(outputs: Tensor) -> Tensor:

@@ -371,8 +371,7 @@ def fit(
     After every ``epoch`` steps ``validate`` scores the space, ``log`` is given the row of numbers,
     and the state with the highest *first* score is kept (NaN counts as the lowest; of an error give
     the negative). With ``folder`` every epoch is saved there and the same call resumes, bit for
-    bit; a finished fit is loaded. Draws follow ``space.seed``; several processes
-    (`netspace_lite.processes`) share each step.
+    bit; a finished fit is loaded. Draws follow ``space.seed``; several `processes` share each step.
 
     Returns the history: one dict of step, seconds, mean loss of the epoch and scores per epoch.
     Raises ValueError naming the step whose loss is not finite, and if ``folder`` holds the fit of
@@ -386,7 +385,8 @@ def fit(
     generator, history, best = torch.Generator().manual_seed(plan["seed"]), [], {}
     folder = None if folder is None else Path(folder).resolve()
     if folder is not None:
-        plan |= {"objective": fingerprint(objective), "validation": fingerprint(validate)}
+        for name, asked in {"objective": objective, "validation": validate}.items():
+            plan[name] = fingerprint(asked, known=[space])  # either may name the space itself
         history, best = _resume(folder, plan, space, optimiser, generator)
     last = history[-1] if history else {"step": 0, "seconds": 0.0}
     first, started = last["step"], time.monotonic() - last["seconds"]

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import store
-from .architectures import build, describe, is_registered, name_of, own_randomness
+from .architectures import build, describe, follow, is_registered, name_of, own_randomness
 from .batching import BLOCK, Batched
 from .data import ImageData
 from .fingerprint import difference, fingerprint, structure
@@ -129,6 +129,8 @@ class ImageTask:
 
     def __init__(self, data: ImageData, batch: int = 64):
         self.data, self.batch_size = data, min(batch, len(data.train))
+        if batch < 1:
+            raise ValueError(f"a batch is at least one image, not {batch}")
         self._orders = Orders(len(data.train))
 
     device = property(lambda self: self.data.train.x.device, doc="Where nets are trained.")
@@ -246,7 +248,8 @@ class Zoo(Nets):
         Raises ValueError naming the first module that computes another function of its weights
         than module 0: other layers, settings, activations or constant buffers.
         """
-        modules = [fold_batchnorm(module) for module in modules]
+        alone = isinstance(modules, nn.Module) and not isinstance(modules, nn.ModuleList)
+        modules = [fold_batchnorm(module) for module in ([modules] if alone else modules)]
         if not modules:
             raise ValueError("no modules: give at least one trained net")
         batched = Batched(modules[0])
@@ -354,9 +357,12 @@ def _unlike(given: Tensor, found: Tensor) -> bool:
 
 def _make(make: Make, seed: int) -> nn.Module:
     """A net of its own, initialised by ``seed``."""
-    torch.default_generator.manual_seed(seed)
-    if not isinstance(make, nn.Module):
-        return copy.deepcopy(make())  # it may be the same one each time
+    follow(seed)
+    made = make if isinstance(make, nn.Module) else make()
+    if any(p._backward_hooks for p in made.parameters()):
+        raise ValueError(f"hooks on gradients of a {name_of(made)}'s parameters would be lost")
+    if made is not make:
+        return copy.deepcopy(made)  # it may be the same one each time
     if is_registered(make):
         built = build(describe(make)).to(next(make.parameters()).dtype)
         if Layout.of(built) == Layout.of(make):  # it may have been changed since it was made
@@ -576,7 +582,7 @@ class _Blocks:
             rows = found["rows"].view(len(recipes), self.batched.layout.size)
             start = _state(self.batched, {"rows": rows}, recipes[0].steps)
             found = {name: start[name] for name in ADAM} | found
-            state = {k: found[k].reshape(v.shape) for k, v in start.items()}
+            state = {k: found[k].reshape(v.shape).to(v.dtype) for k, v in start.items()}
         if not 0 <= state["step"] <= recipes[0].steps:
             what = f"{self.folder} holds a block at step {state['step']} of {recipes[0].steps}"
             raise ValueError(f"{what}: delete it")

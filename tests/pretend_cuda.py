@@ -200,8 +200,12 @@ def pretend_cuda(strict=False):
     }  # fmt: skip
     no_cudnn = mock.patch("torch.backends.cudnn.is_acceptable", return_value=False)
     before, _strict = _strict, strict
+    # Assigning a wrapper's .data would leave its values as they were.
+    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
         with mock.patch.multiple(torch.cuda, **answers), no_cudnn, Names(), Operations():
             yield
     finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
         _strict = before

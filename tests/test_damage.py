@@ -86,7 +86,9 @@ def write_images(folder):
 
 def write_cifar(folder):
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
-        np.zeros((2, 3073), np.uint8).tofile(folder / f"{name}.bin")
+        records = np.zeros((2, 3073), np.uint8)
+        records[:, 1::2] = 255
+        records.tofile(folder / f"{name}.bin")
 
 
 def write_own(folder):

@@ -19,6 +19,7 @@ from netspace_lite.data import (
     load_digits,
     load_images,
 )
+from netspace_lite.zoo import ImageTask
 
 
 def arrays(shape=(8, 8), count=30, dtype=np.uint8, classes=3):
@@ -227,3 +228,40 @@ def test_images_are_tensors_and_whole_labels_become_int64():
     assert Images(x, y.int()).y.dtype == torch.int64
     with pytest.raises(ValueError, match=r"torch\.from_numpy"):
         Images(x.numpy(), y.numpy())
+
+
+@pytest.mark.parametrize("value", [np.float32(0.1), np.float32(0)])
+def test_images_that_are_all_alike_are_refused(tmp_path, value):
+    """Seen before: zeros to train on, and test images of millions."""
+    same = np.full((30, 8, 8), value)
+    with pytest.raises(ValueError, match="training images with a spread of .* show nothing"):
+        load_images(saved(tmp_path, x_train=same))
+
+
+def test_images_too_large_for_float32_are_refused(tmp_path):
+    huge = np.random.default_rng(0).random((30, 8, 8), dtype=np.float32) * 1e30
+    with np.errstate(over="ignore"), pytest.raises(ValueError, match="spread of inf"):
+        load_images(saved(tmp_path, x_train=huge, x_test=huge[:9]))
+
+
+def test_a_class_that_would_only_be_validated_on_is_refused(tmp_path):
+    y = np.arange(30) % 2
+    y[7] = 2
+    path, found = saved(tmp_path, y_train=y), set()
+    for seed in range(20):
+        try:
+            found.add(tuple(load_images(path, seed=seed).train.y.unique().tolist()))
+        except ValueError as error:
+            found.add(str(error).partition(": ")[2])
+    lost = "all images of classes [2] went to validation: give more of them, or take another seed"
+    assert found == {(0, 1, 2), lost}
+
+
+def test_a_data_set_says_where_its_images_are():
+    """Seen before: an attribute that it lacks, and no word on what to give instead."""
+    data = load_digits()
+    nets = random_nets(lite_net("LeNetLike", data.shape, data.classes), 2)
+    with pytest.raises(AttributeError, match=r"ImageData has .train, .val and .test.* no 'x'"):
+        nets.accuracy(data)
+    with pytest.raises(AttributeError, match="Images have .x and .y and no 'train'.*ImageData"):
+        ImageTask(data.train)

@@ -111,3 +111,19 @@ def test_folding_leaves_the_module_itself_alone():
     fold_batchnorm(net)
     assert net.training
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_hooks_that_folding_would_lose_are_refused_or_kept():
+    """Seen before: a layer that was folded lost them without a word."""
+    x = torch.randn(5, 1, 8, 8)
+    layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3)
+    net = nn.Sequential(*layers).eval()
+    nn.init.normal_(net[1].running_mean)
+    handle = net[1].register_forward_hook(lambda layer, given, out: torch.relu(out))
+    with pytest.raises(ValueError, match="norm '1' has hooks, which folding would lose"):
+        fold_batchnorm(net)
+    handle.remove()
+    net[0].register_forward_hook(lambda layer, given, out: torch.relu(out))
+    folded = fold_batchnorm(net)
+    assert isinstance(folded[1], Affine)
+    torch.testing.assert_close(folded(x), net(x))

@@ -7,7 +7,7 @@ from torch import nn
 from toy import generator, mlp, random_nets, small_nets, toy_data
 
 from netspace_lite.architectures import lite_net
-from netspace_lite.nets import MixedNets, Nets
+from netspace_lite.nets import MixedNets, Nets, classes
 
 
 class Tied(nn.Module):
@@ -181,3 +181,13 @@ def test_mixed_nets_need_every_place_once(mixed):
         MixedNets(mixed.groups[:2], [torch.arange(3), torch.arange(3)])
     with pytest.raises(ValueError, match="at least one group"):
         MixedNets([])
+
+
+def test_answers_that_are_not_finite_are_wrong_answers(nets):
+    """Seen before: the largest of NaNs was class 0, a net of them as good as that class."""
+    data = toy_data()
+    overflowing = Nets(nets.batched, nets.rows * 1e25)
+    assert not overflowing.outputs(data.test.x).isfinite().all()
+    given = overflowing.outputs(data.test.x).isfinite().all(-1)
+    assert (classes(overflowing.outputs(data.test.x))[~given] == -1).all()
+    assert (overflowing.accuracy(data.test) <= 100 * given.float().mean(1)).all()

@@ -216,6 +216,14 @@ class TestMeshes:
         inside = winding_number(mesh, points, block=10_000).abs() > 0.5
         assert (inside.numpy() == mesh.contains(points.numpy())).all()
 
+    def test_details_far_from_the_origin_keep_the_sign(self):
+        """Seen before: in fp32 points around a sphere of radius 0.001 were inside of it."""
+        small = trimesh.creation.icosphere(3, radius=0.001)
+        small.apply_translation([0.949, 0, 0])
+        way = torch.nn.functional.normalize(random_points(400), dim=-1)
+        number = winding_number(small, torch.tensor([0.949, 0, 0]) + way * 0.0011)
+        assert number.abs().max() < 1e-3
+
     def test_inverted_faces_keep_the_sign(self):
         mesh = trimesh.creation.icosphere(2)
         mesh.invert()

@@ -170,7 +170,7 @@ def test_what_is_drawn_at_random_is_not_kept_by_the_trace():
 
 
 def test_buffers_that_a_module_changes_are_refused():
-    with pytest.raises(ValueError, match="Counts changes its buffer 'calls', one for all nets"):
+    with pytest.raises(ValueError, match="Counts changes its 'calls' as it runs, one for all nets"):
         Zoo.from_modules([Counts()] * 3).outputs(torch.randn(5, 4))
 
 

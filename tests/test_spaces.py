@@ -13,7 +13,7 @@ from toy import CLASSES, IMAGE, generator, mlp, random_nets, small_nets, small_z
 from netspace_lite.architectures import LeNetLike, lite_net
 from netspace_lite.layout import Layout
 from netspace_lite.nets import Nets
-from netspace_lite.space import NetSpace, SpaceConfig, normalised_answers
+from netspace_lite.space import NetSpace, SpaceConfig, logit_scale, normalised_answers
 from netspace_lite.training import ArchitectureClassification, Distillation, fit
 from netspace_lite.zoo import Zoo, initial_rows
 
@@ -395,3 +395,40 @@ def test_modules_of_batch_norms_are_folded_on_the_way_in(data, tmp_path):
     assert NetSpace([net], data.train.x, CONFIG).index(zoo) == space.index(net) == 0
     space.save(tmp_path)
     assert torch.equal(NetSpace.load(tmp_path, [net]).encode(net), space.encode(net))
+
+
+def test_inputs_that_are_not_finite_are_refused(zoos, data):
+    """Seen before: embeddings of NaN."""
+    x = data.train.x.clone()
+    x[3] = torch.nan
+    with pytest.raises(ValueError, match=r"inputs \[3\] are not finite"):
+        NetSpace.for_zoos(zoos[0], x, CONFIG)
+
+
+def test_nets_of_one_parameter_decode_to_numbers():
+    """Seen before: the spread of one number is NaN, and so was every decoded net."""
+    nets = random_nets(nn.Linear(1, 1, bias=False), 5)
+    space = NetSpace.for_zoos(nets, torch.randn(20, 1, generator=generator()), CONFIG)
+    assert space.decode(space.encode(nets)).rows.isfinite().all()
+
+
+def test_a_net_that_answers_nothing_weighs_no_more_than_others(zoos, data):
+    """Seen before: its temperature of a millionth made its loss that of a million nets."""
+    rows = torch.cat([zoos[0].rows, torch.zeros(1, zoos[0].layout.size)])
+    mute = Nets(zoos[0].batched, rows)
+    space = NetSpace.for_zoos(mute, data.train.x, CONFIG)
+    assert Distillation(space, mute, data.train.x)(space, generator()) < 100
+    scale = logit_scale(mute.outputs(data.train.x)).flatten()
+    assert scale[-1] == 1
+    assert torch.equal(scale[:-1], logit_scale(zoos[0].outputs(data.train.x)).flatten())
+
+
+def test_a_space_made_or_loaded_in_inference_mode_can_be_fitted(zoos, data, tmp_path):
+    with torch.inference_mode():
+        made = NetSpace(zoos[0].module, data.train.x, CONFIG)
+        made.save(tmp_path)
+        loaded = NetSpace.load(tmp_path, [zoos[0].module])
+    for space in (made, loaded):
+        objective = Distillation(space, zoos[0], data.train.x, nets=4, samples=4)
+        (row,) = fit(space, objective, lambda s: {"score": 0.0}, 1)
+        assert row["loss"] > 0

@@ -595,3 +595,16 @@ def test_answers_without_classes_and_of_other_classes_are_refused():
         LikenessLoss(single, torch.randn(5, 4))
     with pytest.raises(ValueError, match="different numbers of classes"):
         kl_divergence(torch.zeros(2, 5, 3), torch.zeros(1, 5, 4), 1.0)
+
+
+def test_a_validation_that_names_the_space_itself_can_be_resumed(zoos, data, tmp_path):
+    """Seen before: a space that had learned was another one, and its fit another fit."""
+    space = NetSpace.for_zoos(zoos[0], data.train.x, CONFIG)
+    objective = Distillation(space, zoos[0], data.train.x, nets=4, samples=4)
+    fits = {"steps": 4, "epoch": 2, "folder": tmp_path}
+    first = fit(space, objective, lambda _: scores(space, zoos[0], data.val), **fits)
+    again = fit(space, objective, lambda _: scores(space, zoos[0], data.val), **fits)
+    assert again == first
+    other = NetSpace.for_zoos(zoos[0], data.train.x, CONFIG, seed=1)
+    with pytest.raises(ValueError, match="validation"):
+        fit(space, objective, lambda _: scores(other, zoos[0], data.val), **fits)

@@ -576,3 +576,8 @@ def test_threads_draw_as_one_alone():
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: initial_rows(NET, range(12)), range(8)))
     assert all(torch.equal(rows, expected) for rows in found)
+
+
+def test_a_batch_of_no_images_is_refused():
+    with pytest.raises(ValueError, match="a batch is at least one image, not 0"):
+        ImageTask(toy_data(), 0)

@@ -209,9 +209,10 @@ def winding_number(mesh: trimesh.Trimesh, points: Tensor, block: int = 2**18) ->
     Sum over faces of the solid angle by 4π (van Oosterom and Strackee 1983). ``block`` is how many
     pairs of a point and a face are held at once.
     """
-    a, b, c = torch.from_numpy(np.array(mesh.triangles)).to(points.device, torch.float32).unbind(1)
+    a, b, c = torch.from_numpy(np.array(mesh.triangles)).to(points.device).double().unbind(1)
 
     # All that is needed of a point p is linear in (p, |p|², 1): products of matrices, no [S, F, 3].
+    # In fp64, as small details far from the origin are differences of large numbers.
     def linear(vector, square, constant):
         return torch.cat([vector, torch.full_like(constant, square), constant], dim=1).T  # [5, F]
 
@@ -220,13 +221,13 @@ def winding_number(mesh: trimesh.Trimesh, points: Tensor, block: int = 2**18) ->
     determinant = (a * torch.linalg.cross(b, c)).sum(1, keepdim=True)
     volume = linear(-torch.linalg.cross(b - a, c - a), 0.0, determinant)
     angles = []
-    for part in points.float().split(max(1, block // len(a))):
+    for part in points.double().split(max(1, block // len(a))):
         point = F.pad(torch.cat([part, part.square().sum(1, keepdim=True)], 1), (0, 1), value=1.0)
         aa, bb, cc, ab, bc, ca = (point @ dot for dot in dots)
         la, lb, lc = (length.clamp_(min=0).sqrt_() for length in (aa, bb, cc))
         below = la * lb * lc + ab * lc + bc * la + ca * lb
         angles.append(torch.atan2(point @ volume, below).sum(1))
-    return torch.cat(angles) / (2 * torch.pi)
+    return (torch.cat(angles) / (2 * torch.pi)).to(points.dtype)
 
 
 @np.errstate(over="ignore")  # what float32 can't hold becomes infinite

@@ -1,0 +1,177 @@
+"""Whether a way of running many nets gives what plain modules give: tried on two of them.
+
+Values, gradients and statistics of norms are compared with those of plain modules, in fp64, where
+rounding switches no unit on or off. It shows what a trace can't, such as an operation that mixes
+samples or has a gradient of its own.
+"""
+
+import contextlib
+import copy
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .architectures import name_of
+from .fingerprint import fingerprint
+
+TRIED = 1 << 15  # input values that show which way is right: 512 digits, 10 images of CIFAR-10
+
+
+class NoDropout(TorchFunctionMode):
+    """Functions that drop values at random give back what they were given."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name.endswith(("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d")):
+            return args[0]
+        if name == "scaled_dot_product_attention":
+            args, kwargs = args[:4], {**kwargs, "dropout_p": 0.0}
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def plain_operations():
+    """Transformer layers without their fused path, which has no gradient and no batching; and
+    nothing said of single operations that vmap has to loop over."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@dataclass
+class Trial:
+    """Two nets and some samples; nets or inputs that are alike would hide much.
+
+    ``batched`` and ``mode`` are a `Batched` and its mode, of which ways are tried by name.
+    """
+
+    batched: object
+    mode: object
+    rows: Tensor
+    x: Tensor
+    per_net: bool
+
+    @classmethod
+    def of(cls, batched, mode, rows: Tensor, x: Tensor, per_net: bool) -> "Trial | None":
+        """The first two nets that are finite, if there are any, and the first samples."""
+        rows = rows.detach()
+        rows = rows[rows.isfinite().all(1)][:2].clone()
+        if len(rows) == 0:
+            return None
+        if len(rows) == 1 or torch.equal(*rows):
+            rows = torch.stack([rows[0], rows[0].flip(0)])
+        x = (x[0] if per_net else x).detach()
+        x = x[: max(3, TRIED // x[0].numel())].clone()
+        x = torch.cat([x, _others(x)]) if len(x) == 1 else x  # one hides what mixes samples
+        x = torch.stack([x, _others(x)]) if per_net else x
+        return cls(batched, mode, rows, x, per_net)
+
+    def exact(self) -> "Trial":
+        """The same in fp64 if the module can that, else itself."""
+        rows, x = self.rows.double(), self.x.double() if self.x.is_floating_point() else self.x
+        mode = self.batched._mode(rows, self.mode.training)
+        trial = Trial(self.batched, mode, rows, x, self.per_net)
+        try:
+            trial.run("loop")
+        except Exception:  # the user's, which may know one dtype only
+            return self
+        return trial
+
+    def run(self, way: str) -> list[Tensor | None]:
+        """Outputs [2, B, ...], their gradient [2·P], in training the norms' statistics [2, Q]."""
+        rows = self.rows.clone().requires_grad_()
+        out, running = self._answer(way, rows, self.x)
+        return [out.detach(), _gradient(out, [rows]), running]
+
+    def _answer(self, way: str, rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        running = self.batched.initial_running(2).to(rows) if self.mode.training else None
+        return getattr(self.mode, way)(self.batched._views(rows, running), x, self.per_net), running
+
+    @plain_operations()
+    def plain(self) -> list[Tensor | None]:
+        """What `run` gives, of modules with parameters of their own."""
+        layout, statistics, outputs = self.batched.layout, self.batched.running, []
+        modules = [copy.deepcopy(self.mode.module).requires_grad_() for _ in self.rows]
+        for n, (module, state) in enumerate(zip(modules, layout.unpack(self.rows), strict=True)):
+            module.load_state_dict(state, strict=False)
+            outputs.append(module((self.x[n] if self.per_net else self.x).clone()))
+        out, named = torch.stack(outputs), [dict(module.named_parameters()) for module in modules]
+        gradient = _gradient(out, [of[name] for of in named for name in layout.names])
+        running = None
+        if self.mode.training and statistics.size:
+            running = statistics.pack([module.state_dict() for module in modules])
+        return [out.detach(), gradient, running]
+
+    def close(self, found: list[Tensor | None], expected: list[Tensor | None]) -> bool:
+        """Equal up to what the dtype can tell, in units of the largest value; to NaN all is."""
+        if not self.alike(found, expected):
+            return False
+        tolerance = max(1e-5, 2 * torch.finfo(self.rows.dtype).eps ** 0.5)
+        pairs = [(a, b) for a, b in zip(found, expected, strict=True) if b is not None]
+        known = [(a[~b.isnan()], b[~b.isnan()]) for a, b in pairs if not b.isnan().all()]
+        return all(torch.allclose(a, b, tolerance, tolerance * b.abs().max()) for a, b in known)
+
+    def alike(self, found: list[Tensor | None], expected: list[Tensor | None]) -> bool:
+        """Whether outputs have the same shape."""
+        return found[0].shape == expected[0].shape
+
+    @torch.no_grad()
+    def watch(self) -> None:
+        """See what plain modules change as they run: inputs, or what all nets share or rows hold.
+
+        Raises ValueError naming a buffer or number that changes, or saying that parameters do.
+        """
+        module, rows, x = self.mode.module, self.rows.clone(), self.x.clone()
+        before = _held(module) | {"parameters": fingerprint(rows)}
+        self.mode.changes_inputs = False
+        self._answer("loop", rows, x)
+        self.mode.changes_inputs = x._version > 0
+        after = _held(module) | {"parameters": fingerprint(rows)}
+        if changed := [name for name, value in after.items() if value != before.get(name, value)]:
+            what = f"{name_of(module)} changes its {changed[0]!r} as it runs, one for all nets"
+            cure = "count outside of it, or hold what a net keeps in a norm of PyTorch's"
+            raise ValueError(f"{what}: {cure}")
+
+
+def _others(x: Tensor) -> Tensor:
+    """Inputs like x with other values, and if they are no tokens with other sums."""
+    return x.roll(1, -1) / 2 if x.is_floating_point() else x.roll(1, -1)
+
+
+def _gradient(out: Tensor, of: list[Tensor]) -> Tensor:
+    """The gradient of outputs, weighed by numbers of both signs, flat; NaN where there is none."""
+    weights = torch.arange(out.numel(), device=out.device).to(out).cos().view_as(out)
+    try:
+        found = torch.autograd.grad(out, of, weights, materialize_grads=True)
+        return torch.cat([part.flatten() for part in found])
+    except RuntimeError:  # of steps that have none
+        return torch.full((sum(p.numel() for p in of),), torch.nan).to(of[0])
+
+
+def _held(module: nn.Module) -> dict[str, str]:
+    """What buffers and numbers of all parts are, by name, but for those that count batches."""
+    held = dict(module.named_buffers())
+    for name, part in module.named_modules():
+        numbers = {k: v for k, v in vars(part).items() if isinstance(v, int | float)}
+        held |= {f"{name}.{k}".lstrip("."): v for k, v in numbers.items()}
+    return {k: fingerprint(v) for k, v in held.items() if not k.endswith("num_batches_tracked")}
+
+
+def may_lie_innermost(module: nn.Module) -> bool:
+    """Whether PyTorch 2.13 computes gradients with channels innermost without ruining memory.
+
+    oneDNN writes beyond what it has in a 1×1 convolution with a stride over few channels (2 to 6
+    were seen to), and a group norm of what needs no gradient itself reads what isn't there.
+    """
+    convolutions = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
+    strided = [c for c in convolutions if max(c.kernel_size) == 1 < max(c.stride)]
+    grouped = any(isinstance(m, nn.GroupNorm) for m in module.modules())
+    return not grouped and all(c.in_channels % 8 == 0 for c in strided)

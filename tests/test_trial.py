@@ -1,0 +1,357 @@
+"""Ways of running many nets are tried against plain modules: in values, gradients, what changes."""
+
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from toy import generator, random_nets
+
+from netspace_lite import Batched, LeNetLike, Nets, Recipe, ResNet, Zoo, initial_rows, train_zoo
+from netspace_lite.trial import may_lie_innermost
+
+
+class Net(nn.Module):
+    """Two layers; subclasses do something between them that a trace doesn't see."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def middle(self, h):
+        return torch.relu(h)
+
+    def forward(self, x):
+        return self.last(self.middle(self.first(x)))
+
+
+class Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.sign(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+class StraightThrough(Net):
+    def middle(self, h):
+        return Sign.apply(h)
+
+
+class NoGradient(Net):
+    def forward(self, x):
+        with torch.no_grad():
+            h = torch.relu(self.first(x))
+        return self.last(h)
+
+
+class Hooked(Net):
+    def __init__(self):
+        super().__init__()
+        self.last.register_full_backward_hook(lambda layer, into, out: (3 * into[0],))
+
+
+class CentresAll(Net):
+    def forward(self, x):
+        return super().forward(x - x.mean())
+
+
+class ScalesAll(Net):
+    def forward(self, x):
+        return super().forward(x / x.abs().max())
+
+
+class OneColumn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(1, 3)
+
+    def forward(self, x):
+        return self.linear(x - x.mean(0))
+
+
+def plain(make, rows, x, per_net):
+    """Answers of plain modules with parameters of their own, and the gradient of their squares."""
+    answers, gradients = [], []
+    for n, row in enumerate(rows):
+        net = make().to(rows.dtype)
+        nn.utils.vector_to_parameters(row, net.parameters())
+        answers.append(net(x[n] if per_net else x))
+        parts = torch.autograd.grad(
+            answers[-1].square().sum(), list(net.parameters()), materialize_grads=True
+        )
+        gradients.append(torch.cat([part.flatten() for part in parts]))
+    return torch.stack(answers).detach(), torch.stack(gradients)
+
+
+@pytest.mark.parametrize("per_net", [False, True], ids=["shared", "per net"])
+@pytest.mark.parametrize(
+    ("make", "way"),
+    [
+        (StraightThrough, "loop"),
+        (NoGradient, "vmap"),
+        (Hooked, "loop"),
+        (CentresAll, None),
+        (ScalesAll, None),
+        (OneColumn, None),
+    ],
+)
+def test_what_a_trace_does_not_show_is_found(make, way, per_net):
+    """Seen before: interpreted, with other gradients or with the samples of other nets."""
+    size = 1 if make is OneColumn else 4
+    rows = initial_rows(make, range(3)).requires_grad_()
+    x = torch.randn(*[3] * per_net, 16, size, generator=generator()) + 0.3
+    batched = Batched(make())
+    way = way or ("vmap" if per_net else "interpreted")
+    if way != "interpreted":
+        with pytest.warns(UserWarning, match="gradients of their own|draw at random"):
+            batched(rows, x, per_net)
+    found = batched(rows, x, per_net)
+    (gradient,) = torch.autograd.grad(found.square().sum(), rows)
+    assert batched.way(per_net=per_net) == way
+    answers, expected = plain(make, rows.detach(), x, per_net)
+    torch.testing.assert_close(found, answers, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+class Normalises(Net):
+    def middle(self, h):
+        return h / h.std(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.filterwarnings("ignore:.*which is slower")
+def test_mixing_is_found_in_any_dtype(dtype):
+    """Seen before: passed in bf16, where the tolerance is a fifth of the largest value."""
+    rows = initial_rows(Normalises, range(4)).to(dtype)
+    x = torch.randn(32, 4, generator=generator()).to(dtype)
+    batched = Batched(Normalises())
+    batched(rows, x)
+    assert batched.way() == "vmap"
+
+
+class Drops(Net):
+    def __init__(self, draw):
+        super().__init__()
+        self.draw = draw
+
+    def middle(self, h):
+        return torch.relu(h) if not self.training or self.draw() < 0.5 else h
+
+
+DRAWS = {"Python": lambda: random.random(), "NumPy": lambda: np.random.rand()}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+@pytest.mark.filterwarnings("ignore:.*which is slower")
+def test_no_trace_keeps_what_is_drawn_by_others(draw):
+    """Seen before: drawn once, by the trace, for all steps."""
+    rows, x = initial_rows(lambda: Drops(draw), range(3)), torch.randn(3, 8, 4)
+    for seed in range(4):
+        random.seed(seed)
+        np.random.seed(seed)
+        before = random.getstate(), np.random.get_state()[2]
+        batched = Batched(Drops(draw))
+        mode = batched._mode(rows, True)
+        assert (random.getstate(), np.random.get_state()[2]) == before
+        assert isinstance(mode.graph, str)
+        seen = {float(batched(rows, x, True, torch.empty(3, 0)).sum()) for _ in range(20)}
+        assert len(seen) == 2
+
+
+class Drawn(Net):
+    def __init__(self):
+        super().__init__()
+        with torch.no_grad():
+            self.first.weight.copy_(torch.from_numpy(np.random.randn(6, 4)))
+            self.last.bias.fill_(random.random())
+
+
+def test_nets_drawn_by_numpy_and_python_follow_their_seeds():
+    random.seed(0)
+    first = initial_rows(Drawn, [3, 4, 3])
+    random.seed(1)
+    np.random.seed(1)
+    assert torch.equal(initial_rows(Drawn, [3, 4, 3]), first)
+    assert torch.equal(first[0], first[2])
+    assert not torch.equal(first[0][:24], first[1][:24])
+
+
+class Replaces(Net):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(4))
+
+    def forward(self, x):
+        if bool(x.detach().abs().sum() > 0):  # so that it can't be traced
+            self.seen = 0.9 * self.seen + 0.1 * x.mean(0)
+        return super().forward(x - self.seen)
+
+
+class Counts(Net):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def middle(self, h):
+        self.calls += 1
+        return torch.relu(h) * min(1, self.calls / 20)
+
+
+class Listed(Net):
+    def __init__(self):
+        super().__init__()
+        self.layers = [self.first, self.last]
+        self.weights = [self.first.weight]
+
+    def middle(self, h):
+        return torch.relu(h) * self.weights[0].sum()
+
+
+class Recomputes(Net):
+    def forward(self, x):
+        if float(x.detach().sum()) < -1e9:  # so that it can't be traced
+            return super().forward(x)
+        run = lambda x: torch.relu(self.first(x))  # noqa: E731
+        return self.last(checkpoint(run, x, use_reentrant=False))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (Replaces, "Replaces changes its 'seen' as it runs, one for all nets"),
+        (Counts, "Counts changes its 'calls' as it runs, one for all nets: count outside"),
+        (Listed, "Listed has other answers or gradients with parameters that it is handed"),
+        (Recomputes, "Recomputes has other answers or gradients with parameters"),
+    ],
+)
+def test_what_no_way_gives_is_refused(make, said):
+    """Seen before: shared by all nets, counted nine times too far, or the template's weights."""
+    nets = Nets(make(), initial_rows(make, range(3)))
+    with pytest.raises(ValueError, match=said):
+        nets.outputs(torch.randn(8, 4, generator=generator()))
+
+
+def test_rows_that_asking_would_change_are_refused():
+    module = nn.Sequential(nn.Embedding(5, 3, max_norm=0.5), nn.Flatten(), nn.Linear(12, 2))
+    nets = random_nets(module, 3)
+    before = nets.rows.clone()
+    with pytest.raises(ValueError, match="changes its 'parameters' as it runs"):
+        nets.outputs(torch.randint(5, (6, 4), generator=generator()))
+    assert torch.equal(nets.rows, before)
+
+
+def test_hooks_on_gradients_of_parameters_are_refused():
+    """They would be lost, as parameters are rows."""
+
+    def make():
+        net = Net()
+        net.first.weight.register_hook(lambda g: g * 0)
+        return net
+
+    for given in (make, make()):
+        with pytest.raises(ValueError, match="hooks on gradients of a Net's parameters"):
+            initial_rows(given, [0])
+
+
+@pytest.mark.filterwarnings("ignore:.*which is slower")
+def test_a_module_that_knows_one_dtype_is_tried_in_that():
+    class Short(Net):
+        def middle(self, h):
+            if h.dtype != torch.float32:
+                raise TypeError("float32 only")
+            return torch.relu(h)
+
+    nets = Nets(Short(), initial_rows(Short, range(3)))
+    found, _ = plain(Short, nets.rows, x := torch.randn(5, 4), False)
+    torch.testing.assert_close(nets.outputs(x), found)
+
+
+def test_steps_without_a_gradient_are_compared_by_their_values():
+    class Rounds(Net):
+        def forward(self, x):
+            return super().forward(x).detach()
+
+    nets = Nets(Rounds(), initial_rows(Rounds, range(3)))
+    assert nets.outputs(torch.randn(5, 4)).shape == (3, 5, 3)
+    assert nets.batched.way() == "interpreted"
+
+
+STRIDED = nn.Sequential(nn.Conv2d(4, 8, 1, 2), nn.Flatten(), nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize(
+    ("module", "may"),
+    [
+        (STRIDED, False),
+        (ResNet((3, 32, 32), 10, channels=(4, 4, 8, 8)), False),
+        (nn.Sequential(nn.GroupNorm(1, 3), nn.Conv2d(3, 4, 3)), False),
+        (ResNet((3, 32, 32), 10, channels=(16, 16, 32, 64)), True),
+        (LeNetLike((3, 32, 32), 10), True),
+    ],
+)
+def test_channels_lie_innermost_where_that_ruins_no_memory(module, may):
+    assert may_lie_innermost(module) is may
+
+
+TRAIN = """
+import torch
+from netspace_lite import *
+y = torch.arange(128) % 10
+images = Images(torch.randn(128, 3, 32, 32), y)
+data = ImageData("noise", images, images[:20], images[20:40], 10)
+net = ResNet((3, 32, 32), 10, channels=(4, 4, 8, 8))
+zoo = train_zoo(net, ImageTask(data, 128), [Recipe(i, 6) for i in range(2)], progress=False)
+assert zoo.losses.isfinite().all()
+"""
+
+
+def test_small_nets_on_large_images_train_in_a_process_that_lives():
+    """Seen before: oneDNN's backward wrote beyond its memory, and the process died."""
+    done = subprocess.run([sys.executable, "-c", TRAIN], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_one_module_is_a_zoo_of_one_net():
+    """Seen before: a Sequential was taken for a list of modules, its layers for nets."""
+    zoo = Zoo.from_modules(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    assert (len(zoo), zoo.layout.size) == (1, 40)
+    nets = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    assert len(Zoo.from_modules(nets)) == 2
+
+
+def test_training_equals_plain_pytorch_where_gradients_are_of_the_users_own():
+    class Task:
+        def batch(self, recipes, members, step):
+            x = torch.randn(len(recipes), 8, 4, generator=generator(step))
+            return x, x.sum(-1, keepdim=True).sign()
+
+        def loss(self, outputs, y):
+            return (outputs - y).square().mean((1, 2))
+
+        def schedule(self, progress):
+            return torch.ones_like(progress)
+
+        def scores(self, nets, members):
+            return {}
+
+    recipes = [Recipe(seed, 12, 1e-2, 0.0) for seed in range(2)]
+    with pytest.warns(UserWarning, match="runs one net after the other"):
+        zoo = train_zoo(StraightThrough, Task(), recipes, progress=False)
+    for n, recipe in enumerate(recipes):
+        torch.manual_seed(recipe.seed)
+        net = StraightThrough()
+        adam = torch.optim.AdamW(net.parameters(), recipe.lr, weight_decay=0.0)
+        for step in range(recipe.steps):
+            x, y = Task().batch(recipes, None, step)
+            adam.zero_grad()
+            (net(x[n]) - y[n]).square().mean().backward()
+            adam.step()
+        wanted = nn.utils.parameters_to_vector(net.parameters()).detach()
+        torch.testing.assert_close(zoo.rows[n], wanted, rtol=1e-4, atol=1e-5)
