@@ -461,10 +461,11 @@ def _resume(folder, plan, space, optimiser, generator) -> tuple[list, dict[str, 
     if not found:
         return [], {}
     record, tensors = store.load(folder, "fit")
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        part, _, name = key.partition("/")
-        parts.setdefault(part, {})[name] = value
+
+    def part(name) -> dict[str, Tensor]:
+        start = f"{name}/"
+        return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+
     with store.reading(folder):
         if plan["space"] == record["result"]:  # the very space that this fit left
             plan["space"] = record["plan"]["space"]
@@ -472,16 +473,12 @@ def _resume(folder, plan, space, optimiser, generator) -> tuple[list, dict[str, 
         history = record["history"]
         if not all(isfinite(row[k]) for row in history for k in ("step", "seconds", "loss")):
             raise ValueError(f"{folder} holds a history with numbers that are not finite")
-        best = parts.pop("best")
-        space.load_state_dict(best)
-        space.load_state_dict(parts.pop("space"))
-        generator.set_state(parts.pop("random")["state"])
-        if history[-1]["step"] == plan["steps"]:  # no step will be taken
-            return history, best
-        state = {int(number): part for number, part in parts.items()}
-        for number, p in enumerate(optimiser.param_groups[0]["params"]):
-            if number in state:
-                wanted, given = optimiser.initial(p), state[number]
-                state[number] = {k: given[k].reshape(v.shape) for k, v in wanted.items()}
-        optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
-    return history, best
+        for name in ("best", "space"):
+            space.load_state_dict(part(name))
+        generator.set_state(part("random")["state"])
+        if history[-1]["step"] < plan["steps"]:  # or no step will be taken
+            for number, p in enumerate(optimiser.param_groups[0]["params"]):
+                if given := part(number):
+                    wanted = optimiser.initial(p).items()
+                    optimiser.state[p] = {k: given[k].to(v).reshape(v.shape) for k, v in wanted}
+    return history, part("best")
