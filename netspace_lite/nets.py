@@ -108,10 +108,8 @@ class Nets:
 
     def to_module(self, n: int = 0) -> nn.Module:
         """Net n as a plain ``nn.Module`` of its own, in evaluation mode, where the nets are."""
-        module, state = copy.deepcopy(self.module).to(self.rows).eval(), self.state_dict(n)
-        with torch.no_grad():  # parameters only: buffers are the architecture's, ties stay tied
-            for name, parameter in module.named_parameters():
-                parameter.copy_(state[name])
+        module = copy.deepcopy(self.module).to(self.rows).eval()
+        module.load_state_dict(self.state_dict(n), strict=False)  # buffers are the architecture's
         return module
 
     def state_dict(self, n: int = 0) -> dict[str, Tensor]:

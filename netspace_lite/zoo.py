@@ -218,8 +218,7 @@ class Zoo(Nets):
         tensors |= {"members": self.members}
         tensors |= {} if self.losses is None else {"losses": self.losses}
         recipes = None if self.recipes is None else [asdict(recipe) for recipe in self.recipes]
-        scores = {name: values.tolist() for name, values in self.scores.items()}
-        return record | {"about": self.about, "nets": recipes, "scores": scores}, tensors
+        return record | {"about": self.about, "nets": recipes, "scores": self.scores}, tensors
 
     @classmethod
     def load(cls, folder, module: nn.Module | None = None) -> "Zoo":
