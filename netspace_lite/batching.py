@@ -440,5 +440,4 @@ def _grouped_conv(x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Modu
     nets, convolve = len(weight), getattr(F, f"conv{weight.dim() - 3}d")
     bias = None if bias is None else bias.flatten()
     settings = layer.stride, layer.padding, layer.dilation, layer.groups * nets
-    out = convolve(x.flatten(1, 2), weight.flatten(0, 1), bias, *settings)
-    return out.unflatten(1, (nets, -1))
+    return convolve(x.flatten(1, 2), weight.flatten(0, 1), bias, *settings).unflatten(1, (nets, -1))

@@ -184,10 +184,9 @@ def optimise(
 
     def penalty(z):
         total = 0.0 if prior is None else config.prior_weight * prior(z)
-        if wanted is not None:
-            named = -space.classify(z).log_softmax(1)[:, wanted]
-            total = total + config.architecture_weight * named
-        return total
+        if wanted is None:
+            return total
+        return total - config.architecture_weight * space.classify(z).log_softmax(1)[:, wanted]
 
     def reached(z):
         return True if wanted is None else space.predict(z) == wanted

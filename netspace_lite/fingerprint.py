@@ -72,8 +72,7 @@ def _settings(module: nn.Module) -> dict:
 
 def difference(module: nn.Module, other: nn.Module) -> str:
     """What first sets two modules of different `structure` apart, in words."""
-    pairs = zip(module.named_modules(), other.named_modules(), strict=False)
-    for (name, one), (_, two) in pairs:
+    for (name, one), (_, two) in zip(module.named_modules(), other.named_modules(), strict=False):
         where = f"layer {name!r}" if name else "it"
         if type(one) is not type(two):
             return f"{where} is a {type(two).__name__}, not a {type(one).__name__}"

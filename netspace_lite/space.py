@@ -307,8 +307,7 @@ class NetSpace(nn.Module):
         if self.config.weights:
             mean, std = (getattr(self, f"{part}{architecture}").float() for part in ("mean", "std"))
             prep = chunk_pack(self._weights(rows, architecture), *mean.shape, mean, std)
-        answers = self._answers(rows, architecture) if self.config.probes else None
-        return Features(prep, answers)
+        return Features(prep, self._answers(rows, architecture) if self.config.probes else None)
 
     def encode(self, nets, architecture=None) -> Tensor:
         """Embeddings [N, E] of `Nets`, packed rows [N, P], modules, or state dicts.

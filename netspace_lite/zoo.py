@@ -431,8 +431,7 @@ def train_nets(
             source = torch.cuda if device.type == "cuda" else torch.default_generator
             source.manual_seed(seeds[0] + 1_000_003 * step)
             n = sum(length > step for length in lengths)  # nets still in training
-            names = "rows", "running", *ADAM
-            rows, running, *adam = (state[name][:n] for name in names)
+            rows, running, *adam = (state[name][:n] for name in ("rows", "running", *ADAM))
             weights = rows.detach().requires_grad_()
             x, y = task.batch(recipes[:n], members[:n], step)
             loss = task.loss(batched(weights, x, True, running), y)
@@ -589,11 +588,11 @@ class _Blocks:
 
     def finish(self, states: list[dict[str, Tensor]]) -> Zoo:
         """The zoo of all blocks' final states, scored; it takes their place in the folder."""
-        batched, order = self.batched, self.order.argsort()
+        order = self.order.argsort()
         rows, running = (torch.cat([s[key] for s in states])[order] for key in ("rows", "running"))
         losses = [net for s in states for net in s["losses"].cpu()]  # of longer and shorter blocks
         losses = nn.utils.rnn.pad_sequence(losses, True, torch.nan)[order]
-        batched, rows = _folded(batched, rows, running)
+        batched, rows = _folded(self.batched, rows, running)
         about = self.plan | {"seconds": sum(state["seconds"].item() for state in states)}
         zoo = Zoo(batched, rows, None, self.recipes, losses, None, about).scored(self.task)
         if self.folder is not None:
