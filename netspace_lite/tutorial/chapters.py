@@ -94,16 +94,6 @@ def several_space(settings: Settings, data: ns.ImageData, blind: bool = False) -
     return Chapter(space, train, val, test, ns.fit(space, objective, validate, steps, **kept))
 
 
-def shape_samples(settings: Settings) -> tuple[shapes.Samples, shapes.Samples]:
-    """Points about the chairs of the shapes notebook: to train on, and fresh ones for scores."""
-    size = settings.sizes.shapes
-    chairs = shapes.draw_chairs(size.shapes, settings.seed)
-    samples = shapes.sample_chairs(chairs, size.samples, seed=0, far=size.far)
-    fresh = shapes.sample_chairs(chairs, 2048, seed=1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return tuple(shapes.level_off(s, size.limit).to(device) for s in (samples, fresh))
-
-
 def shape_scores(val: ns.Zoo, fresh: shapes.Samples) -> Callable[[ns.NetSpace], dict[str, float]]:
     """How well a space knows held-out shapes, for `fit`."""
     name, points = "held-out nets, % within 0.01", fresh.points[val.members]
@@ -112,7 +102,11 @@ def shape_scores(val: ns.Zoo, fresh: shapes.Samples) -> Callable[[ns.NetSpace], 
 
 def shape_space(settings: Settings) -> Chapter:
     """The zoo and the space of the shapes notebook, which writes the same out."""
-    size, (samples, fresh) = settings.sizes.shapes, shape_samples(settings)
+    size, device = settings.sizes.shapes, "cuda" if torch.cuda.is_available() else "cpu"
+    chairs = shapes.draw_chairs(size.shapes, settings.seed)
+    samples = shapes.sample_chairs(chairs, size.samples, seed=0, far=size.far)
+    fresh = shapes.sample_chairs(chairs, 2048, seed=1)  # for scores
+    samples, fresh = (shapes.level_off(s, size.limit).to(device) for s in (samples, fresh))
     recipes = shapes.shape_recipes(size.shapes, settings.seed, size.steps, size.lr)
     task = shapes.ShapeTask(samples, size.batch, test=fresh)
     zoo = ns.train_zoo(ns.Siren(size.hidden, size.omega), task, recipes, settings.folder("shapes"))
