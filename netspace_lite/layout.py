@@ -98,6 +98,13 @@ class Layout:
         return one_by_one(self.views(rows))
 
 
+@torch.no_grad()
+def fill(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Give a module's parameters their values by name: buffers stay, what is tied stays tied."""
+    for name, parameter in module.named_parameters():
+        parameter.copy_(state[name])
+
+
 def one_by_one(views: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """All nets' tensors [N, ...] by name -> N state dicts."""
     nets = zip(*(view.unbind() for view in views.values()), strict=True)

@@ -16,7 +16,7 @@ from .architectures import describe, name_of
 from .batching import BLOCK, Batched, check_inputs
 from .data import check_labels
 from .fingerprint import fingerprint
-from .layout import check_rows
+from .layout import check_rows, fill
 
 
 class Nets:
@@ -109,7 +109,7 @@ class Nets:
     def to_module(self, n: int = 0) -> nn.Module:
         """Net n as a plain ``nn.Module`` of its own, in evaluation mode, where the nets are."""
         module = copy.deepcopy(self.module).to(self.rows).eval()
-        module.load_state_dict(self.state_dict(n), strict=False)  # buffers are the architecture's
+        fill(module, self.state_dict(n))
         return module
 
     def state_dict(self, n: int = 0) -> dict[str, Tensor]:
