@@ -127,7 +127,7 @@ class Batched:
     @torch.inference_mode(False)
     @torch.enable_grad()
     def _choose(self, mode: "_Mode", rows: Tensor, x: Tensor, per_net: bool) -> str:
-        """The fastest way that gives what plain modules give, see `_Trial`.
+        """The fastest way that gives what plain modules give, see `Trial`.
 
         Dropout is off meanwhile. What is random all the same can't be compared: that is vmap's.
         Raises ValueError where no way gives it.

@@ -77,12 +77,12 @@ class Trial:
 
     def exact(self) -> "Trial":
         """The same in fp64 if the module can that, else itself."""
-        rows, x = self.rows.double(), self.x.double() if self.x.is_floating_point() else self.x
-        mode = self.batched._mode(rows, self.mode.training)
-        trial = Trial(self.batched, mode, rows, x, self.per_net)
         try:
+            rows, x = self.rows.double(), self.x.double() if self.x.is_floating_point() else self.x
+            mode = self.batched._mode(rows, self.mode.training)
+            trial = Trial(self.batched, mode, rows, x, self.per_net)
             trial.run("loop")
-        except Exception:  # the user's, which may know one dtype only
+        except Exception:  # the user's code may know one dtype only, and so may a device
             return self
         return trial
 
