@@ -152,7 +152,8 @@ class Batched:
                 by_chance = random and mode.training and way == "vmap"
                 try:
                     found = trial.run(way)
-                    if trial.close(found, expected) or (by_chance and trial.alike(found, expected)):
+                    alike = found[0].shape == expected[0].shape
+                    if trial.close(found, expected) or (by_chance and alike):
                         break
                 except Exception as error:  # the user's code runs on what it never expected
                     reason = str(error).partition("\n")[0] or repr(error)
