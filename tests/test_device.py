@@ -14,9 +14,11 @@ from sklearn.mixture import GaussianMixture
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from toy import generator, small_nets, toy_data
+from toy import Interrupted, generator, interrupted, small_nets, toy_data
 
 import netspace_lite as ns
+from netspace_lite import store
+from netspace_lite import zoo as zoo_module
 from netspace_lite.optimiser import inverse_root
 
 NETS = small_nets()[:3]
@@ -463,6 +465,20 @@ class ScoresThere(ns.ImageTask):
 
     def scores(self, nets, members):
         return {"spread": nets.rows.std(1)}
+
+
+def test_checkpoints_in_another_dtype_are_gone_on_from(worlds, tmp_path, monkeypatch):
+    """Of a block of nets, written by another hand."""
+    w, interruption = worlds[0], interrupted(ns.ImageTask.batch, 3)
+    monkeypatch.setattr(zoo_module, "CHECKPOINT_SECONDS", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(ns.ImageTask, "batch", interruption)
+        with pytest.raises(Interrupted):
+            ns.train_zoo(NETS[0], w.task, RECIPES, tmp_path, **QUIET)
+    record, tensors = store.load(tmp_path, "block-0")
+    store.save(tmp_path, "block-0", record, tensors | {"momentum": tensors["momentum"].double()})
+    zoo = ns.train_zoo(NETS[0], w.task, RECIPES, tmp_path, **QUIET)
+    assert torch.equal(zoo.rows, w.zoo.rows)
 
 
 def test_what_lies_on_the_gpu_is_fetched(worlds):
