@@ -74,7 +74,7 @@ def difference(module: nn.Module, other: nn.Module) -> str:
     """What first sets two modules of different `structure` apart, in words."""
     for (name, one), (_, two) in zip(module.named_modules(), other.named_modules(), strict=False):
         where = f"layer {name!r}" if name else "it"
-        if type(one) is not type(two):
+        if type(one).__qualname__ != type(two).__qualname__:
             return f"{where} is a {type(two).__name__}, not a {type(one).__name__}"
         a, b = _settings(one), _settings(two)
         for key in sorted(a.keys() | b.keys()):

@@ -16,7 +16,7 @@ from torch import nn
 from toy import mlp, toy_data
 
 from netspace_lite.architectures import Siren, lite_net
-from netspace_lite.fingerprint import fingerprint, structure
+from netspace_lite.fingerprint import difference, fingerprint, structure
 from netspace_lite.zoo import Zoo
 
 
@@ -351,3 +351,11 @@ def test_docstrings_do_not_count():
 
     told.__qualname__ = told.__name__ = silent.__qualname__
     assert fingerprint(silent) == fingerprint(told)
+
+
+def test_what_differs_between_parametrised_layers_is_no_name():
+    """Seen before: "it is a ParametrizedLinear, not a ParametrizedLinear"."""
+    norm = nn.utils.parametrizations.spectral_norm
+    torch.manual_seed(0)
+    one, other = (norm(nn.Linear(4, 3)).eval() for _ in range(2))
+    assert difference(one, other) == "in shapes, ties, buffers or the steps of forward"
