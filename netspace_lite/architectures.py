@@ -52,6 +52,12 @@ def drawn() -> tuple:
     return *states, random.getstate()
 
 
+def listed(modules) -> list[nn.Module]:
+    """One module or several as a list: of modules only a ``ModuleList`` holds several."""
+    alone = isinstance(modules, nn.Module) and not isinstance(modules, nn.ModuleList)
+    return [modules] if alone else list(modules)
+
+
 def architecture(cls):
     """Class decorator: register ``cls`` by name and keep constructor arguments in ``.config``.
 

@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from . import store
-from .architectures import build, describe, name_of, own_randomness
+from .architectures import build, describe, listed, name_of, own_randomness
 from .batching import BLOCK, Batched
 from .fingerprint import structure
 from .folding import fold_batchnorm
@@ -178,8 +178,7 @@ class NetSpace(nn.Module):
         for name, kinds in known.items():
             if (given := getattr(config, name)) not in kinds:
                 raise ValueError(f"{name} should be one of {kinds}, not {given!r}")
-        alone = isinstance(modules, nn.Module) and not isinstance(modules, nn.ModuleList)
-        modules = [modules] if alone else list(modules)
+        modules = listed(modules)
         reads = len(modules), config.weights, config.probes
         if config.parts == "paper" and reads != (1, True, 0):
             raise ValueError("the paper's parts read one architecture's weights: pass probes=0")

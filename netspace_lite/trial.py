@@ -8,7 +8,7 @@ samples or has a gradient of its own.
 import contextlib
 import copy
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -79,8 +79,7 @@ class Trial:
         """The same in fp64 if the module can that, else itself."""
         try:
             rows, x = self.rows.double(), self.x.double() if self.x.is_floating_point() else self.x
-            mode = self.batched._mode(rows, self.mode.training)
-            trial = Trial(self.batched, mode, rows, x, self.per_net)
+            trial = replace(self, mode=self.batched._mode(rows, self.mode.training), rows=rows, x=x)
             trial.run("loop")
         except Exception:  # the user's code may know one dtype only, and so may a device
             return self
@@ -145,12 +144,12 @@ def _others(x: Tensor) -> Tensor:
 
 def _gradient(out: Tensor, of: list[Tensor]) -> Tensor:
     """The gradient of outputs, weighed by numbers of both signs, flat; NaN where there is none."""
-    weights = torch.arange(out.numel(), device=out.device).to(out).cos().view_as(out)
+    weights = torch.ones_like(out).flatten().cumsum(0).cos().view_as(out)
     try:
         found = torch.autograd.grad(out, of, weights, materialize_grads=True)
         return torch.cat([part.flatten() for part in found])
     except RuntimeError:  # of steps that have none
-        return torch.full((sum(p.numel() for p in of),), torch.nan).to(of[0])
+        return torch.cat([torch.full_like(p, torch.nan).flatten() for p in of])
 
 
 def _held(module: nn.Module) -> dict[str, str]:

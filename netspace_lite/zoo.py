@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import store
-from .architectures import build, describe, follow, is_registered, name_of, own_randomness
+from .architectures import build, describe, follow, is_registered, listed, name_of, own_randomness
 from .batching import BLOCK, Batched
 from .data import ImageData
 from .fingerprint import difference, fingerprint, structure
@@ -247,8 +247,7 @@ class Zoo(Nets):
         Raises ValueError naming the first module that computes another function of its weights
         than module 0: other layers, settings, activations or constant buffers.
         """
-        alone = isinstance(modules, nn.Module) and not isinstance(modules, nn.ModuleList)
-        modules = [fold_batchnorm(module) for module in ([modules] if alone else modules)]
+        modules = [fold_batchnorm(module) for module in listed(modules)]
         if not modules:
             raise ValueError("no modules: give at least one trained net")
         batched = Batched(modules[0])

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toy import generator, looped, random_nets
+from toy import Sums, looped, random_nets
 
 from netspace_lite import (
     Batched,
@@ -22,23 +22,6 @@ from netspace_lite import (
     train_nets,
     train_zoo,
 )
-
-
-class Sums:
-    """Learn the sum of four numbers."""
-
-    def batch(self, recipes, members, step):
-        x = torch.randn(len(recipes), 16, 4, generator=generator(step))
-        return x, x.sum(-1, keepdim=True)
-
-    def loss(self, outputs, y):
-        return (outputs - y).square().mean((1, 2))
-
-    def schedule(self, progress):
-        return torch.ones_like(progress)
-
-    def scores(self, nets, members):
-        return {}
 
 
 class Drops(nn.Module):

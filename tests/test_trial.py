@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from toy import generator, random_nets
+from toy import Sums, generator, gradients, random_nets
 
 from netspace_lite import Batched, LeNetLike, Nets, Recipe, ResNet, Zoo, initial_rows, train_zoo
 from netspace_lite.trial import may_lie_innermost
@@ -78,16 +78,14 @@ class OneColumn(nn.Module):
 
 def plain(make, rows, x, per_net):
     """Answers of plain modules with parameters of their own, and the gradient of their squares."""
-    answers, gradients = [], []
+    answers, found = [], []
     for n, row in enumerate(rows):
         net = make().to(rows.dtype)
         nn.utils.vector_to_parameters(row, net.parameters())
         answers.append(net(x[n] if per_net else x))
-        parts = torch.autograd.grad(
-            answers[-1].square().sum(), list(net.parameters()), materialize_grads=True
-        )
-        gradients.append(torch.cat([part.flatten() for part in parts]))
-    return torch.stack(answers).detach(), torch.stack(gradients)
+        parts = gradients(answers[-1].square().sum(), net)
+        found.append(torch.cat([part.flatten() for part in parts]))
+    return torch.stack(answers).detach(), torch.stack(found)
 
 
 @pytest.mark.parametrize("per_net", [False, True], ids=["shared", "per net"])
@@ -327,29 +325,15 @@ def test_one_module_is_a_zoo_of_one_net():
 
 
 def test_training_equals_plain_pytorch_where_gradients_are_of_the_users_own():
-    class Task:
-        def batch(self, recipes, members, step):
-            x = torch.randn(len(recipes), 8, 4, generator=generator(step))
-            return x, x.sum(-1, keepdim=True).sign()
-
-        def loss(self, outputs, y):
-            return (outputs - y).square().mean((1, 2))
-
-        def schedule(self, progress):
-            return torch.ones_like(progress)
-
-        def scores(self, nets, members):
-            return {}
-
     recipes = [Recipe(seed, 12, 1e-2, 0.0) for seed in range(2)]
     with pytest.warns(UserWarning, match="runs one net after the other"):
-        zoo = train_zoo(StraightThrough, Task(), recipes, progress=False)
+        zoo = train_zoo(StraightThrough, Sums(), recipes, progress=False)
     for n, recipe in enumerate(recipes):
         torch.manual_seed(recipe.seed)
         net = StraightThrough()
         adam = torch.optim.AdamW(net.parameters(), recipe.lr, weight_decay=0.0)
         for step in range(recipe.steps):
-            x, y = Task().batch(recipes, None, step)
+            x, y = Sums().batch(recipes, None, step)
             adam.zero_grad()
             (net(x[n]) - y[n]).square().mean().backward()
             adam.step()
