@@ -190,7 +190,8 @@ def tile(rows, cols, exact=False) -> dict:
     often. So the tile follows the result: 16, the tensor cores' least, on an axis of at most 16,
     with a long other axis; 64×64 where both axes fill more than 32 of it; 32×32 else, and for
     exact fp32 products: without tensor cores operands lie in registers too, and 64×64 would spill.
-    Eight warps share a 64×64 tile, four a smaller one; three stages keep two loads under way.
+    Eight warps share a 64×64 tile, four a smaller one. One stage: loads under way ahead of their
+    use go to shared memory four bytes at a time, which took an H200 two to three times as long.
     For square tiles on tensor cores the compiler may use all 255 registers: left to itself it
     spills a few values to fit one block more on a multiprocessor, as it may in exact products.
     """
@@ -201,7 +202,7 @@ def tile(rows, cols, exact=False) -> dict:
     else:
         bm = bn = 32 if exact or min(rows, cols) <= 32 else 64
     warps = 8 if bm * bn == 64 * 64 else 4
-    how = {"num_warps": warps, "num_stages": 3, "maxnreg": 255 if bm == bn and not exact else None}
+    how = {"num_warps": warps, "num_stages": 1, "maxnreg": 255 if bm == bn and not exact else None}
     return {"BM": bm, "BN": bn, "BK": 32, **how}
 
 

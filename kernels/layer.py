@@ -175,7 +175,7 @@ def weight_grad_kernel(
         put(db + at, total, (row < O) & (tl.min(col, 0) == 0))
 
 
-PART = 2048  # pixels that one program of the weight gradient adds at least: hides its start
+PART = 512  # pixels that one program of the weight gradient adds at least: hides its start
 MOST_SPLITS = 64
 
 

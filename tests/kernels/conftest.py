@@ -40,13 +40,30 @@ def device():
 
 
 @pytest.fixture
+def exact():
+    """Products of fp32 are exact where no precision is named."""
+    setting = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = setting
+
+
+def nearest_tf32(values):
+    """fp32 values with the 11 bits that tf32 keeps; others as they are."""
+    if values.dtype != torch.float32:
+        return values
+    return ((values.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.fixture
 def assert_close():
     """`assert_close(name, found, expected)` with the tolerance of its dtype and precision."""
 
     def check(name, found, expected, precision="ieee"):
         largest, rms = TOLERANCE["bf16" if found.dtype == torch.bfloat16 else precision]
-        error = found.double().cpu() - expected.double()
-        scale = max(expected.double().abs().max().item(), 1e-6)
+        expected = expected.double().cpu()
+        error = found.double().cpu() - expected
+        scale = max(expected.abs().max().item(), 1e-6)
         assert found.shape == expected.shape, name
         assert error.isfinite().all(), f"{name} is not finite"
         assert error.abs().max() <= largest * scale, f"{name}: max {error.abs().max() / scale:.2e}"
@@ -61,10 +78,13 @@ def assert_matches(assert_close):
 
     `op` and `reference` take the leaves (name -> fp32 or bf16 tensor) by keyword; `op` runs on the
     tier's device with Triton, `reference` on the CPU in fp64 on the same values. Each parameter is
-    a leaf of its own, so that the tolerance is relative to its own gradient.
+    a leaf of its own, so that the tolerance is relative to its own gradient. Values are given as
+    tf32 has them where products are in tf32: else their rounding takes a leaky ReLU over its kink.
     """
 
     def check(op, reference, precision="ieee", **leaves):
+        if precision == "tf32":
+            leaves = {k: nearest_tf32(v) for k, v in leaves.items()}
         exact = {k: v.double().requires_grad_() for k, v in leaves.items()}
         given = {k: v.to(DEVICE).requires_grad_() for k, v in leaves.items()}
         expected = reference(**exact)

@@ -50,16 +50,16 @@ def test_one_training_step(assert_close, device, per_net):
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Hardtanh, nn.SiLU])
 @pytest.mark.parametrize("nets", [1, 3])
-def test_steps_in_place_on_what_a_kernel_wrote(assert_close, device, activation, nets):
+def test_steps_in_place_on_what_a_kernel_wrote(assert_close, exact, device, activation, nets):
     """Kernels keep their outputs for the backward pass, so such a step gets a copy."""
     layers = nn.Conv2d(1, 4, 3), activation(inplace=True), nn.MaxPool2d(2), nn.Flatten()
     net = nn.Sequential(*layers, nn.Linear(36, 3), activation(inplace=True))
     rows, x = ns.initial_rows(net, range(nets)), torch.randn(5, 1, 8, 8)
-    exact, found = rows.double().requires_grad_(), rows.to(device).requires_grad_()
+    wanted, found = rows.double().requires_grad_(), rows.to(device).requires_grad_()
     with backend("triton"):
         out = ns.Batched(net)(found, x.to(device))
-    expected = ns.Batched(net.double())(exact, x.double())
+    expected = ns.Batched(net.double())(wanted, x.double())
     assert_close("outputs", out, expected)
     for y in (out, expected):
         y.square().sum().backward()
-    assert_close("gradients", found.grad, exact.grad)
+    assert_close("gradients", found.grad, wanted.grad)

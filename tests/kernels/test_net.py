@@ -362,7 +362,7 @@ def test_opcheck(device):
 
 
 @pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
-def test_hooks_are_called(assert_close, device, hook):
+def test_hooks_are_called(assert_close, exact, device, hook):
     module = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).to(device)
 
     def doubled(layer, given, out=None):
@@ -375,7 +375,7 @@ def test_hooks_are_called(assert_close, device, hook):
         assert_close(hook, batched(rows, x), looped(module, rows, x))
 
 
-def test_a_value_may_be_added_to_itself_flattened(assert_close, device):
+def test_a_value_may_be_added_to_itself_flattened(assert_close, exact, device):
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
