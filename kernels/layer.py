@@ -119,8 +119,7 @@ def input_grad_kernel(
     corner = sample * nets * O * (U * V) + bottom * V + right  # i = j = 0 there
     rows: tl.constexpr = (step.KH + step.SH - 1) // step.SH
     cols: tl.constexpr = (step.KW + step.SW - 1) // step.SW
-    window = O * rows * cols
-    turns = tl.cdiv(window, BK)
+    window, turns = O * rows * cols, tl.cdiv(O * rows * cols, BK)
     acc = tl.zeros((BM, BN), tl.float32)
     for turn in range(0, summed * turns):
         n = first + turn // turns

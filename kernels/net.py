@@ -82,7 +82,7 @@ def _tiles(rows, cols, shape):
 
 
 @triton.jit
-def _forward_step(row, values, b, PLAN: tl.constexpr, i: tl.constexpr, PRECISION: tl.constexpr):
+def _forward_step(row, values, b, i, PLAN: tl.constexpr, PRECISION: tl.constexpr):
     """Step i for b samples of one net."""
     step: tl.constexpr = PLAN.steps[i]  # taken here: Triton 3.6 knows a constant by its annotation
     source, y = _at(step.source, values, b), _at(step.out, values, b)
@@ -111,9 +111,7 @@ def _forward_step(row, values, b, PLAN: tl.constexpr, i: tl.constexpr, PRECISION
 
 
 @triton.jit
-def _backward_step(
-    row, values, grads, parts, b, PLAN: tl.constexpr, i: tl.constexpr, PRECISION: tl.constexpr
-):
+def _backward_step(row, values, grads, parts, b, i, PLAN: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of step i's weights, and of what it took unless that is the net's inputs."""
     step: tl.constexpr = PLAN.steps[i]
     gradient, saved = _at(step.out, grads, b), _at(step.saved, values, b)
@@ -155,16 +153,15 @@ def _forward_kernel(
 ):  # fmt: skip
     """Grid (N·⌈B/part⌉,): the answers of one net to `part` samples, `few` of them at a time."""
     splits = tl.cdiv(B, part)
-    n = (tl.program_id(0) // splits).to(tl.int64)
-    begin = tl.program_id(0) % splits * part
-    end, row = tl.minimum(begin + part, B), rows + n * rn
+    n, begin = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits * part
+    end = tl.minimum(begin + part, B)
     for start in range(begin, end, few):
         b, sample = tl.minimum(few, end - start), n * B + start
         kept = sample if KEEP else tl.program_id(0).to(tl.int64) * few
         inputs = x + n * xn + tl.cast(start, tl.int64) * PLAN.inputs
         values = scratch + kept * PLAN.values, out + sample * PLAN.outputs, inputs
         for i in tl.static_range(len(PLAN.steps)):
-            _forward_step(row, values, b, PLAN, i, PRECISION)
+            _forward_step(rows + n * rn, values, b, i, PLAN, PRECISION)
             tl.debug_barrier()  # what this step wrote is there before the next one reads it
 
 
@@ -182,9 +179,8 @@ def _backward_kernel(
     values = scratch + sample * PLAN.values, out + sample * PLAN.outputs, inputs
     grads = grads + sample * PLAN.values, g + sample * PLAN.outputs, inputs
     parts += (split * nets + n) * PLAN.parameters
-    row = rows + n * rn
     for i in tl.static_range(len(PLAN.steps) - 1, -1, -1):
-        _backward_step(row, values, grads, parts, b, PLAN, i, PRECISION)
+        _backward_step(rows + n * rn, values, grads, parts, b, i, PLAN, PRECISION)
         tl.debug_barrier()  # what this step wrote is there before the one before it reads it
 
 
