@@ -191,7 +191,7 @@ def tile(rows, cols, exact=False) -> dict:
     with a long other axis; 64×64 where both axes fill more than 32 of it; 32×32 else, and for
     exact fp32 products: without tensor cores operands lie in registers too, and 64×64 would spill.
     Eight warps share a 64×64 tile, four a smaller one. One stage: with three, loading ahead of use
-    through shared memory, an H200 took two to three times as long.
+    through shared memory, an H200 took twice as long.
     For square tiles on tensor cores the compiler may use all 255 registers: left to itself it
     spills a few values to fit one block more on a multiprocessor, as it may in exact products.
     """
