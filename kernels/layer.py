@@ -119,7 +119,7 @@ def input_grad_kernel(
     corner = sample * nets * O * (U * V) + bottom * V + right  # i = j = 0 there
     rows: tl.constexpr = (step.KH + step.SH - 1) // step.SH
     cols: tl.constexpr = (step.KW + step.SW - 1) // step.SW
-    window, turns = O * rows * cols, tl.cdiv(O * rows * cols, BK)
+    turns = tl.cdiv(O * rows * cols, BK)
     acc = tl.zeros((BM, BN), tl.float32)
     for turn in range(0, summed * turns):
         n = first + turn // turns
@@ -128,7 +128,7 @@ def input_grad_kernel(
         u, v = bottom[:, None] - i[None, :], right[:, None] - j[None, :]
         at = (corner + n * O * (U * V))[:, None] + (o * (U * V) - i * V - j)[None, :]
         i, j = i * step.SH + down, j * step.SW + over
-        in_window = (k < window) & (i < step.KH) & (j < step.KW)
+        in_window = (o < O) & (i < step.KH) & (j < step.KW)
         met = (u >= 0) & (u < U) & (v >= 0) & (v < V)
         g_in = in_image[:, None] & in_window[None, :] & met
         w_in = in_window[:, None] & (col[None, :] < C)

@@ -43,17 +43,13 @@ def named_op(request, device):
     return request.param, op, x.to(device)
 
 
-def test_default_precision_is_one_rule():
-    """cuDNN's setting for all layers; a name is taken as it is."""
-    setting = torch.backends.cudnn.conv.fp32_precision
-    try:
-        for chosen, expected in (("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")):
-            torch.backends.cudnn.conv.fp32_precision = chosen
-            assert common.fp32_precision() == expected
-            assert common.fp32_precision("ieee") == "ieee"
-            assert common.fp32_precision("tf32") == "tf32"
-    finally:
-        torch.backends.cudnn.conv.fp32_precision = setting
+def test_default_precision_is_one_rule(exact):
+    """cuDNN's setting, which the fixture puts back, for all layers; a name is taken as it is."""
+    for chosen, expected in (("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")):
+        torch.backends.cudnn.conv.fp32_precision = chosen
+        assert common.fp32_precision() == expected
+        assert common.fp32_precision("ieee") == "ieee"
+        assert common.fp32_precision("tf32") == "tf32"
     with pytest.raises(ValueError, match="None, 'ieee' or 'tf32', not 'fp8'"):
         common.fp32_precision("fp8")
 
