@@ -4,12 +4,14 @@
     python -m netspace_lite.kernels.bench --quick    # fewer cases and repetitions, a minute
 
 Every case is a set of N nets of one architecture on B inputs of their own, forward alone and
-forward with backward into the packed rows. Candidates are timed in turns, round by round, so that
-a busy machine slows all of them. Prints a table with median and 20/80 quantiles in milliseconds,
-says where ours loses.
+forward with backward into the packed rows. On a GPU there is a fourth way, "grouped": what the
+library does without Triton, PyTorch's own grouped convolutions and products. Ways are timed in
+turns, round by round, so that a busy machine slows all of them. Prints a table with median and
+20/80 quantiles in milliseconds, a line as soon as it is timed, and says where ours loses.
 """
 
 import argparse
+import itertools
 import platform
 import time
 from typing import NamedTuple
@@ -20,7 +22,7 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from netspace_lite import Batched, LeNetLike, Siren, lite_net, paper_net
 
-from . import chunk_pack
+from . import backend, chunk_pack
 
 DIGITS, CIFAR = (1, 8, 8), (3, 32, 32)
 QUICK = {  # name -> (make one module, input, nets, samples): lite sizes, then the paper's
@@ -67,6 +69,8 @@ def ways_of(make, size, nets, samples, device, backward, compiled):
 
     call = vmap(lambda p, x: functional_call(module, p, (x,)))
     ways = {"loop": loop, "vmap": with_all(call), "ours": from_rows}
+    if device.type == "cuda":  # elsewhere this is ours
+        ways["grouped"] = backend("torch")(from_rows)
     return ways | ({"compiled": with_all(torch.compile(call))} if compiled else {})
 
 
@@ -89,27 +93,25 @@ def time_in_turns(case, backward, ways, repeats, device):
         for k, way in enumerate(ways.values()):
             finish()
             start = time.perf_counter()
-            way()
+            with torch.set_grad_enabled(backward):
+                way()
             finish()
             round[k] = 1e3 * (time.perf_counter() - start)
     found = times[1:].quantile(torch.tensor((0.5, 0.2, 0.8)), 0).T.tolist()
     return [Timing(case, way, backward, *three) for way, three in zip(ways, found, strict=True)]
 
 
-def bench_nets(device, repeats, quick=False, compiled=False):
-    """Timings of every architecture in every way, forward and with backward."""
-    found = []
+def bench(device, repeats, quick=False, compiled=False):
+    """Timings of every architecture in every way, forward and with backward, and of packing."""
     for name, (make, size, nets, samples) in (QUICK if quick else CASES).items():
         for backward in (False, True):
             ways = ways_of(make, size, nets, samples, device, backward, compiled)
-            case = f"{name} (N={nets}, B={samples})"
-            with torch.set_grad_enabled(backward):
-                found += time_in_turns(case, backward, ways, repeats, device)
-    return found
+            yield time_in_turns(f"{name} (N={nets}, B={samples})", backward, ways, repeats, device)
+    yield time_in_turns("packing 100 nets of 240 kB", False, packing(device), 3 * repeats, device)
 
 
-def bench_packing(device, repeats):
-    """chunk_pack of 100 nets against a plain copy of as many bytes, and a loop over nets."""
+def packing(device):
+    """Ways to pack 100 nets: a plain copy of as many bytes, a loop over nets, chunk_pack."""
     shapes = [(16, 3, 5, 5), (16,), (120, 400), (120,), (84, 120), (84,), (10, 84), (10,)]
     nets = [[torch.randn(s, device=device) for s in shapes] for _ in range(100)]
     prep = chunk_pack(nets, 7, 10_000)
@@ -119,29 +121,29 @@ def bench_packing(device, repeats):
         for row, net in zip(out, nets, strict=True):
             row[: sum(t.numel() for t in net)] = nn.utils.parameters_to_vector(net)
 
-    ways = {"copy": prep.clone, "loop": loop, "ours": lambda: chunk_pack(nets, 7, 10_000)}
-    return time_in_turns("packing 100 nets of 240 kB", False, ways, repeats, device)
+    return {"copy": prep.clone, "loop": loop, "ours": lambda: chunk_pack(nets, 7, 10_000)}
 
 
-def report(timings):
-    """The table as Markdown, a line for each case, and a line for each case that ours loses."""
-    ways = [*sorted({t.way for t in timings} - {"ours"}), "ours"]
-    lines, losses = [f"| case | pass | {' | '.join(ways)} | best other / ours |"], []
-    lines.append("|---|---|" + "---:|" * (len(ways) + 1))
-    for case, backward in dict.fromkeys((t.case, t.backward) for t in timings):
-        here = {t.way: t for t in timings if (t.case, t.backward) == (case, backward)}
-        ratio = min(t.median for t in here.values() if t.way != "ours") / here["ours"].median
+def report(cases):
+    """The table as lines of Markdown, each as soon as its case is timed; then where ours loses."""
+    first, losses = next(cases := iter(cases)), []
+    ways = [*sorted({t.way for t in first} - {"ours"} | {"copy"}), "ours"]
+    yield f"| case | pass | {' | '.join(ways)} | best other / ours |"
+    yield "|---|---|" + "---:|" * (len(ways) + 1)
+    for timings in itertools.chain([first], cases):
+        here, (case, _, backward, *_) = {t.way: t for t in timings}, timings[0]
+        ratio = min(t.median for t in timings if t.way != "ours") / here["ours"].median
         cells = ["{3:.2f} ({4:.2f} to {5:.2f})".format(*here[w]) if w in here else "" for w in ways]
         step = "forward + backward" if backward else "forward"
-        lines.append(f"| {case} | {step} | {' | '.join(cells)} | {ratio:.2f} |")
+        yield f"| {case} | {step} | {' | '.join(cells)} | {ratio:.2f} |"
         if ratio < 1:
             losses.append(f"Ours loses: {case}, {step}, at {ratio:.2f} of the best other way.")
-    return "\n".join([*lines, "", *(losses or ["Ours loses nowhere."])])
+    yield from ["", *(losses or ["Ours loses nowhere."])]
 
 
 def machine(device) -> str:
     """Device, threads and versions, for the record."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
@@ -152,10 +154,10 @@ def main():
     parser.add_argument("--compile", action="store_true", help="torch.compile too (slow start)")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    repeats = 5 if options.quick else 15
-    timings = bench_nets(device, repeats, options.quick, options.compile)
-    timings += bench_packing(device, 3 * repeats)
-    print(f"{machine(device)}\n\n{report(timings)}")
+    cases = bench(device, 5 if options.quick else 15, options.quick, options.compile)
+    print(machine(device), end="\n\n")
+    for line in report(cases):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
