@@ -40,7 +40,13 @@ def own_randomness(seed: int | None = None, devices=()):
 
 
 def follow(seed: int) -> None:
-    """Let the random numbers of PyTorch on the CPU, NumPy and Python start from ``seed``."""
+    """Let the random numbers of PyTorch on the CPU, NumPy and Python start from ``seed``.
+
+    Raises ValueError where PyTorch makes tensors elsewhere unless told: those draws would not.
+    """
+    if (there := torch.get_default_device()).type != "cpu":
+        why = f"numbers are drawn on the CPU, and torch.set_default_device is {there}"
+        raise ValueError(f"{why}: leave it at 'cpu', and move your data, as data.to('{there}')")
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

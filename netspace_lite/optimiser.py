@@ -64,7 +64,8 @@ class Muon(torch.optim.Optimizer):
                     state |= self.initial(p)
                 state["step"] += 1
                 if p in self._matrices:
-                    _turned_step(p, state, lr, decay, beta)
+                    with torch.autocast(p.device.type, enabled=False):  # or directions are bf16's
+                        _turned_step(p, state, lr, decay, beta)
                     continue
                 for part in _blocks(p, p.grad, state["exp_avg"], state["exp_avg_sq"]):
                     adamw_step(*part, float(state["step"]), lr, decay)

@@ -380,11 +380,11 @@ class NetSpace(nn.Module):
 
     def check(self, z: Tensor) -> Tensor:
         """Embeddings [N, E], or one of them, [E] -> [N, E]; ValueError if z is neither."""
-        z, size, kind = torch.atleast_2d(z), self.config.embedding, self.decoder.bias[0].dtype
-        if z.dim() != 2 or z.shape[1] != size or len(z) == 0 or z.dtype != kind:
+        z, size = torch.atleast_2d(z), self.config.embedding
+        if z.dim() != 2 or z.shape[1] != size or len(z) == 0 or not z.is_floating_point():
             given = f"{list(z.shape)} of {z.dtype}"
-            raise ValueError(f"embeddings should be [N, {size}] of {kind}, not {given}")
-        return z
+            raise ValueError(f"embeddings should be [N, {size}] of floats, not {given}")
+        return z.to(self.decoder.bias[0].dtype)  # of autocast's, or of another precision
 
     def save(self, folder) -> None:
         """Write the space to ``folder`` (JSON and safetensors), atomically."""

@@ -34,6 +34,7 @@ from .progress import progress_bar
 
 CHECKPOINT_SECONDS = 60  # an interruption loses at most this much training
 ADAM = ("momentum", "variance")  # AdamW's part of a state
+ON_GPU = 1 << 16  # inputs of a step that keep a GPU busy for as long as launching it takes
 LOG_STEPS = 50  # steps between rows of numbers for a logger
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
 Make = nn.Module | Callable[[], nn.Module]
@@ -477,7 +478,7 @@ def fine_tune(nets: Nets, task: Task, recipes: list[Recipe]) -> Nets:
 
 @torch.inference_mode(False)
 def train_zoo(
-    make: Make, task: Task, recipes: list[Recipe], folder=None, block: int = BLOCK,
+    make: Make, task: Task, recipes: list[Recipe], folder=None, block: int | None = None,
     progress: bool = True, log: Callable[[dict[str, float]], None] | None = None,
 ) -> Zoo:  # fmt: skip
     """Train a net per recipe, ``block`` at a time, and score them all.
@@ -493,25 +494,28 @@ def train_zoo(
         task: `ImageTask`, `netspace_lite.shapes.ShapeTask`, or your own `Task`.
         recipes: one a net.
         folder: where the zoo is kept, or None to keep nothing.
-        block: nets trained together; 32 fits a CPU's caches, a GPU takes more.
+        block: nets trained together. None: 32, which fit a CPU's caches, and on a GPU up to 512 of
+            small inputs, or it would wait for Python most of the time.
         progress: show a bar that counts training steps.
         log: called with ``block``, ``step``, ``nets``, ``loss`` and ``seconds`` every 50 steps.
 
     Raises ValueError if ``folder`` holds another zoo, naming what differs, and if several processes
     are given none.
     """
-    if not recipes or block < 1:
+    if not recipes or (block is not None and block < 1):
         raise ValueError("no recipes, or none in a block: give one per net, as draw_recipes(500)")
     if folder is None and world() > 1:
         raise ValueError("no folder: several processes train a zoo in one that all of them see")
     batched = _template(make)
-    plan = {"architecture": batched.fingerprint, "task": fingerprint(task), "block": block}
+    plan = {"architecture": batched.fingerprint, "task": fingerprint(task)}
+    plan |= {} if block is None else {"block": block}  # what a GPU chose is loaded on a CPU, too
     first = initial_rows(make, [recipes[0].seed])
     plan |= {"initialisation": fingerprint(first), "recipes": fingerprint(recipes)}
     if folder is None or not store.exists(folder, "zoo"):
         twice = _folded(batched, first.repeat(2, 1), batched.initial_running(2))
         Zoo(*twice, members=torch.tensor([0, 0])).scored(task)  # or it fails after all training
-        blocks = _Blocks(make, batched, task, recipes, folder, plan, log)
+        together = plan | {"block": block or _fitting(task, recipes)}
+        blocks = _Blocks(make, batched, task, recipes, folder, together, log)
         states = blocks.train(portion(blocks.costs), progress)
         wait()  # until every block is in the folder
         if rank() == 0:
@@ -522,6 +526,14 @@ def train_zoo(
     with store.reading(folder):
         store.check_plan(folder, store.load(folder, "zoo")[0]["about"], plan)
     return Zoo.load(folder, batched.module).to(_device(task))
+
+
+def _fitting(task: Task, recipes: list[Recipe]) -> int:
+    """How many nets to train together, where that isn't said."""
+    if _device(task).type == "cpu":
+        return BLOCK
+    inputs = task.batch(recipes[:1], torch.arange(1), 0)[0].numel()
+    return BLOCK * min(16, max(1, ON_GPU // inputs))
 
 
 @dataclass

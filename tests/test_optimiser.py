@@ -133,3 +133,12 @@ def test_a_gradient_of_zeros_at_a_look_does_not_stop_what_follows():
     muon.step()
     moved = (layer.weight.detach() - before).square().mean().sqrt().item()
     torch.testing.assert_close(moved, 0.2 * 1e-2)
+
+
+def test_a_step_inside_autocast_keeps_its_precision():
+    """Directions of bf16 are a percent off; scripts may keep a whole fit in mixed precision."""
+    expected = steps(lambda m: [Muon(m, 1e-2)], layers())
+    with torch.autocast("cpu"):
+        found = steps(lambda m: [Muon(m, 1e-2)], layers())
+    for p, q in zip(found.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(p, q)

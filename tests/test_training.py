@@ -222,6 +222,15 @@ def test_fitting_lowers_the_loss(zoo, data, name):
     assert sum(losses[-20:]) < 0.3 * sum(losses[:20])
 
 
+def test_a_fit_in_mixed_precision_learns(zoo, data):
+    """Seen before: embeddings of bf16 were refused by the space that had made them."""
+    with torch.autocast("cpu"):
+        space, history = fitted(zoo, data, steps=40)
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
+    z = space.encode(zoo)
+    assert torch.equal(space.decode(z.double()).rows, space.decode(z).rows)
+
+
 def test_the_best_state_is_kept(zoo, data):
     space, history = fitted(zoo, data, steps=8)
     best = max(row["agreement"] for row in history)
