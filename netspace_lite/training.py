@@ -41,9 +41,9 @@ def kl_divergence(outputs: Tensor, targets: Tensor, temperature) -> Tensor:
         raise ValueError("answers of one value have no softmax to compare: pass loss=squared_error")
     if isinstance(temperature, Tensor):
         temperature = temperature.flatten()
-    if targets.shape[-1] != outputs.shape[-1]:
+    if targets.shape[-1] != outputs.shape[-1] or len(targets) not in (1, len(outputs)):
         given = f"answers {list(outputs.shape)} and targets {list(targets.shape)}"
-        raise ValueError(f"{given} are of different numbers of classes: they can't be compared")
+        raise ValueError(f"{given} differ in nets or classes: they can't be compared")
     targets = targets.expand_as(outputs)
     return distillation_loss(outputs, targets, temperature=temperature) / temperature**2
 

@@ -602,8 +602,9 @@ def test_answers_without_classes_and_of_other_classes_are_refused():
     single = random_nets(nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), 2)
     with pytest.raises(ValueError, match="let the module give"):
         LikenessLoss(single, torch.randn(5, 4))
-    with pytest.raises(ValueError, match="different numbers of classes"):
-        kl_divergence(torch.zeros(2, 5, 3), torch.zeros(1, 5, 4), 1.0)
+    for targets in (torch.zeros(1, 5, 4), torch.zeros(4, 5, 3)):
+        with pytest.raises(ValueError, match="differ in nets or classes"):
+            kl_divergence(torch.zeros(2, 5, 3), targets, 1.0)
 
 
 def test_a_validation_that_names_the_space_itself_can_be_resumed(zoos, data, tmp_path):
