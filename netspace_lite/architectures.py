@@ -25,14 +25,16 @@ _ALONE = RLock()
 def own_randomness(seed: int | None = None, devices=()):
     """Within, random numbers follow ``seed``; afterwards they go on as if nothing was.
 
-    Those of PyTorch, NumPy and Python. One thread at a time: generators, and what traces a module,
-    are those of the whole process.
+    Those of PyTorch, NumPy and Python, and of GPUs in ``devices``. One thread at a time:
+    generators, and what traces a module, are those of the whole process.
     """
     with _ALONE, torch.random.fork_rng(devices):
         before = random.getstate(), np.random.get_state()
         try:
             if seed is not None:
                 follow(seed)
+                if devices:
+                    torch.cuda.manual_seed(seed)
             yield
         finally:
             random.setstate(before[0])
@@ -108,7 +110,7 @@ def build(description: dict) -> nn.Module:
     """
     name, config = description["name"], description["config"]
     if name not in ARCHITECTURES or config is None:
-        cure = "pass your own module with module=..., or decorate its class with @architecture"
+        cure = "pass your own module (or modules) of it, or decorate its class with @architecture"
         raise ValueError(f"{name!r} is none of {', '.join(ARCHITECTURES)}: {cure}")
     with own_randomness():
         return ARCHITECTURES[name](**config)

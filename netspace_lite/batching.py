@@ -23,7 +23,7 @@ from torch.func import functional_call, vmap
 
 from .architectures import Sine, Siren, build, describe, drawn, name_of, own_randomness
 from .fingerprint import structure
-from .folding import CONVOLUTIONS, Affine, affine, statistics
+from .folding import CONVOLUTIONS, Affine, affine, statistics, unwrapped
 from .kernels import backend, batched_conv2d, batched_linear, siren_mlp
 from .kernels.backend import use_triton
 from .kernels.cpu import channels_last, nets_per_block
@@ -58,12 +58,12 @@ class Batched:
     """
 
     def __init__(self, module: nn.Module):
-        self.module = copy.deepcopy(module).eval()
-        self.layout = Layout.of(module)
+        self.module = copy.deepcopy(unwrapped(module)).eval()
+        self.layout = Layout.of(self.module)
         self.running = _statistics_layout(self.module)
         self._modes: dict[tuple, _Mode] = {}
         self._ways: dict[tuple[bool, bool], str] = {}
-        stock = build(describe(module)) if type(module) is Siren else None
+        stock = build(describe(self.module)) if type(self.module) is Siren else None
         self._is_siren = stock is not None and structure(stock) == self.fingerprint
 
     def check_trainable(self) -> None:

@@ -5,16 +5,21 @@ with another activation, the same images in another order, an objective with ano
 have another fingerprint.
 """
 
+import contextlib
 import copy
+import copyreg
 import dis
 import enum
 import functools
 import hashlib
+import importlib
+import inspect
 import operator
 import sys
 import types
 from collections.abc import Iterator
 from dataclasses import is_dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,6 +35,8 @@ PLAIN = (
 HOOKS = "_forward_pre_hooks", "_forward_hooks"
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _METHODS = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)
+_WRAPPERS = (staticmethod, classmethod, functools._lru_cache_wrapper)
+_CONTAINERS = (dict, list, tuple, set, frozenset)
 
 
 def fingerprint(*things, known=()) -> str:
@@ -50,15 +57,16 @@ def structure(module: nn.Module) -> str:
     Covers layout, the traced graph in training and in evaluation, settings of all layers, and
     constants such as buffers. Where a module can't be traced the code of its classes stands in.
     """
-    module = copy.deepcopy(module)  # tracing leaves constants behind
+    given, module = module, copy.deepcopy(module)  # whose functions may name the one given
     parts = [(n, type(m).__qualname__, _settings(m)) for n, m in module.named_modules()]
     first, named = {}, module.named_parameters(remove_duplicate=False)
     # a parameter with another's name behind its shape is tied to it
     layout = [(n, tuple(p.shape), first.setdefault(id(p), n)) for n, p in named]
     norms = statistics(module)
     constants = {n: b for n, b in module.named_buffers() if n.rpartition(".")[0] not in norms}
-    own = enumerate([*module.modules(), *module.parameters()])  # in a list: which one, no values
-    memo = {id(part): (f"part {i}".encode(), part) for i, part in own}
+    own = zip(*([*m.modules(), *m.parameters()] for m in (given, module)), strict=True)
+    # in a list: which one, no values
+    memo = {id(part): (f"part {i}".encode(), part) for i, pair in enumerate(own) for part in pair}
     return _digest((parts, layout, constants, _graphs(module)), memo).hex()
 
 
@@ -85,15 +93,19 @@ def difference(module: nn.Module, other: nn.Module) -> str:
 
 def _graphs(module: nn.Module) -> list:
     """The steps of the traced graph in both modes; if there is no graph the classes' code."""
-    root = nn.Sequential(module)  # calls it with the input alone: options have their defaults
+    # a root calls it with the input alone: options have their defaults; traces leave things behind
+    roots = [nn.Sequential(copy.deepcopy(module)).train(mode) for mode in (True, False)]
     try:
         with own_randomness(0):  # numbers drawn on the way become constants
-            graphs = [fx.Tracer().trace(root.train(mode)) for mode in (True, False)]
+            graphs = [(fx.Tracer().trace(root), root) for root in roots]
     except Exception:  # tracing runs the user's code on proxies: anything can be raised
-        own = [part for part in module.modules() if not _of_library(type(part).__module__)]
-        hidden = vars(nn.Module()).keys()
+        own, hidden = _own_parts(module), vars(nn.Module()).keys()
         return [(type(m), {k: v for k, v in vars(m).items() if k not in hidden}) for m in own]
-    return [_steps(graph, root) for graph in graphs]
+    return [_steps(*pair) for pair in graphs]
+
+
+def _own_parts(module: nn.Module) -> list[nn.Module]:
+    return [part for part in module.modules() if not _of_library(type(part).__module__)]
 
 
 def _steps(graph: fx.Graph, root: nn.Module) -> list:
@@ -112,8 +124,12 @@ def _steps(graph: fx.Graph, root: nn.Module) -> list:
 def _of_library(name: str | None) -> bool:
     """Whether a module of this name is installed, so that its code is known by its name."""
     top = (name or "").partition(".")[0]
-    known = top in sys.stdlib_module_names or top == __package__.partition(".")[0]
-    return known or "-packages" in (getattr(sys.modules.get(top), "__file__", None) or "")
+    if top == __package__.partition(".")[0]:
+        return True
+    file = getattr(sys.modules.get(top), "__file__", None)
+    if top in sys.stdlib_module_names:  # or a user's file of that name
+        return file is None or Path(file).is_relative_to(Path(dis.__file__).parent)
+    return not {"site-packages", "dist-packages"}.isdisjoint(Path(file or "").parts)
 
 
 def _digest(thing, memo: dict) -> bytes:
@@ -144,10 +160,12 @@ def _digest(thing, memo: dict) -> bytes:
 
 def _parts(thing) -> list:
     """What an object that is no number and no tensor is made of."""
-    if isinstance(thing, dict):
-        return list(thing.items())
-    if isinstance(thing, list | tuple | set | frozenset):
-        return list(thing)
+    if isinstance(thing, _CONTAINERS):
+        plain = next(base for base in _CONTAINERS if isinstance(thing, base))
+        if type(thing) is plain:
+            return list(thing.items() if plain is dict else thing)
+        more = type(thing), _public(thing), getattr(thing, "default_factory", None)
+        return [plain(thing), *more]
     if isinstance(thing, types.FunctionType):
         return _parts_of_function(thing)
     if isinstance(thing, types.MethodType):
@@ -159,30 +177,38 @@ def _parts(thing) -> list:
     if isinstance(thing, type) and not _of_library(thing.__module__):
         own = {k: v for k, v in vars(thing).items() if k[0] != "_" or isinstance(v, _METHODS)}
         return [thing.__qualname__, thing.__bases__, own]
-    if isinstance(thing, type | types.ModuleType | types.BuiltinFunctionType):
+    if isinstance(thing, _WRAPPERS):
+        return [thing.__wrapped__]
+    named = inspect.isroutine(thing) and hasattr(thing, "__name__")  # also Cython's functions
+    named = named and _of_library(getattr(thing, "__module__", None))
+    if named or isinstance(thing, type | types.ModuleType | types.BuiltinFunctionType):
         bound = getattr(thing, "__self__", None)  # of a method, which may be an object's
         named = [getattr(thing, "__module__", ""), getattr(thing, "__qualname__", thing.__name__)]
         return named if isinstance(bound, type | types.ModuleType | None) else [*named, bound]
-    if hasattr(thing, "__wrapped__"):  # static methods, cached functions
-        return [thing.__wrapped__]
     own = getattr(thing, "fingerprint", None)
     if isinstance(own, str):
         return [own]
     if isinstance(thing, nn.Module):
-        return [structure(thing), dict(thing.state_dict())]
+        kinds = [type(part) for part in _own_parts(thing)]  # they may have more than a forward
+        return [structure(thing), dict(thing.state_dict()), kinds]
     home = type(thing).__module__  # other libraries keep what counts in private attributes
     if not hasattr(thing, "__dict__") or (_of_library(home) and not home.startswith(__package__)):
         return _parts_of_native(thing)
-    kind, kept = type(thing), {k: v for k, v in vars(thing).items() if k[0] != "_"}
+    kind, kept = type(thing), _public(thing)
     computed = {k for k in kept if isinstance(getattr(kind, k, None), functools.cached_property)}
     return [kind, {k: v for k, v in kept.items() if k not in computed}]
 
 
+def _public(thing) -> dict:
+    return {k: v for k, v in getattr(thing, "__dict__", {}).items() if k[0] != "_"}
+
+
 def _parts_of_native(thing) -> list:
     """What an object without attributes would be pickled as."""
+    reduce = copyreg.dispatch_table.get(type(thing), operator.methodcaller("__reduce_ex__", 2))
     try:
-        parts = thing.__reduce_ex__(2)
-    except TypeError as error:
+        parts = reduce(thing)
+    except Exception as error:  # each kind of object fails on its own terms
         what = f"there is no telling what a {type(thing).__name__} holds"
         raise ValueError(f"{what}: give what uses it an attribute fingerprint") from error
     return [list(part) if isinstance(part, Iterator) else part for part in parts]
@@ -195,14 +221,27 @@ def _parts_of_function(function) -> list:
     codes, known = [function.__code__], function.__globals__
     for code in codes:  # grows while it is read: nested functions and comprehensions
         codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
-    names = {i.argval for code in codes for i in dis.get_instructions(code) if "GLOBAL" in i.opname}
+    steps = [i for code in codes for i in dis.get_instructions(code)]
+    names = {i.argval for i in steps if "GLOBAL" in i.opname or i.opname == "LOAD_NAME"}
+    names -= {"__name__"}  # which every body of a class reads
     constants = [[c for c in code.co_consts if not isinstance(c, types.CodeType)] for code in codes]
     constants[0] = [None if c == function.__doc__ else c for c in constants[0]]  # where it stood
     attributes = {name for code in codes for name in code.co_names}
     # in order, or cycles would be cut elsewhere in the next run
     reads = {name: _read(known[name], attributes) for name in sorted(names & known.keys())}
-    body = [(code.co_code, code.co_names) for code in codes]
-    return [body, constants, function.__defaults__, function.__kwdefaults__, cells, reads]
+    for name in sorted({i.argval for i in steps if i.opname == "IMPORT_NAME"}):
+        reads[f"import {name}"] = _read(_imported(name, known.get("__package__")), attributes)
+    body = [(code.co_code, code.co_names, code.co_argcount, code.co_flags) for code in codes]
+    defaults = function.__defaults__, function.__kwdefaults__
+    return [body, constants, defaults, cells, reads, _public(function)]
+
+
+def _imported(name: str, package: str | None):
+    """The module that a function imports as it runs; None if there is none to be had."""
+    for dots in ("", "."):  # how many dots stood before the name isn't told apart
+        with contextlib.suppress(Exception):  # whatever a user's module raises, it raises later
+            return importlib.import_module(dots + name, package)
+    return None
 
 
 def _read(value, names: set):

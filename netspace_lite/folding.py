@@ -7,6 +7,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from .architectures import is_registered
+
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -33,6 +35,15 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addcmul(bias.view(shape), x, weight.view(shape))
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module in what compiles it or trains it on several devices. ValueError for no module."""
+    module = getattr(module, "_orig_mod", module)  # of torch.compile
+    module = module.module if isinstance(module, WRAPPERS) else module
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"{module!r} is no module: make one, as MyNet(...) does of a class")
+    return module
+
+
 def statistics(module: nn.Module) -> dict[str, nn.Module]:
     """The batch and instance norms of a module that answer with running statistics, by name."""
     norms = {n: m for n, m in module.named_modules() if isinstance(m, _NormBase)}
@@ -51,8 +62,7 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     (``torch.nn.utils.fusion``); any other batch norm becomes an `Affine` layer. What is left is
     weights and biases only, so it can be packed. Without batch norms it is a plain copy.
     """
-    module = getattr(module, "_orig_mod", module)  # of torch.compile
-    module = module.module if isinstance(module, WRAPPERS) else module
+    module = unwrapped(module)
     try:
         folded = copy.deepcopy(module).eval()
     except RuntimeError as error:  # pruned, or normalised by hooks: weights that are no parameters
@@ -62,7 +72,8 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     for name, norm in norms.items():
         if norm._forward_hooks or norm._forward_pre_hooks:
             raise ValueError(f"norm {name!r} has hooks, which folding would lose: take them off")
-    for name, layer in _layers_before(folded, norms).items() if norms else ():
+    graph, names = _trace(folded, norms) if norms else None, [*norms]
+    for name, layer in _layers_before(folded, graph, norms).items() if graph else ():
         before, norm = folded.get_submodule(layer), norms.pop(name)
         _replace(before, fuse_conv_bn_eval(before, norm))
         _replace(norm, nn.Identity())
@@ -73,10 +84,26 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
             bias = 0 if norm.bias is None else norm.bias
             layer = Affine(weight, bias - norm.running_mean * weight).eval()
         _replace(norm, layer)
-    config = getattr(folded, "config", None)
-    if isinstance(config, dict) and config.get("batch_norm"):
-        folded.config = config | {"batch_norm": False}
+    if is_registered(folded) and folded.config.get("batch_norm"):
+        folded.config = folded.config | {"batch_norm": False}
+    reads = [n.target for n in graph.nodes if n.op == "get_attr"] if graph else []
+    asked = any(target.rpartition(".")[0] in names for target in reads)
+    if asked or (graph and str(graph) != str(_trace(folded, names))):
+        what = f"the forward of a {type(module).__name__} asks what its batch norms are or hold"
+        raise ValueError(f"{what}: let it only call them, or it would change once they are folded")
     return folded
+
+
+def _trace(module: nn.Module, leaves) -> fx.Graph | None:
+    """The steps of a module, in which each of ``leaves`` is one step; None where it has none."""
+    tracer = fx.Tracer()
+    tracer.is_leaf_module = lambda m, name: (
+        name in leaves or fx.Tracer.is_leaf_module(tracer, m, name)
+    )
+    try:
+        return tracer.trace(copy.deepcopy(module))
+    except Exception:  # tracing runs the user's code on proxies: anything can be raised
+        return None
 
 
 def _replace(old: nn.Module, new: nn.Module) -> None:
@@ -84,12 +111,8 @@ def _replace(old: nn.Module, new: nn.Module) -> None:
     old.__class__, old.__dict__ = type(new), new.__dict__
 
 
-def _layers_before(module: nn.Module, norms: dict) -> dict[str, str]:
+def _layers_before(module: nn.Module, graph: fx.Graph, norms: dict) -> dict[str, str]:
     """For each batch norm that can be absorbed the convolution that feeds only it."""
-    try:
-        graph = fx.Tracer().trace(module)
-    except Exception:  # tracing runs the user's code on proxies: anything can be raised
-        return {}
     calls = [node.target for node in graph.nodes if node.op == "call_module"]
     calls += [n.target.rpartition(".")[0] for n in graph.nodes if n.op == "get_attr"]
     tied = [id(p) for _, p in module.named_parameters(remove_duplicate=False)]

@@ -21,11 +21,15 @@ def compare(predicted: Tensor, target: Tensor, y: Tensor) -> dict[str, float]:
     Returns ``agreement`` (share of samples both put in the same class), ``mae`` and ``r`` (mean
     absolute error and Pearson correlation of the nets' accuracies).
     """
+    if predicted.shape != target.shape or len(y) != target.shape[1]:
+        given = f"{[*predicted.shape]}, {[*target.shape]} and {len(y)} labels"
+        raise ValueError(f"answers are [N, B, K] of as many nets each and B labels, not {given}")
     accuracies = [correct(outputs, y) for outputs in (predicted, target)]
+    found, wanted = classes(predicted), classes(target)
     # all predicted nets alike (the mean net) have no correlation with anything
     constant = any(a.max() == a.min() for a in accuracies)
     return {
-        "agreement": float((classes(predicted) == classes(target)).float().mean() * 100),
+        "agreement": float(((found == wanted) & (found >= 0)).float().mean() * 100),
         "mae": float((accuracies[0] - accuracies[1]).abs().mean()),
         "r": 0.0 if constant else float(torch.corrcoef(torch.stack(accuracies))[0, 1]),
     }
@@ -100,7 +104,7 @@ def disagreement(a: Tensor, b: Tensor) -> Tensor:
     Returns [N, M].
     """
     a, b = classes(a), classes(b)
-    return torch.stack([(net != b).float().mean(1) * 100 for net in a])
+    return torch.stack([((net != b) | (net < 0)).float().mean(1) * 100 for net in a])
 
 
 def novelty(nets: Nets, x: Tensor, zoo: Nets | None = None) -> dict[str, Tensor]:

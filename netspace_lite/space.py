@@ -230,7 +230,7 @@ class NetSpace(nn.Module):
                 values. None: the architectures of the zoos.
         """
         zoos = [zoos] if isinstance(zoos, Nets) else list(zoos)
-        space = cls(modules or [zoo.module for zoo in zoos], inputs, config, seed)
+        space = cls([z.module for z in zoos] if modules is None else modules, inputs, config, seed)
         index = [space.index(zoo) for zoo in zoos]
         if len(set(index)) < len(zoos):
             raise ValueError("several zoos of one architecture: make them one, or leave some out")
@@ -402,7 +402,7 @@ class NetSpace(nn.Module):
         record, state = store.load(folder, "space")
         with store.reading(folder):
             known = record["architectures"]
-            modules = modules or [build(description) for description in known]
+            modules = [build(about) for about in known] if modules is None else modules
             config = SpaceConfig(**record["config"])
             inputs = state.get("probes", state["decoder.bias.0"])  # for their dtype
             space = cls(modules, inputs, config, record["seed"])

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import store
+from .architectures import own_randomness
 from .fingerprint import fingerprint
 from .kernels import distillation_loss
 from .nets import MixedNets, Nets
@@ -38,13 +39,14 @@ def kl_divergence(outputs: Tensor, targets: Tensor, temperature) -> Tensor:
     Raises ValueError for K = 1: one value's softmax is 1, whatever it is.
     """
     if outputs.shape[-1] == 1:
-        raise ValueError("answers of one value have no softmax to compare: pass loss=squared_error")
-    if isinstance(temperature, Tensor):
-        temperature = temperature.flatten()
+        cure = "pass loss=squared_error to Distillation or LikenessLoss"
+        raise ValueError(f"answers of one value have no softmax to compare: {cure}")
     if targets.shape[-1] != outputs.shape[-1] or len(targets) not in (1, len(outputs)):
         given = f"answers {list(outputs.shape)} and targets {list(targets.shape)}"
         raise ValueError(f"{given} differ in nets or classes: they can't be compared")
     targets = targets.expand_as(outputs)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.flatten().expand(len(outputs))
     return distillation_loss(outputs, targets, temperature=temperature) / temperature**2
 
 
@@ -375,7 +377,8 @@ def fit(
 
     Returns the history: one dict of step, seconds, mean loss of the epoch and scores per epoch.
     Raises ValueError naming the step whose loss is not finite, and if ``folder`` holds the fit of
-    another space, objective, validation or schedule, naming which.
+    another space, objective, validation or schedule, naming which; one that fills a list of its
+    own while it runs is another each time.
     """
     if min(steps, epoch) < 1 or not lr > 0:
         raise ValueError(f"steps, epoch and lr should be over 0, not {steps}, {epoch} and {lr}")
@@ -386,16 +389,19 @@ def fit(
     folder = None if folder is None else Path(folder).resolve()
     if folder is not None:
         for name, asked in {"objective": objective, "validation": validate}.items():
-            plan[name] = fingerprint(asked, known=[space])  # either may name the space itself
+            parts = space, *space.modules(), *space.parameters(), *space.buffers()
+            plan[name] = fingerprint(asked, known=parts)  # either may name the space itself
         history, best = _resume(folder, plan, space, optimiser, generator)
     last = history[-1] if history else {"step": 0, "seconds": 0.0}
     first, started = last["step"], time.monotonic() - last["seconds"]
+    devices = {p.device for p in space.parameters() if p.is_cuda}
     with progress_bar(steps, "fitting the space", first=first) as bar:
         for start in range(first, steps, epoch):
             losses = []
             for step in range(start, min(start + epoch, steps)):
                 optimiser.param_groups[0]["lr"] = learning_rate(step, steps, lr)
-                losses.append(_descend(space, objective, generator, optimiser, step))
+                with own_randomness(plan["seed"] + 1_000_003 * step, devices):  # of dropout
+                    losses.append(_descend(space, objective, generator, optimiser, step))
                 bar.update()
             found = _scored(space, validate)
             row = {"step": step + 1, "seconds": time.monotonic() - started, "loss": fmean(losses)}
@@ -425,8 +431,9 @@ def _descend(space, objective, generator, optimiser, step: int) -> float:
     """One step of training; returns the loss."""
     try:
         loss = objective(space, generator)
-        if loss.numel() != 1 or not loss.isfinite():
-            raise ValueError(f"the loss is {loss.tolist()}, where one finite number is needed")
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.isfinite():
+            given = getattr(loss, "tolist", lambda: loss)()
+            raise ValueError(f"the loss is {given}, where a tensor of one finite number is needed")
     except ValueError as error:
         raise ValueError(f"step {step}: {error}") from error
     optimiser.zero_grad()

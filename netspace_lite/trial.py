@@ -69,6 +69,8 @@ class Trial:
             return None
         if len(rows) == 1 or torch.equal(*rows):
             rows = torch.stack([rows[0], rows[0].flip(0)])
+        noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0)).to(rows)
+        rows = rows.where(rows != 0, noise / 8)  # a head of zeros would hide what lies before it
         x = (x[0] if per_net else x).detach()
         x = x[: max(3, TRIED // x[0].numel())].clone()
         x = torch.cat([x, _others(x)]) if len(x) == 1 else x  # one hides what mixes samples
@@ -104,11 +106,25 @@ class Trial:
             fill(module, state)
             outputs.append(module((self.x[n] if self.per_net else self.x).clone()))
         out, named = torch.stack(outputs), [dict(module.named_parameters()) for module in modules]
+        self._check_own(out, [p for of in named for p in of.values()])
         gradient = _gradient(out, [of[name] for of in named for name in layout.names])
         running = None
         if self.mode.training and statistics.size:
             running = statistics.pack([module.state_dict() for module in modules])
         return [out.detach(), gradient, running]
+
+    def _check_own(self, out: Tensor, parameters: list[Tensor]) -> None:
+        """Raise ValueError if answers of copies depend on the module that they are copies of."""
+        steps, used = {out.grad_fn} - {None}, {}
+        for step in (todo := [*steps]):  # grows while it is read
+            used |= {id(step.variable): step.variable} if hasattr(step, "variable") else {}
+            todo += (more := {before for before, _ in step.next_functions} - steps - {None})
+            steps |= more
+        own = {id(p): p for p in parameters}
+        unused = {p.shape for key, p in own.items() if key not in used}
+        if any(p.shape in unused for key, p in used.items() if key not in own):
+            what = f"copies of a {name_of(self.mode.module)} use parameters of the first"
+            raise ValueError(f"{what}: a function that it holds, such as a lambda, names its parts")
 
     def close(self, found: list[Tensor | None], expected: list[Tensor | None]) -> bool:
         """Equal up to what the dtype can tell, in units of the largest value; to NaN all is."""

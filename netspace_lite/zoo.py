@@ -9,6 +9,7 @@ import copy
 import time
 import warnings
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from operator import index
@@ -26,8 +27,8 @@ from .architectures import build, describe, follow, is_registered, listed, name_
 from .batching import BLOCK, Batched
 from .data import ImageData
 from .fingerprint import difference, fingerprint, structure
-from .folding import fold_batchnorm, statistics
-from .layout import Layout
+from .folding import fold_batchnorm, statistics, unwrapped
+from .layout import Layout, fill
 from .nets import Nets, cross_entropy
 from .processes import portion, rank, wait, world
 from .progress import progress_bar
@@ -120,7 +121,7 @@ class Orders:
         """[count], on the CPU."""
         if (seed, epoch) not in self._kept:
             self._kept = {k: v for k, v in self._kept.items() if k[1] == epoch}
-            generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+            generator = torch.Generator().manual_seed((seed * 100_003 + epoch) % 2**63)
             self._kept[seed, epoch] = torch.randperm(self.count, generator=generator)
         return self._kept[seed, epoch]
 
@@ -167,7 +168,7 @@ class Zoo(Nets):
 
     Args:
         module, rows: as for `Nets`.
-        scores: name -> [N], such as ``test_accuracy`` in percent.
+        scores: name -> [N], such as ``test_accuracy`` in percent; kept in fp32.
         recipes: N `Recipe`s, or None where they aren't known.
         losses: [N, S] training loss of each step, NaN after a net's last; None where not known.
         members: [N] places of the nets in the zoo they were made in, 0..N-1 unless given.
@@ -181,7 +182,8 @@ class Zoo(Nets):
         self, module, rows, scores=None, recipes=None, losses=None, members=None, about=None
     ):  # fmt: skip
         super().__init__(module, rows)
-        self.scores, self.losses, self.recipes = scores or {}, losses, recipes
+        self.scores = {name: torch.as_tensor(of).float() for name, of in (scores or {}).items()}
+        self.losses, self.recipes = losses, recipes
         self.members = torch.arange(len(rows)) if members is None else members
         self.about = about or {}
         parts = *self.scores.values(), recipes, losses, members
@@ -194,6 +196,11 @@ class Zoo(Nets):
                 raise ValueError(f"{said}: no net is left, train with a lower learning rate")
             warnings.warn(f"{said}: they are left out", stacklevel=3)
             self.__dict__.update(self[good].__dict__ | {"about": self.about})
+
+    @property
+    def fingerprint(self) -> str:
+        """What the nets compute and how they were scored, for objectives that read scores."""
+        return fingerprint(super().fingerprint, self.scores, self.members)
 
     @property
     def seconds(self) -> float:
@@ -231,7 +238,7 @@ class Zoo(Nets):
         record, tensors = store.load(folder, "zoo")
         with store.reading(folder):
             known, rows = record["architecture"], tensors["rows"]
-            batched = Batched(fold_batchnorm(module or build(known)))
+            batched = Batched(fold_batchnorm(build(known) if module is None else module))
             if batched.fingerprint != known["fingerprint"]:
                 what = f"{folder} holds nets of {rows.shape[1]} parameters that compute something"
                 given = f"{name_of(batched.module)} of {batched.layout.size}"
@@ -265,8 +272,8 @@ class Zoo(Nets):
         """A zoo of checkpoints: state dicts of ``module``, one file a net.
 
         Args:
-            files: a folder, or a list of .safetensors, .pt, .pth or .ckpt files; in order of their
-                names for a folder. Only tensors are read, with ``weights_only=True``.
+            files: a folder, a file, or a list of .safetensors, .pt, .pth or .ckpt files; in order
+                of their names for a folder. Only tensors are read, with ``weights_only=True``.
             module: a module that every file fits, once what all its names begin with is left out
                 ("module.", "_orig_mod.", "model."). Values take its dtype.
 
@@ -275,6 +282,7 @@ class Zoo(Nets):
         if isinstance(files, str | Path):
             folder = Path(files)
             files = sorted(f for f in folder.glob("*") if f.suffix in SUFFIXES)
+            files = [folder] if folder.is_file() else files
             if not files:
                 raise FileNotFoundError(f"{folder} holds no file that ends in {SUFFIXES}")
         return cls.from_modules((_read_checkpoint(Path(f), module) for f in files), task)
@@ -291,9 +299,12 @@ def _read_checkpoint(path: Path, module: nn.Module) -> nn.Module:
         state = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
         for key in ("state_dict", "model_state_dict", "model"):  # how training scripts wrap it
             state = state[key] if isinstance(state.get(key), dict) else state
+        versions = getattr(state, "_metadata", {})  # by which modules migrate older files
         wrapped = (k.removesuffix(first) for k in state if k.endswith(f".{first}"))
         wrapper = "" if first in state else next(wrapped, "")  # "module.", "_orig_mod."
-        loaded.load_state_dict({k.removeprefix(wrapper): v for k, v in state.items()})
+        state = OrderedDict((k.removeprefix(wrapper), v) for k, v in state.items())
+        state._metadata = {f"{k}.".removeprefix(wrapper)[:-1]: v for k, v in versions.items()}
+        loaded.load_state_dict(state)
     except Exception as error:  # readers and modules fail in many ways, each on its own terms
         pickled = isinstance(error, UnpicklingError)  # PyTorch's own advice would be to load it
         why = "it holds pickled objects, never loaded" if pickled else str(error) or repr(error)
@@ -357,7 +368,8 @@ def _unlike(given: Tensor, found: Tensor) -> bool:
 def _make(make: Make, seed: int) -> nn.Module:
     """A net of its own, initialised by ``seed``."""
     follow(seed)
-    made = make if isinstance(make, nn.Module) else make()
+    make = unwrapped(make) if isinstance(make, nn.Module) else make
+    made = make if isinstance(make, nn.Module) else unwrapped(make())
     if any(p._backward_hooks for p in made.parameters()):
         raise ValueError(f"hooks on gradients of a {name_of(made)}'s parameters would be lost")
     if made is not make:
@@ -429,7 +441,7 @@ def train_nets(
         for step in range(int(state["step"]), lengths[0]):
             # Dropout's, also after a resume. torch.manual_seed would queue a call for GPUs: slow.
             source = torch.cuda if device.type == "cuda" else torch.default_generator
-            source.manual_seed(seeds[0] + 1_000_003 * step)
+            source.manual_seed((seeds[0] + 1_000_003 * step) % 2**63)
             n = sum(length > step for length in lengths)  # nets still in training
             rows, running, *adam = (state[name][:n] for name in ("rows", "running", *ADAM))
             weights = rows.detach().requires_grad_()
@@ -625,7 +637,9 @@ def _folded(batched: Batched, rows: Tensor, running: Tensor) -> tuple[Batched, T
     module, nets = copy.deepcopy(batched.module), []
     states = zip(batched.layout.unpack(rows), batched.running.unpack(running), strict=True)
     for parameters, running in states:
-        module.load_state_dict(parameters | running, strict=False)
+        fill(module, parameters)
+        for name, values in running.items():
+            module.get_buffer(name).copy_(values)
         nets.append(fold_batchnorm(module))
     folded = Batched(nets[0])
     return folded, folded.layout.pack(nets)

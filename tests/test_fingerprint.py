@@ -1,17 +1,21 @@
 """One fingerprint for what computes the same, another for everything else."""
 
 import copy
+import importlib
 import os
+import re
 import subprocess
 import sys
+from collections import defaultdict, namedtuple
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial, update_wrapper
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.neighbors import NearestNeighbors
 from torch import nn
 from toy import mlp, toy_data
 
@@ -255,6 +259,56 @@ def through_module(factor, unread=0):
     return eval("lambda x: own.scaled(x)", {"own": own})
 
 
+class Wrapper:
+    """Says of itself what a function says, as decorators do."""
+
+    def __init__(self, function, weight):
+        update_wrapper(self, function)
+        self.weight = weight
+
+
+class Forgiving(Plain):
+    def __getattr__(self, name):
+        return None
+
+
+def edited_method(step):
+    """A module whose method beside ``forward`` somebody edits, with the same weights."""
+
+    class Own(nn.Linear):
+        def besides(self, x):
+            return step(self(x))
+
+    torch.manual_seed(0)
+    return Own(2, 3)
+
+
+def with_attribute(value):
+    def function(x):
+        return x * function.factor
+
+    function.factor = value
+    return function
+
+
+def body_reads(factor):
+    """A function whose class reads a global in its body."""
+    text = "def make(x):\n class Inner:\n  factor = FACTOR\n return x * Inner.factor"
+    space = {"FACTOR": factor}
+    exec(text, space)
+    return space["make"]
+
+
+def neighbours(seed):
+    points = np.random.default_rng(seed).normal(size=(20, 3))
+    return NearestNeighbors(algorithm="kd_tree").fit(points)
+
+
+def scored_zoo(*scores):
+    torch.manual_seed(0)
+    return Zoo(nn.Linear(2, 2), torch.randn(2, 6), {"val_accuracy": torch.tensor(scores)})
+
+
 ONE = torch.arange(6.0)
 THINGS = {
     "values": (ONE, ONE + 1e-6),
@@ -282,6 +336,23 @@ THINGS = {
     "default": (lambda x, a=1: x * a, lambda x, a=2: x * a),
     "constant": (lambda x: x + 1, lambda x: x + 2),
     "generator": (torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)),
+    "NumPy's generator": (np.random.default_rng(0), np.random.default_rng(1)),
+    "fitted estimator": (neighbours(0), neighbours(1)),
+    "pattern": (re.compile("a"), re.compile("b")),
+    "NumPy's function": (np.add, np.multiply),
+    "wrapper": (Wrapper(loss_one, 0.0), Wrapper(loss_one, 1.0)),
+    "forgiving attributes": (Forgiving(a=1), Forgiving(a=2)),
+    "cached function": (cache(closing_over(1)), cache(closing_over(2))),
+    "what a dictionary has by default": (
+        defaultdict(closing_over(0)),
+        defaultdict(closing_over(1)),
+    ),
+    "fields": (namedtuple("Pair", "a b")(1, 2), namedtuple("Pair", "a c")(1, 2)),
+    "how arguments are taken": (lambda x: x, lambda *x: x),
+    "attribute of a function": (with_attribute(1), with_attribute(2)),
+    "global of a class inside": (body_reads(1), body_reads(2)),
+    "another method of a module": (edited_method(torch.relu), edited_method(torch.tanh)),
+    "scores": (scored_zoo(1.0, 2.0), scored_zoo(2.0, 1.0)),
 }
 
 
@@ -299,6 +370,86 @@ def test_what_does_not_matter_does_not_count():
     assert fingerprint(through_module(2)) == fingerprint(through_module(2, unread=1))
     assert fingerprint(ONE.view(2, 3).T) == fingerprint(ONE.view(2, 3).T.contiguous())
     assert fingerprint(toy_data()) == fingerprint(toy_data())
+
+
+def test_what_a_function_imports_as_it_runs_counts(tmp_path, monkeypatch):
+    """Seen before: an edited file of the user's own, and the earlier fit was loaded."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    found = []
+    for factor in (2, 3, 2):
+        (tmp_path / "imported_within.py").write_text(f"def loss(x):\n    return {factor} * x\n")
+        sys.modules.pop("imported_within", None)
+        importlib.invalidate_caches()
+
+        def from_there(x):
+            from imported_within import loss
+
+            return loss(x)
+
+        def by_name(x):
+            import imported_within
+
+            return imported_within.loss(x)
+
+        def absent(x):
+            import there_is_no_such_module
+
+            return there_is_no_such_module.loss(x)
+
+        found.append([fingerprint(function) for function in (from_there, by_name, absent)])
+    assert found[0] == found[2]
+    assert [a == b for a, b in zip(*found[:2], strict=True)] == [False, False, True]
+
+
+@pytest.mark.parametrize("name", ["own_packages", "profile"])
+def test_files_of_ones_own_count_wherever_they_lie(name, tmp_path, monkeypatch):
+    """Seen before: what lay under a folder of packages, or had a name of Python's, was "installed"."""
+    folder = tmp_path / "my-packages"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    found = []
+    for factor in (2, 3):
+        (folder / f"{name}.py").write_text(f"def loss(x):\n    return {factor} * x\n")
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        importlib.invalidate_caches()
+        found.append(fingerprint(importlib.import_module(name).loss))
+    assert found[0] != found[1]
+
+
+def test_a_module_whose_functions_name_the_module_itself_has_a_structure():
+    """Seen before: a RecursionError."""
+
+    class Steps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            self.steps = [lambda x: self.linear(x), torch.relu]
+
+        def forward(self, x):
+            for step in self.steps:
+                x = step(x)
+            return x
+
+    module = Steps()
+    assert structure(module) == structure(module)
+
+
+def test_what_a_trace_leaves_in_a_module_does_not_count():
+    """Seen before: a RecursionError, of a cache that held a step of the trace."""
+
+    class Caches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.cache = nn.Linear(4, 4), None
+
+        def forward(self, x):
+            if self.cache is None or self.cache.shape[0] < x.shape[1]:
+                self.cache = torch.outer(torch.arange(x.shape[1]), torch.ones(1)).cos()
+            return self.linear(x) * self.cache[:, 0]
+
+    assert structure(Caches()) == structure(Caches())
 
 
 def test_cycles_end():

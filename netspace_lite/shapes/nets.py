@@ -186,7 +186,7 @@ class ScanLoss:
         """Mean squared deviation of the slope from what it should be, by central differences."""
         x = 2 * torch.rand(len(nets), self.samples, 1, 3, generator=generator) - 1
         x = x + step * torch.cat([torch.eye(3), -torch.eye(3)])  # [N, samples, 6, 3]
-        answers = nets(x.flatten(1, 2).to(self.points.device), per_net=True)
+        answers = nets(x.flatten(1, 2).to(self.points), per_net=True)
         ahead, behind = answers.view(*x.shape[:2], 2, 3).unbind(2)
         slope = ((ahead - behind) / (2 * step)).norm(dim=-1)
         expected = 1 - ((ahead + behind).mean(-1) / (2 * self.limit)).square()

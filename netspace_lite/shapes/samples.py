@@ -57,7 +57,9 @@ class Transform(NamedTuple):
         return points / self.scale + self._centre(points)
 
     def _centre(self, points):
-        return points.new_tensor(self.centre) if isinstance(points, Tensor) else self.centre
+        if not isinstance(points, Tensor):
+            return self.centre
+        return points.new_tensor(self.centre, dtype=torch.result_type(points, 1.0))
 
 
 def sample_chairs(chairs, samples: int = 20_000, seed: int = 0, far: float = 0.25) -> Samples:
@@ -227,7 +229,7 @@ def winding_number(mesh: trimesh.Trimesh, points: Tensor, block: int = 2**18) ->
         la, lb, lc = (length.clamp_(min=0).sqrt_() for length in (aa, bb, cc))
         below = la * lb * lc + ab * lc + bc * la + ca * lb
         angles.append(torch.atan2(point @ volume, below).sum(1))
-    return (torch.cat(angles) / (2 * torch.pi)).to(points.dtype)
+    return (torch.cat(angles) / (2 * torch.pi)).to(torch.result_type(points, 1.0))
 
 
 @np.errstate(over="ignore")  # what float32 can't hold becomes infinite
