@@ -23,7 +23,7 @@ from torch.func import functional_call, vmap
 
 from .architectures import Sine, Siren, build, describe, drawn, name_of, own_randomness
 from .fingerprint import structure
-from .folding import CONVOLUTIONS, Affine, affine, statistics, unwrapped
+from .folding import CONVOLUTIONS, Affine, affine, evaluated_copy, statistics
 from .kernels import backend, batched_conv2d, batched_linear, siren_mlp
 from .kernels.backend import use_triton
 from .kernels.cpu import channels_last, nets_per_block
@@ -58,7 +58,7 @@ class Batched:
     """
 
     def __init__(self, module: nn.Module):
-        self.module = copy.deepcopy(unwrapped(module)).eval()
+        self.module = evaluated_copy(module)
         self.layout = Layout.of(self.module)
         self.running = _statistics_layout(self.module)
         self._modes: dict[tuple, _Mode] = {}

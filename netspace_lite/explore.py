@@ -80,8 +80,9 @@ class ImageLoss:
     def __init__(
         self, images: Images, teacher=None, *, distil=0.9, loss=None, temperature=4.0, samples=256
     ):
-        if min(samples, len(images)) < 1:
-            raise ValueError(f"a loss on images needs some to draw, not {samples} of {len(images)}")
+        if min(samples, len(images.x)) < 1:
+            given = f"{samples} of {len(images.x)}"
+            raise ValueError(f"a loss on images needs some to draw, not {given}")
         if not 0 <= distil <= 1:
             raise ValueError(f"distil is a share of the loss, from 0 to 1, not {distil}")
         self.images, self.loss = images, loss or cross_entropy
@@ -316,7 +317,7 @@ def _visit(decode, z: Tensor, validate: Validation, reached) -> tuple[Tensor, Te
     score = torch.zeros(len(z))  # without validation all states are equal: the last one is kept
     if validate is not None:
         nets = decode(z)
-        score = nets.accuracy(validate) if isinstance(validate, Images) else validate(nets)
+        score = validate(nets) if callable(validate) else nets.accuracy(validate)
     found = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
     if found != [len(z)]:
         raise ValueError(f"validate returns one score a net, [{len(z)}], not {found}")

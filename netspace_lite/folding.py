@@ -44,6 +44,16 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
+def evaluated_copy(module: nn.Module) -> nn.Module:
+    """A copy of the module itself, see `unwrapped`, in evaluation mode."""
+    module = unwrapped(module)
+    try:
+        return copy.deepcopy(module).eval()
+    except RuntimeError as error:  # pruned, or normalised by hooks: weights that are no parameters
+        cure = "take its pruning or weight norm off first (torch.nn.utils has what removes them)"
+        raise ValueError(f"{type(module).__name__} can't be copied ({error}): {cure}") from error
+
+
 def statistics(module: nn.Module) -> dict[str, nn.Module]:
     """The batch and instance norms of a module that answer with running statistics, by name."""
     norms = {n: m for n, m in module.named_modules() if isinstance(m, _NormBase)}
@@ -62,12 +72,7 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     (``torch.nn.utils.fusion``); any other batch norm becomes an `Affine` layer. What is left is
     weights and biases only, so it can be packed. Without batch norms it is a plain copy.
     """
-    module = unwrapped(module)
-    try:
-        folded = copy.deepcopy(module).eval()
-    except RuntimeError as error:  # pruned, or normalised by hooks: weights that are no parameters
-        cure = "take its pruning or weight norm off first (torch.nn.utils has what removes them)"
-        raise ValueError(f"{type(module).__name__} can't be copied ({error}): {cure}") from error
+    folded = evaluated_copy(module)
     norms = statistics(folded)
     for name, norm in norms.items():
         if norm._forward_hooks or norm._forward_pre_hooks:
@@ -89,7 +94,7 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     reads = [n.target for n in graph.nodes if n.op == "get_attr"] if graph else []
     asked = any(target.rpartition(".")[0] in names for target in reads)
     if asked or (graph and str(graph) != str(_trace(folded, names))):
-        what = f"the forward of a {type(module).__name__} asks what its batch norms are or hold"
+        what = f"the forward of a {type(folded).__name__} asks what its batch norms are or hold"
         raise ValueError(f"{what}: let it only call them, or it would change once they are folded")
     return folded
 

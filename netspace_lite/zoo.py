@@ -325,7 +325,8 @@ def _device(task: Task) -> torch.device:
 def adamw_step(rows, grad, momentum, variance, step, lr, weight_decay, betas=(0.9, 0.999)):
     """AdamW in place on rows [N, P], with lr and weight_decay [N, 1] (Loshchilov & Hutter 2019).
 
-    ``step`` counts from 1. Equal to ``torch.optim.AdamW`` on each net alone.
+    ``step`` counts from 1. Equal to ``torch.optim.AdamW`` on each net alone, but for parameters
+    that a step does not use: their gradient is 0 here, and PyTorch would leave them out.
     """
     momentum.lerp_(grad, 1 - betas[0])
     variance.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])

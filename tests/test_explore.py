@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.mixture import GaussianMixture
 from torch import nn
-from toy import generator, mlp, random_nets
+from toy import generator, mlp, random_nets, toy_data
 
 from netspace_lite.data import Images
 from netspace_lite.explore import (
@@ -238,6 +238,21 @@ def test_bad_losses_are_refused_at_once(space, images):
             optimise(space, starts, loss, images, **QUIET)
     with pytest.raises(ValueError, match=r"one score a net, \[2\], not float"):
         optimise(space, starts, ImageLoss(images), lambda nets: 1.0, **QUIET)
+
+
+def test_whole_data_are_no_images(space, images):
+    """Seen before: "object of type 'ImageData' has no len()", and "is not callable"."""
+    data = toy_data()
+    with pytest.raises(AttributeError, match="ImageData has .train, .val and .test"):
+        ImageLoss(data)
+    with pytest.raises(AttributeError, match="ImageData has .train, .val and .test"):
+        optimise(space, torch.zeros(2, 6), ImageLoss(images), data, **QUIET)
+
+
+def test_several_searches_for_one_net(space, nets, images):
+    """Seen before: its temperature was one net's, and the kernel's sentence was all one read."""
+    search = optimise(space, torch.zeros(3, 6), LikenessLoss(nets[0], images.x), **QUIET)
+    assert search.losses.shape[1] == 3
 
 
 def failing(loss, at, failure):

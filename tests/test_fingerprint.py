@@ -343,10 +343,7 @@ THINGS = {
     "wrapper": (Wrapper(loss_one, 0.0), Wrapper(loss_one, 1.0)),
     "forgiving attributes": (Forgiving(a=1), Forgiving(a=2)),
     "cached function": (cache(closing_over(1)), cache(closing_over(2))),
-    "what a dictionary has by default": (
-        defaultdict(closing_over(0)),
-        defaultdict(closing_over(1)),
-    ),
+    "default of a dictionary": (defaultdict(closing_over(0)), defaultdict(closing_over(1))),
     "fields": (namedtuple("Pair", "a b")(1, 2), namedtuple("Pair", "a c")(1, 2)),
     "how arguments are taken": (lambda x: x, lambda *x: x),
     "attribute of a function": (with_attribute(1), with_attribute(2)),
@@ -404,7 +401,7 @@ def test_what_a_function_imports_as_it_runs_counts(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["own_packages", "profile"])
 def test_files_of_ones_own_count_wherever_they_lie(name, tmp_path, monkeypatch):
-    """Seen before: what lay under a folder of packages, or had a name of Python's, was "installed"."""
+    """Seen before: taken for installed, for a folder's name or for that of a module of Python's."""
     folder = tmp_path / "my-packages"
     folder.mkdir()
     monkeypatch.syspath_prepend(folder)

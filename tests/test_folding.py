@@ -127,3 +127,56 @@ def test_hooks_that_folding_would_lose_are_refused_or_kept():
     folded = fold_batchnorm(net)
     assert isinstance(folded[1], Affine)
     torch.testing.assert_close(folded(x), net(x))
+
+
+class OwnConfig(nn.Module):
+    """Not registered, with a config of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = {"batch_norm": True}
+        self.conv, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.norm(x) if self.config["batch_norm"] else x
+
+
+def test_a_config_of_ones_own_stays():
+    """Seen before: its norm was left out, without a word."""
+    torch.manual_seed(0)
+    net, x = OwnConfig().eval(), torch.randn(3, 1, 5, 5)
+    nn.init.normal_(net.norm.running_mean)
+    torch.testing.assert_close(fold_batchnorm(net)(x), net(x))
+
+
+class AsksForNorms(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+            x = torch.relu(x) if isinstance(layer, nn.BatchNorm2d) else x
+        return x
+
+
+class ReadsScale(OwnConfig):
+    def forward(self, x):
+        x = self.conv(x)
+        return self.norm(x) * self.norm.weight.abs().sum()
+
+
+class ReadsEpsilon(OwnConfig):
+    def forward(self, x):
+        return self.norm(self.conv(x)) + self.norm.eps
+
+
+@pytest.mark.parametrize("kind", [AsksForNorms, ReadsScale, ReadsEpsilon])
+def test_a_forward_that_looks_at_its_norms_is_refused(kind):
+    """Seen before: it went another way once they were folded, without a word."""
+    with pytest.raises(
+        ValueError, match=f"a {kind.__name__} asks what its batch norms are or hold"
+    ):
+        fold_batchnorm(kind().eval())

@@ -144,3 +144,19 @@ def test_readout_finds_a_linear_property():
     assert r2 > 0.9999
     expected = Ridge(1e-3).fit(x[:60].numpy(), y[:60].numpy()).predict(x[60:].numpy())
     np.testing.assert_allclose(predicted, expected, atol=1e-2)
+
+
+def test_answers_that_are_not_finite_agree_with_nothing():
+    """Seen before: nets of NaN agreed with each other on 100% of samples, and were no news."""
+    answers, y = torch.full((2, 5, 3), torch.nan), torch.zeros(5, dtype=torch.long)
+    assert metrics.compare(answers, answers, y)["agreement"] == 0
+    assert (disagreement(answers, answers) == 100).all()
+    overflowing = Nets(NET, torch.full((1, 15), 1e38))
+    assert novelty(overflowing, 10 * torch.ones(4, 4), overflowing)["function"] == 100
+
+
+@pytest.mark.parametrize(("nets", "samples"), [(1, 7), (4, 7), (2, 1)])
+def test_what_is_compared_is_of_one_size(nets, samples):
+    """Seen before: one net, or one label, stood for all."""
+    with pytest.raises(ValueError, match="of as many nets each and B labels"):
+        metrics.compare(torch.zeros(nets, 7, 3), torch.zeros(2, 7, 3), torch.zeros(samples).long())

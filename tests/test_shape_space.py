@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from toy import generator, random_nets
 
 from netspace_lite import (
     Descent,
@@ -336,3 +337,17 @@ def test_embeddings_and_weights_can_be_searched_for_a_scan(zoo, space):
     for search in searches:
         assert (search.score >= search.scores[0]).all()
         assert search.score.mean() > search.scores[0].mean()
+
+
+def test_a_scan_in_double_precision():
+    """Seen before: "inputs are float32, nets are float64", of inputs that nobody gave."""
+    net = Siren(8)
+    nets = random_nets(net, 2)
+    points = 0.5 * torch.randn(2, 5, 3)
+    loss, exact = (
+        ScanLoss(points.to(kind), TOWARDS[:1].to(kind).expand(2, 3), samples=8)
+        for kind in (torch.float32, torch.float64)
+    )
+    expected = loss(nets, generator())
+    found = exact(Nets(net, nets.rows.double()), generator())
+    torch.testing.assert_close(found.float(), expected, rtol=1e-3, atol=1e-3)

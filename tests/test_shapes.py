@@ -352,3 +352,15 @@ class TestDeepSDF:
             load_deepsdf(tmp_path / "a.npz")
         with pytest.raises(FileNotFoundError, match="give an .npz"):
             load_deepsdf(tmp_path / "b.npz")
+
+
+def test_whole_numbers_are_points():
+    """Seen before: a centre of a half was cut to none, and winding numbers to whole ones."""
+    transform = Transform((0.5, 0.5, 0.5), 2.0)
+    points = torch.ones(2, 3, dtype=torch.long)
+    assert torch.equal(transform.apply(points), torch.ones(2, 3))
+    assert torch.equal(transform.invert(points), torch.ones(2, 3))
+    sheet = trimesh.Trimesh([[0, 0, 1], [4, 0, 1], [0, 4, 1]], [[0, 1, 2]])
+    found = winding_number(sheet, torch.zeros(1, 3, dtype=torch.long))
+    assert torch.equal(found, winding_number(sheet, torch.zeros(1, 3)))
+    assert 0 < found.abs() < 1

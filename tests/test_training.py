@@ -618,3 +618,54 @@ def test_a_validation_that_names_the_space_itself_can_be_resumed(zoos, data, tmp
     other = NetSpace.for_zoos(zoos[0], data.train.x, CONFIG, seed=1)
     with pytest.raises(ValueError, match="validation"):
         fit(space, objective, lambda _: scores(other, zoos[0], data.val), **fits)
+
+
+class Dropping(nn.Module):
+    """A space of one's own, with dropout."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 1))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_a_space_with_dropout_resumes_bit_for_bit(tmp_path):
+    """Seen before: a fit that went on drew as if it had begun, and two of one seed differed."""
+
+    x = torch.randn(8, 4, generator=generator())
+
+    def objective(space, _):
+        return space(x).square().mean()
+
+    def run(**options):
+        space = Dropping().train()
+        fit(space, objective, lambda _: {"x": 0.0}, 6, epoch=2, **options)
+        return space.layers[0].weight.detach()
+
+    whole = run()
+    torch.manual_seed(1)
+    assert torch.equal(run(), whole)
+    with pytest.raises(Interrupted):
+        run(folder=tmp_path, log=interrupted(lambda row: None, 2))
+    torch.manual_seed(2)
+    assert torch.equal(run(folder=tmp_path), whole)
+
+
+def test_parts_of_the_space_may_be_named_by_objective_and_validation(zoo, data, tmp_path):
+    """Seen before: once they had learned they were others, and the same fit was refused."""
+    space = make(zoo, data)
+    weights, decoder = list(space.decoder.parameters()), space.decoder
+    small = lambda space, _: 1e-4 * sum(p.square().sum() for p in weights)  # noqa: E731
+    objective = combine(distillation(space, zoo, data), small)
+    size = lambda _: {"x": float(decoder.hidden.weight.detach().norm())}  # noqa: E731
+    first = fit(space, objective, size, 4, epoch=2, folder=tmp_path)
+    assert fit(space, objective, size, 4, epoch=2, folder=tmp_path) == first
+
+
+@pytest.mark.parametrize("loss", [1.0, None, torch.zeros(2)], ids=["float", "none", "two"])
+def test_an_objective_gives_one_number_as_a_tensor(zoo, data, loss):
+    with pytest.raises(ValueError, match="step 0: the loss is .*, where a tensor of one finite"):
+        fit(make(zoo, data), lambda space, _: loss, lambda _: {"x": 0.0}, 2)

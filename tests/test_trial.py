@@ -339,3 +339,42 @@ def test_training_equals_plain_pytorch_where_gradients_are_of_the_users_own():
             adam.step()
         wanted = nn.utils.parameters_to_vector(net.parameters()).detach()
         torch.testing.assert_close(zoo.rows[n], wanted, rtol=1e-4, atol=1e-5)
+
+
+class ZeroHead(NoGradient):
+    """As many nets begin: nothing passes the head in the first step."""
+
+    def reset_parameters(self):
+        self.first.reset_parameters()
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+
+def test_a_head_of_zeros_hides_nothing():
+    """Seen before: what lies before it was trained, though it has no gradient."""
+    module = ZeroHead()
+    module.reset_parameters()
+    row = nn.utils.parameters_to_vector(module.parameters()).detach()
+    batched, x = Batched(module), torch.randn(3, 7, 4)
+    with pytest.warns(UserWarning, match="ZeroHead runs through torch.func.vmap"):
+        batched(row.repeat(3, 1).requires_grad_(), x, per_net=True)
+    rows = torch.randn(3, batched.layout.size, requires_grad=True)
+    (grad,) = torch.autograd.grad(batched(rows, x, per_net=True).sum(), rows)
+    assert not grad[:, : 6 * 4 + 6].any()
+
+
+class NamesItself(Net):
+    def __init__(self):
+        super().__init__()
+        self.steps = [lambda x: self.first(x), torch.relu]
+
+    def forward(self, x):
+        for step in self.steps:
+            x = step(x)
+        return self.last(x)
+
+
+def test_functions_that_name_the_first_module_are_refused():
+    """Seen before: all nets answered with the first layer of one."""
+    with pytest.raises(ValueError, match="copies of a NamesItself use parameters of the first"):
+        random_nets(NamesItself(), 3).outputs(torch.randn(5, 4))

@@ -581,3 +581,62 @@ def test_threads_draw_as_one_alone():
 def test_a_batch_of_no_images_is_refused():
     with pytest.raises(ValueError, match="a batch is at least one image, not 0"):
         ImageTask(toy_data(), 0)
+
+
+def test_compiled_modules_are_the_modules_themselves(task, tmp_path):
+    """Seen before: the second, same call could not read what the first had written."""
+    for _ in range(2):
+        zoo = train_zoo(torch.compile(NET), task, RECIPES, tmp_path, **QUIET)
+    assert torch.equal(zoo.rows, train_zoo(NET, task, RECIPES, tmp_path, **QUIET).rows)
+    made = train_zoo(lambda: torch.compile(build(describe(NET))), task, RECIPES[:1], **QUIET)
+    assert made.batched.fingerprint == zoo.batched.fingerprint
+    assert len(Zoo.load(tmp_path, torch.compile(NET))) == len(RECIPES)
+
+
+def test_a_class_is_no_module(zoo, tmp_path):
+    """Seen before: "make it anew" was said of a sound zoo."""
+    zoo.save(tmp_path)
+    for call in (
+        lambda: Zoo.load(tmp_path, type(NET)),
+        lambda: Zoo.from_modules([type(NET)]),
+        lambda: Nets(type(NET), zoo.rows),
+    ):
+        with pytest.raises(ValueError, match="LeNetLike'> is no module: make one"):
+            call()
+
+
+class Migrates(nn.Linear):
+    """Files of its first version held weights of half the size."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *rest):
+        if metadata.get("version", 1) < 2:
+            state[f"{prefix}weight"] = 2 * state[f"{prefix}weight"]
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_versions_of_checkpoints_are_kept(prefix, tmp_path):
+    """Seen before: every file was taken for one of the first version."""
+    net = nn.Sequential(nn.Flatten(), Migrates(4, 3))
+    saved = nn.ModuleDict({"module": net}) if prefix else net
+    torch.save(saved.state_dict(), tmp_path / "net.pt")
+    read = Zoo.from_files(tmp_path / "net.pt", net)  # a file by itself
+    assert torch.equal(read.rows[0], nn.utils.parameters_to_vector(net.parameters()).detach())
+
+
+def test_scores_in_double_precision_are_the_same_when_loaded(tmp_path):
+    class Doubles(ImageTask):
+        def scores(self, nets, members):
+            return {"val_accuracy": nets.rows.double().std(1) / 3}
+
+    task = Doubles(load_digits(), 32)
+    first, again = (train_zoo(NET, task, RECIPES, tmp_path, **QUIET) for _ in range(2))
+    assert torch.equal(first.scores["val_accuracy"], again.scores["val_accuracy"])
+    assert first.fingerprint == again.fingerprint
+
+
+def test_seeds_may_be_as_large_as_they_come(task):
+    zoo = train_zoo(NET, task, [Recipe(2**60, 1), Recipe(2**60 + 1, 1)], **QUIET)
+    assert (zoo.rows[0] != zoo.rows[1]).any()

@@ -57,9 +57,7 @@ class Transform(NamedTuple):
         return points / self.scale + self._centre(points)
 
     def _centre(self, points):
-        if not isinstance(points, Tensor):
-            return self.centre
-        return points.new_tensor(self.centre, dtype=torch.result_type(points, 1.0))
+        return (points / 1).new_tensor(self.centre) if isinstance(points, Tensor) else self.centre
 
 
 def sample_chairs(chairs, samples: int = 20_000, seed: int = 0, far: float = 0.25) -> Samples:
