@@ -234,7 +234,8 @@ class _Mode:
         nets = len(next(iter(views.values())))
         if self.training and not per_net:  # each net drops its own
             x, per_net = x.expand(nets, *x.shape), True
-        return _Interpreter(self, views, nets).run(self._own(x), per_net)
+        x = self._own(x)
+        return _Interpreter(self, views, nets).run(_Many(x.transpose(0, 1), nets) if per_net else x)
 
     def plan(self, layout: Layout, sample: torch.Size):
         """How `net` takes samples of this shape through the graph; None if it can't."""
@@ -334,46 +335,40 @@ class _Many:
         return self.value
 
 
-class _Interpreter:
+class _Interpreter(fx.Interpreter):
     """One pass through a graph; values are tensors that all nets share, or `_Many`."""
 
     def __init__(self, mode: _Mode, views: dict[str, Tensor], nets: int):
-        self.mode, self.views, self.nets = mode, views, nets
-        self.values: dict[fx.Node, object] = {}
+        super().__init__(mode.parts[""], False, mode.graph)  # keeping all values
+        self.names, self.views, self.nets = mode.names, views, nets
+        self.extra_traceback = False  # errors stay as they are
 
-    def run(self, x: Tensor, per_net: bool) -> Tensor:
-        """Outputs [N, B, ...]."""
-        for node in self.mode.graph.nodes:
-            module = self.mode.parts[node.target] if node.op == "call_module" else None
-            if node.op == "placeholder":
-                value = _Many(x.transpose(0, 1), self.nets) if per_net else x
-            elif node.op == "get_attr":
-                value = operator.attrgetter(node.target)(self.mode.parts[""])
-            elif node.op == "output":
-                return self._many(node.args[0]).apart.transpose(0, 1)
-            elif type(module) in _BATCHED:
-                value = _Many(self._layer(node, module), self.nets)
-            else:
-                value = self._plain(node, module)
-            self.values[node] = value
+    def run_node(self, node: fx.Node):
+        """The value of a node; of the last one outputs [N, B, ...]."""
+        module = self.submodules[node.target] if node.op == "call_module" else None
+        if node.op == "output":
+            return self._many(node.args[0]).apart.transpose(0, 1)
+        if type(module) in _BATCHED:
+            return _Many(self._layer(node, module), self.nets)
+        return self._plain(node, module)
 
     def _many(self, node: fx.Node) -> _Many:
         """The value of ``node``, repeated if all nets share it."""
-        value = self.values[node]
+        value = self.env[node]
         if isinstance(value, Tensor):
             return _Many(value.unsqueeze(1).expand(-1, self.nets, *value.shape[1:]), self.nets)
         return value if isinstance(value, _Many) else _Many(value, self.nets, folded=True)
 
     def _of(self, node: fx.Node, *names: str) -> list[Tensor | None]:
         """All nets' tensors of a layer, [N, ...] each, or None where the layer has none."""
-        return [self.views.get(self.mode.names.get(f"{node.target}.{name}")) for name in names]
+        return [self.views.get(self.names.get(f"{node.target}.{name}")) for name in names]
 
     def _layer(self, node: fx.Node, layer: nn.Module) -> Tensor:
         """Outputs [B, N, ...] of a layer with weights."""
         source, weights = node.args[0], self._of(node, "weight", "bias")
         if type(layer) in _NORMS:
             return self._norm(node, layer, self._many(source).apart, *weights)
-        value, fused = self.values[source], node.meta.get("fused", {})
+        value, fused = self.env[source], node.meta.get("fused", {})
         many = isinstance(value, _Many)
         value = value.apart if many else value
         if isinstance(layer, nn.Linear):
@@ -412,7 +407,7 @@ class _Interpreter:
 
     def _plain(self, node: fx.Node, module: nn.Module | None):
         """A step without parameters: unchanged, on shared or on folded values."""
-        values = {source: self.values[source] for source in node.all_input_nodes}
+        values = {source: self.env[source] for source in node.all_input_nodes}
         many = any(isinstance(value, _Many) for value in values.values())
         if type(module) is nn.Flatten and many and (module.start_dim, module.end_dim) == (1, -1):
             return _Many(self._many(node.args[0]).apart.flatten(2), self.nets)  # copies nothing
@@ -423,10 +418,7 @@ class _Interpreter:
                 changed.value = changed.folded.clone()
             values |= {source: self._many(source).folded for source in varying}
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.get)
-        call = node.target if module is None else module
-        if node.op == "call_method":
-            call, args = getattr(args[0], node.target), args[1:]
-        value = call(*args, **kwargs)
+        value = getattr(self, node.op)(node.target, args, kwargs)
         return _Many(value, self.nets, folded=True) if many else value
 
 
