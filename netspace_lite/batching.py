@@ -273,14 +273,15 @@ class _Mode:
 
 
 class _Tracer(fx.Tracer):
-    """Layers that carry many nets and everything without parameters are single steps."""
+    """Layers that carry many nets and what has no parameters are single steps, identities none."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return type(module) in _BATCHED or next(module.parameters(), None) is None
+        plain = next(module.parameters(), None) is None and type(module) is not nn.Identity
+        return plain or type(module) in _BATCHED
 
 
 def _trace(root: nn.Sequential) -> fx.Graph | str:
-    """The graph of what is in ``root``, without identities and with activations in their layers.
+    """The graph of what is in ``root``, with activations in their layers.
 
     If it has a step that no batched layer knows, what is said of that.
     """
@@ -292,10 +293,7 @@ def _trace(root: nn.Sequential) -> fx.Graph | str:
             return f"it reads {node.target[2:]!r} outside layers of many nets"
         if getattr(part, "padding_mode", "zeros") != "zeros":
             return f"{part} pads in a way that no batched layer knows"
-        if type(part) is nn.Identity:
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-        elif len(node.users) == 1 and (user := next(iter(node.users))).op == "call_module":
+        if len(node.users) == 1 and (user := next(iter(node.users))).op == "call_module":
             node.meta["fused"] = _fusable(part, root.get_submodule(user.target))
             if node.meta["fused"]:
                 user.replace_all_uses_with(node)
