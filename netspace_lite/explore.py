@@ -276,20 +276,15 @@ def _descend(decode, start, loss, validate, penalty, reached, config, progress) 
             stopped = str(error)
             warnings.warn(f"{error}; the best state so far is returned", stacklevel=4)
     z, scores, there = (torch.stack(part) for part in zip(*path, strict=True))
-    best = _best(scores, there)
+    # Which state to keep, [N]: what was wanted first, then the score, then the latest.
+    order = scores.clamp_min(torch.finfo(scores.dtype).min).where(there == there.any(0), -torch.inf)
+    best = len(scores) - 1 - order.flip(0).argmax(0)
     score, n = scores.gather(0, best[None])[0], torch.arange(len(start))
     kept = z[best, n]
     with torch.no_grad():
         nets = decode(kept)
     losses = torch.stack(losses) if losses else z.new_empty(0, len(start))
     return Search(kept, score, there.any(0), nets, z, scores, losses, stopped)
-
-
-def _best(scores: Tensor, there: Tensor) -> Tensor:
-    """Which of S states to keep, [N]: what was wanted first, then the score, then the latest."""
-    rank = scores.clamp_min(torch.finfo(scores.dtype).min)
-    rank = rank.where(there == there.any(0), -torch.inf)
-    return len(scores) - 1 - rank.flip(0).argmax(0)
 
 
 class LossError(ValueError):
