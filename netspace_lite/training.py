@@ -124,19 +124,18 @@ class MixedZoo:
         self.group = torch.arange(len(self.sizes)).repeat_interleave(self.sizes)
         self.first = self.sizes.cumsum(0) - self.sizes
         self.architecture = torch.tensor(self.present)[self.group]
-        self._read_of, self._features = [], []
+        self._read_of, self._features = None, []
 
     @torch.no_grad()
     def _read(self, space: NetSpace) -> None:
         """Keep what this space reads of the nets, unless that changes while it learns."""
-        constant = [t for t in (*space.buffers(), *space.parameters()) if not t.requires_grad]
-        read_of = [space, *((id(t), t._version) for t in constant)]  # _version counts writes
+        constant = (t for t in (*space.buffers(), *space.parameters()) if not t.requires_grad)
+        read_of = space, {t: t._version for t in constant}  # which counts writes
         if read_of != self._read_of:
             if [space.index(zoo) for zoo in self.zoos] != self.present:
                 raise ValueError("the space has these zoos elsewhere: make the objective for it")
             pairs = () if space.config.learn_probes else zip(self.zoos, self.present, strict=True)
             self._read_of, self._features = read_of, [space.features(z.rows, a) for z, a in pairs]
-            self._constant = constant  # kept alive, or another could have an id of theirs
 
     def __len__(self) -> int:
         return len(self.group)
