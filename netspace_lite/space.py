@@ -215,7 +215,6 @@ class NetSpace(nn.Module):
         self.to(inputs)
 
     @classmethod
-    @torch.inference_mode(False)
     def for_zoos(
         cls, zoos, inputs: Tensor, config: SpaceConfig | None = None, seed: int = 0, modules=None
     ):
@@ -393,7 +392,6 @@ class NetSpace(nn.Module):
         store.save(folder, "space", record, self.state_dict())
 
     @classmethod
-    @torch.inference_mode(False)
     def load(cls, folder, modules=None) -> "NetSpace":
         """Read a space back; ``modules`` are needed for architectures that aren't registered.
 

@@ -472,7 +472,6 @@ def _state(batched: Batched, given: dict, steps: int, device="cpu") -> dict[str,
     return {k: v.to(device if v.dim() else "cpu", copy=True) for k, v in start.items()}
 
 
-@torch.inference_mode(False)
 def fine_tune(nets: Nets, task: Task, recipes: list[Recipe]) -> Nets:
     """Train nets further, one recipe each with equal steps; ``nets`` themselves stay as they are.
 
