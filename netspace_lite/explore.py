@@ -178,21 +178,20 @@ def optimise(
     Raises ValueError if the starts or the first loss can't be used. If the loss fails later (NaN),
     the search warns, stops and returns the best so far.
     """
-    config, named = config or Descent(), len(space.batched) > 1 and architecture is not None
+    config, several = config or Descent(), len(space.batched) > 1
     decode = partial(space.decode, architecture=architecture)
     start = _start_points(space, starts, prior, config.seed)
-    wanted = space.index(architecture) if named else None
+    wanted = space.index(architecture) if several and architecture is not None else None
 
-    def penalty(z):
-        total = 0.0 if prior is None else config.prior_weight * prior(z)
+    def goal(z):
+        penalty = 0.0 if prior is None else config.prior_weight * prior(z)
         if wanted is None:
-            return total
-        return total - config.architecture_weight * space.classify(z).log_softmax(1)[:, wanted]
+            return penalty, True
+        named = space.classify(z)
+        penalty = penalty - config.architecture_weight * named.log_softmax(1)[:, wanted]
+        return penalty, named.argmax(1) == wanted
 
-    def reached(z):
-        return True if wanted is None else space.predict(z) == wanted
-
-    return _descend(decode, start, loss, validate, penalty, reached, config, progress)
+    return _descend(decode, start, loss, validate, goal, config, progress)
 
 
 def optimise_weights(
@@ -205,8 +204,7 @@ def optimise_weights(
     """
     nets.batched.check_trainable()
     decode, config = partial(Nets, nets.batched), config or Descent(lr=3e-3)
-    free = lambda rows: 0.0, lambda rows: True  # no penalty, and nowhere else to be
-    return _descend(decode, nets.rows, loss, validate, *free, config, progress)
+    return _descend(decode, nets.rows, loss, validate, lambda rows: (0.0, True), config, progress)
 
 
 @torch.inference_mode(False)
@@ -243,8 +241,11 @@ def _start_points(space: NetSpace, starts, prior, seed: int) -> Tensor:
 
 
 @torch.inference_mode(False)  # gradients are needed, whatever the caller does
-def _descend(decode, start, loss, validate, penalty, reached, config, progress) -> Search:
-    """Adam on ``start`` [N, E] through ``decode``, the best state of each row kept."""
+def _descend(decode, start, loss, validate, goal, config, progress) -> Search:
+    """Adam on ``start`` [N, E] through ``decode``, the best state of each row kept.
+
+    ``goal`` says of z what is added to its loss, and whether it is what was wanted, [N] each.
+    """
     z, stopped = start.detach().clone().requires_grad_(), ""
     adam, generator = torch.optim.Adam([z], config.lr), torch.Generator().manual_seed(config.seed)
     path, losses = [], []  # states (z, score, whether it is what was wanted), losses of steps
@@ -252,12 +253,12 @@ def _descend(decode, start, loss, validate, penalty, reached, config, progress) 
         try:
             for step in range(config.steps + 1):
                 if step % config.every == 0 or step == config.steps:
-                    path.append(_visit(decode, z.detach().clone(), validate, reached))
+                    path.append(_visit(decode, z.detach().clone(), validate, goal))
                     bar.set_postfix(score=f"{float(path[-1][1].median()):.1f}")
                 if step == config.steps:
                     break
                 found = _checked(loss(decode(z), generator), len(z), step)
-                (z.grad,) = torch.autograd.grad((found + penalty(z)).sum(), z)
+                (z.grad,) = torch.autograd.grad((found + goal(z)[0]).sum(), z)
                 if not z.grad.isfinite().all():
                     raise LossError(f"the loss's gradient is not finite at step {step}")
                 adam.param_groups[0]["lr"] = learning_rate(step, config.steps, config.lr)
@@ -307,7 +308,7 @@ def _checked(loss, nets: int, step: int) -> Tensor:
 
 
 @torch.no_grad()
-def _visit(decode, z: Tensor, validate: Validation, reached) -> tuple[Tensor, Tensor, Tensor]:
+def _visit(decode, z: Tensor, validate: Validation, goal) -> tuple[Tensor, Tensor, Tensor]:
     """A state of the search: z [N, E], its scores [N] and whether it is what was wanted [N]."""
     score = torch.zeros(len(z))  # without validation all states are equal: the last one is kept
     if validate is not None:
@@ -316,7 +317,7 @@ def _visit(decode, z: Tensor, validate: Validation, reached) -> tuple[Tensor, Te
     found = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
     if found != [len(z)]:
         raise ValueError(f"validate returns one score a net, [{len(z)}], not {found}")
-    there = torch.as_tensor(reached(z)).cpu().expand(len(z))
+    there = torch.as_tensor(goal(z)[1]).cpu().expand(len(z))
     return z, score.float().cpu().nan_to_num(nan=-torch.inf), there
 
 
