@@ -45,8 +45,9 @@ def fingerprint(*things, known=()) -> str:
     Objects count with their public attributes (those without a leading underscore) and their
     class, classes and functions with their code, what they close over and the globals they read;
     what is installed is known by its name. An object may say itself what it is by an attribute
-    ``fingerprint``. What is ``known`` counts as being there, whatever it is.
+    ``fingerprint``. Modules that are ``known``, and their parts, count as there, whatever they are.
     """
+    known = [part for m in known for part in (*m.modules(), *m.parameters(), *m.buffers())]
     memo = {id(part): (f"known {i}".encode(), part) for i, part in enumerate(known)}
     return _digest(things, memo).hex()
 

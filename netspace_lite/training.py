@@ -375,9 +375,8 @@ def fit(
     bit; a finished fit is loaded. Draws follow ``space.seed``; several `processes` share each step.
 
     Returns the history: one dict of step, seconds, mean loss of the epoch and scores per epoch.
-    Raises ValueError naming the step whose loss is not finite, and if ``folder`` holds the fit of
-    another space, objective, validation or schedule, naming which; one that fills a list of its
-    own while it runs is another each time.
+    Raises ValueError naming the step whose loss is not finite, and what differs if ``folder`` holds
+    another fit. What changes itself, such as a validation that fills a list, is another each time.
     """
     if min(steps, epoch) < 1 or not lr > 0:
         raise ValueError(f"steps, epoch and lr should be over 0, not {steps}, {epoch} and {lr}")
@@ -388,19 +387,16 @@ def fit(
     folder = None if folder is None else Path(folder).resolve()
     if folder is not None:
         for name, asked in {"objective": objective, "validation": validate}.items():
-            parts = space, *space.modules(), *space.parameters(), *space.buffers()
-            plan[name] = fingerprint(asked, known=parts)  # either may name the space itself
+            plan[name] = fingerprint(asked, known=[space])  # either may name the space itself
         history, best = _resume(folder, plan, space, optimiser, generator)
     last = history[-1] if history else {"step": 0, "seconds": 0.0}
     first, started = last["step"], time.monotonic() - last["seconds"]
-    devices = {p.device for p in space.parameters() if p.is_cuda}
     with progress_bar(steps, "fitting the space", first=first) as bar:
         for start in range(first, steps, epoch):
             losses = []
             for step in range(start, min(start + epoch, steps)):
                 optimiser.param_groups[0]["lr"] = learning_rate(step, steps, lr)
-                with own_randomness(plan["seed"] + 1_000_003 * step, devices):  # of dropout
-                    losses.append(_descend(space, objective, generator, optimiser, step))
+                losses.append(_descend(space, objective, generator, optimiser, step))
                 bar.update()
             found = _scored(space, validate)
             row = {"step": step + 1, "seconds": time.monotonic() - started, "loss": fmean(losses)}
@@ -427,9 +423,11 @@ def _scored(space, validate) -> dict[str, float]:
 
 
 def _descend(space, objective, generator, optimiser, step: int) -> float:
-    """One step of training; returns the loss."""
+    """One step of training; returns the loss. Dropout follows the seed and the step."""
+    seed, devices = getattr(space, "seed", 0), {p.device for p in space.parameters() if p.is_cuda}
     try:
-        loss = objective(space, generator)
+        with own_randomness(seed + 1_000_003 * step, devices):
+            loss = objective(space, generator)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.isfinite():
             given = getattr(loss, "tolist", lambda: loss)()
             raise ValueError(f"the loss is {given}, where a tensor of one finite number is needed")
