@@ -132,7 +132,8 @@ class MixedNets:
         members: the places of each group's nets in the order, a permutation of 0..N-1 in all;
             None: one group after the other.
 
-    Answers, accuracies and names come in that order; ``mixed[n]`` is one net (`Nets` of one).
+    Answers, accuracies and names come in that order; ``mixed[n]`` is one net (`Nets` of one), and
+    a slice, a mask or a list gives `MixedNets` again.
     """
 
     def __init__(self, groups: Sequence[Nets], members: Sequence[Tensor] | None = None):
@@ -145,24 +146,30 @@ class MixedNets:
         if taken != sizes or not torch.equal(places.sort().values, torch.arange(sum(sizes))):
             raise ValueError(f"groups of {sizes} nets need as many places each, all of them once")
         self._order = places.argsort()
-        flat = [(group, i) for group in self.groups for i in range(len(group))]
-        self._homes = [flat[i] for i in self._order.tolist()]  # group and place in it of each net
+        # which group each net is of, and its place in that
+        self._group = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))[self._order]
+        self._place = torch.cat([torch.arange(size) for size in sizes])[self._order]
 
     def __len__(self) -> int:
-        return len(self._homes)
+        return len(self._order)
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{len(g)} × {name_of(g.module)}" for g in self.groups)
         return f"MixedNets({parts})"
 
-    def __getitem__(self, n: int) -> Nets:
-        group, i = self._homes[n]
-        return group[i]
+    def __getitem__(self, index) -> "Nets | MixedNets":
+        picked = torch.arange(len(self))[index.cpu() if isinstance(index, Tensor) else index]
+        group, place = self._group[picked], self._place[picked]
+        if picked.dim() == 0:
+            return self.groups[group][place]
+        at = [(group == k).nonzero()[:, 0] for k in range(len(self.groups))]
+        parts = [(self.groups[k][place[n]], n) for k, n in enumerate(at) if len(n)]
+        return MixedNets(*zip(*parts, strict=True) if parts else [()])
 
     @property
     def architectures(self) -> list[str]:
         """The architecture's name of each net, [N]."""
-        return [name_of(group.module) for group, _ in self._homes]
+        return [name_of(self.groups[k].module) for k in self._group]
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """Values of each group's nets, [N_g, ...] each, in the common order: [N, ...]."""

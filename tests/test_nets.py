@@ -1,5 +1,6 @@
 """Nets as data: parts of them, plain modules out of them, several architectures side by side."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -176,11 +177,25 @@ def test_mixed_nets_keep_their_order(mixed):
         mixed[9]
 
 
+@pytest.mark.parametrize(
+    "index",
+    [slice(2, 7), [8, 0, -3], torch.arange(9) % 2 == 0, torch.tensor([1]), np.array([4, 4])],
+    ids=["slice", "list", "mask", "one", "twice"],
+)
+def test_a_part_of_mixed_nets_is_mixed_nets(mixed, index):
+    part, rows = mixed[index], [net.rows for net in mixed]
+    expected = [rows[n] for n in torch.arange(9)[index].tolist()]
+    assert isinstance(part, MixedNets)
+    assert len(part) == len(expected)
+    assert all(torch.equal(net.rows, row) for net, row in zip(part, expected, strict=True))
+
+
 def test_mixed_nets_need_every_place_once(mixed):
     with pytest.raises(ValueError, match="need as many places each"):
         MixedNets(mixed.groups[:2], [torch.arange(3), torch.arange(3)])
-    with pytest.raises(ValueError, match="at least one group"):
-        MixedNets([])
+    for none in (lambda: MixedNets([]), lambda: mixed[:0]):
+        with pytest.raises(ValueError, match="at least one group"):
+            none()
 
 
 def test_answers_that_are_not_finite_are_wrong_answers(nets):
