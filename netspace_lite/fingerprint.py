@@ -58,16 +58,14 @@ def structure(module: nn.Module) -> str:
     Covers layout, the traced graph in training and in evaluation, settings of all layers, and
     constants such as buffers. Where a module can't be traced the code of its classes stands in.
     """
-    given, module = module, copy.deepcopy(module)  # whose functions may name the one given
     parts = [(n, type(m).__qualname__, _settings(m)) for n, m in module.named_modules()]
     first, named = {}, module.named_parameters(remove_duplicate=False)
     # a parameter with another's name behind its shape is tied to it
     layout = [(n, tuple(p.shape), first.setdefault(id(p), n)) for n, p in named]
     norms = statistics(module)
     constants = {n: b for n, b in module.named_buffers() if n.rpartition(".")[0] not in norms}
-    own = zip(*([*m.modules(), *m.parameters()] for m in (given, module)), strict=True)
-    # in a list: which one, no values
-    memo = {id(part): (f"part {i}".encode(), part) for i, pair in enumerate(own) for part in pair}
+    own = enumerate([*module.modules(), *module.parameters()])  # in a list: which one, no values
+    memo = {id(part): (f"part {i}".encode(), part) for i, part in own}
     return _digest((parts, layout, constants, _graphs(module)), memo).hex()
 
 
