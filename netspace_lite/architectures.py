@@ -8,56 +8,14 @@ saved zoo can build it again from its JSON file.
 import copy
 import inspect
 import math
-import random
-from contextlib import contextmanager
 from functools import partial, wraps
-from threading import RLock
 
-import numpy as np
 import torch
 from torch import nn
 
+from .randomness import own_randomness
+
 ARCHITECTURES: dict[str, type[nn.Module]] = {}
-_ALONE = RLock()
-
-
-@contextmanager
-def own_randomness(seed: int | None = None, devices=()):
-    """Within, random numbers follow ``seed``; afterwards they go on as if nothing was.
-
-    Those of PyTorch, NumPy and Python, and of GPUs in ``devices``. One thread at a time:
-    generators, and what traces a module, are those of the whole process.
-    """
-    with _ALONE, torch.random.fork_rng(devices):
-        before = random.getstate(), np.random.get_state()
-        try:
-            if seed is not None:
-                follow(seed)
-                if devices:
-                    torch.cuda.manual_seed(seed)
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
-
-
-def follow(seed: int) -> None:
-    """Let the random numbers of PyTorch on the CPU, NumPy and Python start from ``seed``.
-
-    Raises ValueError where PyTorch makes tensors elsewhere unless told: those draws would not.
-    """
-    if (there := torch.get_default_device()).type != "cpu":
-        why = f"numbers are drawn on the CPU, and torch.set_default_device is {there}"
-        raise ValueError(f"{why}: leave it at 'cpu', and move your data, as data.to('{there}')")
-    torch.default_generator.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
-
-
-def drawn() -> tuple:
-    """Where the random numbers of PyTorch on the CPU, NumPy and Python are."""
-    states = torch.get_rng_state().numpy().tobytes(), str(np.random.get_state())
-    return *states, random.getstate()
 
 
 def listed(modules) -> list[nn.Module]:

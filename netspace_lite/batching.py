@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.func import functional_call, vmap
 
-from .architectures import Sine, Siren, build, describe, drawn, name_of, own_randomness
+from .architectures import Sine, Siren, build, describe, name_of
 from .fingerprint import structure
 from .folding import CONVOLUTIONS, Affine, affine, evaluated_copy, statistics
 from .kernels import backend, batched_conv2d, batched_linear, siren_mlp
@@ -30,6 +30,7 @@ from .kernels.cpu import channels_last, nets_per_block
 from .kernels.net import net
 from .kernels.plan import is_plain, translate
 from .layout import Layout, check_rows, one_by_one
+from .randomness import drawn, own_randomness
 from .trial import NoDropout, Trial, may_lie_innermost, plain_operations
 
 BLOCK = 32  # nets evaluated together: on a CPU, blocks of 16 to 80 nets fit the caches best

@@ -14,10 +14,10 @@ from math import cos, log2, pi, prod, sin
 import torch
 from torch import Tensor, nn
 
-from .architectures import own_randomness
 from .batching import Batched
 from .layout import Layout
 from .nets import Nets
+from .randomness import own_randomness
 
 KINDS = ("convolution", "pointwise", "linear", "bias")
 

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from .architectures import own_randomness
 from .folding import statistics
+from .randomness import own_randomness
 
 PLAIN = (
     type(None), type(...), bool, int, float, complex, str, bytes, slice, range, enum.Enum,

@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from . import store
-from .architectures import build, describe, listed, name_of, own_randomness
+from .architectures import build, describe, listed, name_of
 from .batching import BLOCK, Batched
 from .fingerprint import structure
 from .folding import fold_batchnorm
@@ -25,6 +25,7 @@ from .kernels import chunk_pack
 from .layout import Layout, check_rows, invariants
 from .nets import MixedNets, Nets
 from .paper import ConvDecoder, ConvEncoder
+from .randomness import own_randomness
 
 
 @dataclass(frozen=True)

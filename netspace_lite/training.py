@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import store
-from .architectures import own_randomness
 from .fingerprint import fingerprint
 from .kernels import distillation_loss
 from .nets import MixedNets, Nets
 from .optimiser import Muon
 from .processes import agreed, average, rank, share
 from .progress import progress_bar
+from .randomness import own_randomness
 from .space import NetSpace, check_finite, logit_scale
 
 Objective = Callable[[NetSpace, torch.Generator], Tensor]

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from . import store
-from .architectures import build, describe, follow, is_registered, listed, name_of, own_randomness
+from .architectures import build, describe, is_registered, listed, name_of
 from .batching import BLOCK, Batched
 from .data import ImageData
 from .fingerprint import difference, fingerprint, structure
@@ -32,6 +32,7 @@ from .layout import Layout, fill
 from .nets import Nets, cross_entropy
 from .processes import portion, rank, wait, world
 from .progress import progress_bar
+from .randomness import follow, own_draws, own_randomness
 
 CHECKPOINT_SECONDS = 60  # an interruption loses at most this much training
 ADAM = ("momentum", "variance")  # AdamW's part of a state
@@ -438,25 +439,23 @@ def train_nets(
     exact = torch.promote_types(state["rows"].dtype, torch.float32)
     lr, decay, ends = torch.tensor(hyper, dtype=exact, device=device).T
     started = time.perf_counter() - state["seconds"].item()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for step in range(int(state["step"]), lengths[0]):
-            # Dropout's, also after a resume. torch.manual_seed would queue a call for GPUs: slow.
-            source = torch.cuda if device.type == "cuda" else torch.default_generator
-            source.manual_seed((seeds[0] + 1_000_003 * step) % 2**63)
-            n = sum(length > step for length in lengths)  # nets still in training
-            rows, running, *adam = (state[name][:n] for name in ("rows", "running", *ADAM))
-            weights = rows.detach().requires_grad_()
+    devices = [device] if device.type == "cuda" else []
+    for step in range(int(state["step"]), lengths[0]):
+        n = sum(length > step for length in lengths)  # nets still in training
+        rows, running, *adam = (state[name][:n] for name in ("rows", "running", *ADAM))
+        weights = rows.detach().requires_grad_()
+        with own_draws(seeds[0] + 1_000_003 * step, devices):  # of dropout, also after a resume
             x, y = task.batch(recipes[:n], members[:n], step)
             loss = task.loss(batched(weights, x, True, running), y)
-            if loss.shape != (n,):
-                raise ValueError(f"the loss of {n} nets should be [{n}], not {list(loss.shape)}")
-            (grad,) = torch.autograd.grad(loss.sum(), weights)
-            rate = lr[:n] * task.schedule(step / ends[:n])
-            adamw_step(rows, grad, *adam, step + 1, rate[:, None], decay[:n, None])
-            state["losses"][:n, step] = loss.detach()
-            state["step"].fill_(step + 1)
-            state["seconds"].fill_(time.perf_counter() - started)
-            on_step(state)
+        if loss.shape != (n,):
+            raise ValueError(f"the loss of {n} nets should be [{n}], not {list(loss.shape)}")
+        (grad,) = torch.autograd.grad(loss.sum(), weights)
+        rate = lr[:n] * task.schedule(step / ends[:n])
+        adamw_step(rows, grad, *adam, step + 1, rate[:, None], decay[:n, None])
+        state["losses"][:n, step] = loss.detach()
+        state["step"].fill_(step + 1)
+        state["seconds"].fill_(time.perf_counter() - started)
+        on_step(state)
     return state
 
 

@@ -578,6 +578,16 @@ def test_threads_draw_as_one_alone():
     assert all(torch.equal(rows, expected) for rows in found)
 
 
+def test_zoos_trained_in_threads_are_those_trained_alone(task):
+    """Seen before: what one thread's training drew came into what another's nets began with."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Dropout(0.5), nn.Linear(32, 10))
+    recipes = draw_recipes(6, steps=(2, 30))
+    expected = train_zoo(net, task, recipes, **QUIET).rows
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: train_zoo(net, task, recipes, **QUIET).rows, range(6)))
+    assert all(torch.equal(rows, expected) for rows in found)
+
+
 def test_a_batch_of_no_images_is_refused():
     with pytest.raises(ValueError, match="a batch is at least one image, not 0"):
         ImageTask(toy_data(), 0)
