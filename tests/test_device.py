@@ -195,6 +195,7 @@ def answers(w):
     zoo, mixed = w.zoo, w.mixed
     found = [zoo(w.x), zoo.outputs(w.x), zoo.accuracy(w.images), zoo.to_module(-1)(w.x)]
     found += [mixed(w.x), mixed.accuracy(w.images), mixed[7].rows, *zoo.state_dict(1).values()]
+    found += [net.rows for net in mixed[torch.tensor([1, 9], device=w.x.device)]]
     siren = ns.Nets(ns.Siren(8), ns.initial_rows(ns.Siren(8), [1, 2]).to(w.device))
     return [*found, siren(w.x.flatten(1)[:, :3])]
 
