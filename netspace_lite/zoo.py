@@ -482,7 +482,7 @@ def fine_tune(nets: Nets, task: Task, recipes: list[Recipe]) -> Nets:
     state = train_nets(nets.batched, task, recipes, state, members=members)
     tuned = Nets(nets.batched, state["rows"])
     if not (good := tuned.finite()).all():
-        bad, began = (~good).nonzero()[:, 0].tolist(), _began(state["losses"].cpu()[~good])
+        bad, began = (~good).nonzero()[:, 0].tolist(), _began(state["losses"][~good])
         raise ValueError(f"nets {bad} diverged at steps {began}: fine-tune at a lower rate")
     return tuned
 

@@ -48,11 +48,11 @@ class World:
         self.teacher = self.zoo.to_module(1)
         self.loss = ns.ImageLoss(self.data.train, self.teacher, samples=20)
 
-    def fitted(self, objective, folder=None):
+    def fitted(self, objective, folder=None, log=lambda row: None):
         """The space after two epochs of an objective, and its history without the seconds."""
         space = ns.NetSpace.for_zoos(self.zoos, self.seen, SMALL)
         validate = lambda space: ns.scores(space, self.zoos[1], self.images)  # noqa: E731
-        history = ns.fit(space, objective(space), validate, 4, epoch=2, folder=folder)
+        history = ns.fit(space, objective(space), validate, 4, epoch=2, folder=folder, log=log)
         numbers = [v for row in history for k, v in row.items() if k != "seconds"]
         return [space.encode(self.zoos), numbers]
 
@@ -160,6 +160,8 @@ def resumed(w):
     def make(space):
         return ns.Distillation(space, w.zoo, w.seen, nets=6, samples=5)
 
+    with pytest.raises(Interrupted):
+        w.fitted(make, w.folder / "fit", interrupted(lambda row: None, 2))
     return [*w.fitted(make, w.folder / "fit"), *w.fitted(make, w.folder / "fit")]
 
 
@@ -225,6 +227,7 @@ def embedded(w):
     found = [z, space.encode(w.mixed), space.encode(w.teacher), space.encode(w.zoo.rows, 0)]
     found += [w.one.encode(w.zoo.state_dict(0)), space.classify(z), space.predict(z)]
     decoded = space.decode(z).outputs(w.x), space.decode(z[0], 1).rows, space.translate(z, 0, 2)
+    found += [space.decode(z.double(), 1).rows]  # in the precision of the space
     return [*found, *decoded, *ns.scores(space, w.zoos[1], w.images).values()]
 
 
