@@ -669,3 +669,13 @@ def test_parts_of_the_space_may_be_named_by_objective_and_validation(zoo, data, 
 def test_an_objective_gives_one_number_as_a_tensor(zoo, data, loss):
     with pytest.raises(ValueError, match="step 0: the loss is .*, where a tensor of one finite"):
         fit(make(zoo, data), lambda space, _: loss, lambda _: {"x": 0.0}, 2)
+
+
+def test_an_objective_in_half_precision_is_that_in_single(zoo, data):
+    losses = []
+    for kind in (torch.float32, torch.bfloat16):
+        inputs, nets = data.train.x.to(kind), Nets(zoo.batched, zoo.rows.to(kind))
+        space = NetSpace.for_zoos(nets, inputs, SMALL)
+        losses.append(Distillation(space, nets, inputs)(space, generator()))
+    assert losses[1].dtype == torch.bfloat16
+    torch.testing.assert_close(losses[1].float(), losses[0], rtol=0.05, atol=0)
