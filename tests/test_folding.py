@@ -138,7 +138,7 @@ class OwnConfig(nn.Module):
         self.conv, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
 
     def forward(self, x):
-        x = self.conv(x)
+        x = torch.relu(self.conv(x))
         return self.norm(x) if self.config["batch_norm"] else x
 
 

@@ -344,20 +344,17 @@ def test_training_equals_plain_pytorch_where_gradients_are_of_the_users_own():
 class ZeroHead(NoGradient):
     """As many nets begin: nothing passes the head in the first step."""
 
-    def reset_parameters(self):
-        self.first.reset_parameters()
+    def __init__(self):
+        super().__init__()
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
 
 def test_a_head_of_zeros_hides_nothing():
     """Seen before: what lies before it was trained, though it has no gradient."""
-    module = ZeroHead()
-    module.reset_parameters()
-    row = nn.utils.parameters_to_vector(module.parameters()).detach()
-    batched, x = Batched(module), torch.randn(3, 7, 4)
+    batched, x = Batched(ZeroHead()), torch.randn(3, 7, 4)
     with pytest.warns(UserWarning, match="ZeroHead runs through torch.func.vmap"):
-        batched(row.repeat(3, 1).requires_grad_(), x, per_net=True)
+        batched(initial_rows(ZeroHead, range(3)).requires_grad_(), x, per_net=True)
     rows = torch.randn(3, batched.layout.size, requires_grad=True)
     (grad,) = torch.autograd.grad(batched(rows, x, per_net=True).sum(), rows)
     assert not grad[:, : 6 * 4 + 6].any()
