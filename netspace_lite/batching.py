@@ -227,6 +227,7 @@ class _Mode:
         # A tensor that is tied has several names in the module, and the first of them in the views.
         self.names = {n: first.setdefault(id(t), n.removeprefix("0.")) for n, t in tensors}
         root.to(like), self.module.to(like)
+        self.interpreter = None if isinstance(self.graph, str) else _Interpreter(self)
 
     def interpreted(self, views: dict[str, Tensor], x: Tensor, per_net: bool) -> Tensor:
         """Through the graph, all nets at once."""
@@ -235,8 +236,9 @@ class _Mode:
         nets = len(next(iter(views.values())))
         if self.training and not per_net:  # each net drops its own
             x, per_net = x.expand(nets, *x.shape), True
-        x = self._own(x)
-        return _Interpreter(self, views, nets).run(_Many(x.transpose(0, 1), nets) if per_net else x)
+        x, own = self._own(x), copy.copy(self.interpreter)  # of this call: threads share a mode
+        own.views, own.nets = views, nets
+        return own.run(_Many(x.transpose(0, 1), nets) if per_net else x)
 
     def plan(self, layout: Layout, sample: torch.Size):
         """How `net` takes samples of this shape through the graph; None if it can't."""
@@ -335,11 +337,14 @@ class _Many:
 
 
 class _Interpreter(fx.Interpreter):
-    """One pass through a graph; values are tensors that all nets share, or `_Many`."""
+    """Passes through a graph; values are tensors that all nets share, or `_Many`.
 
-    def __init__(self, mode: _Mode, views: dict[str, Tensor], nets: int):
+    Each pass is a copy's, which is given ``views`` of all tensors and the number of ``nets``.
+    """
+
+    def __init__(self, mode: _Mode):
         super().__init__(mode.parts[""], False, mode.graph)  # keeping all values
-        self.names, self.views, self.nets = mode.names, views, nets
+        self.names = mode.names
         self.extra_traceback = False  # errors stay as they are
 
     def run_node(self, node: fx.Node):

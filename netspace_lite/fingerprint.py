@@ -163,8 +163,7 @@ def _parts(thing) -> list:
         plain = next(base for base in _CONTAINERS if isinstance(thing, base))
         if type(thing) is plain:
             return list(thing.items() if plain is dict else thing)
-        more = type(thing), _public(thing), getattr(thing, "default_factory", None)
-        return [plain(thing), *more]
+        return [plain(thing), type(thing), _public(thing), getattr(thing, "default_factory", None)]
     if isinstance(thing, types.FunctionType):
         return _parts_of_function(thing)
     if isinstance(thing, types.MethodType):

@@ -102,9 +102,8 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
 def _trace(module: nn.Module, leaves) -> fx.Graph | None:
     """The steps of a module, in which each of ``leaves`` is one step; None where it has none."""
     tracer = fx.Tracer()
-    tracer.is_leaf_module = lambda m, name: (
-        name in leaves or fx.Tracer.is_leaf_module(tracer, m, name)
-    )
+    usual = tracer.is_leaf_module
+    tracer.is_leaf_module = lambda m, name: name in leaves or usual(m, name)
     try:
         return tracer.trace(copy.deepcopy(module))
     except Exception:  # tracing runs the user's code on proxies: anything can be raised

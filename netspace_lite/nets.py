@@ -49,10 +49,7 @@ class Nets:
         return Nets(self.batched, self.rows[n])
 
     def __getitem__(self, index) -> "Nets":
-        index = index.cpu() if isinstance(index, Tensor) else index
-        if getattr(index, "dtype", None) in (torch.uint8, np.uint8):  # places, no mask
-            index = torch.as_tensor(index).long()
-        return self._at(torch.arange(len(self))[index].flatten())
+        return self._at(_places(index, len(self)).flatten())
 
     def __repr__(self) -> str:
         name = name_of(self.module)
@@ -124,6 +121,14 @@ class Nets:
         save_file({name: value.clone().contiguous() for name, value in state.items()}, path)
 
 
+def _places(index, count: int) -> Tensor:
+    """What an index picks of ``count`` places: of a number one, else a list of them."""
+    index = index.cpu() if isinstance(index, Tensor) else index
+    if getattr(index, "dtype", None) in (torch.uint8, np.uint8):  # places, no mask
+        index = torch.as_tensor(index).long()
+    return torch.arange(count)[index]
+
+
 class MixedNets:
     """Nets of several architectures in one order.
 
@@ -158,7 +163,7 @@ class MixedNets:
         return f"MixedNets({parts})"
 
     def __getitem__(self, index) -> "Nets | MixedNets":
-        picked = torch.arange(len(self))[index.cpu() if isinstance(index, Tensor) else index]
+        picked = _places(index, len(self))
         group, place = self._group[picked], self._place[picked]
         if picked.dim() == 0:
             return self.groups[group][place]

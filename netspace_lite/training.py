@@ -424,9 +424,9 @@ def _scored(space, validate) -> dict[str, float]:
 
 def _descend(space, objective, generator, optimiser, step: int) -> float:
     """One step of training; returns the loss. Dropout follows the seed and the step."""
-    seed, devices = getattr(space, "seed", 0), {p.device for p in space.parameters() if p.is_cuda}
+    seed, first = getattr(space, "seed", 0), optimiser.param_groups[0]["params"][0]
     try:
-        with own_randomness(seed + 1_000_003 * step, devices):
+        with own_randomness(seed + 1_000_003 * step, [first.device] * first.is_cuda):
             loss = objective(space, generator)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.isfinite():
             given = getattr(loss, "tolist", lambda: loss)()

@@ -370,17 +370,16 @@ def _unlike(given: Tensor, found: Tensor) -> bool:
 def _make(make: Make, seed: int) -> nn.Module:
     """A net of its own, initialised by ``seed``."""
     follow(seed)
-    make = unwrapped(make) if isinstance(make, nn.Module) else make
-    made = make if isinstance(make, nn.Module) else unwrapped(make())
+    made = unwrapped(make if isinstance(make, nn.Module) else make())
     if any(p._backward_hooks for p in made.parameters()):
         raise ValueError(f"hooks on gradients of a {name_of(made)}'s parameters would be lost")
-    if made is not make:
+    if not isinstance(make, nn.Module):
         return copy.deepcopy(made)  # it may be the same one each time
-    if is_registered(make):
-        built = build(describe(make)).to(next(make.parameters()).dtype)
-        if Layout.of(built) == Layout.of(make):  # it may have been changed since it was made
+    if is_registered(made):
+        built = build(describe(made)).to(next(made.parameters()).dtype)
+        if Layout.of(built) == Layout.of(made):  # it may have been changed since it was made
             return built
-    module = copy.deepcopy(make).cpu()  # random numbers are the CPU's
+    module = copy.deepcopy(made).cpu()  # random numbers are the CPU's
     layers = sorted(module.named_modules(), key=lambda layer: -layer[0].count(".") - bool(layer[0]))
     for name, layer in layers:  # in order, but parents have the last word
         reset = getattr(layer, "reset_parameters", getattr(layer, "_reset_parameters", None))
@@ -439,12 +438,12 @@ def train_nets(
     exact = torch.promote_types(state["rows"].dtype, torch.float32)
     lr, decay, ends = torch.tensor(hyper, dtype=exact, device=device).T
     started = time.perf_counter() - state["seconds"].item()
-    devices = [device] if device.type == "cuda" else []
     for step in range(int(state["step"]), lengths[0]):
         n = sum(length > step for length in lengths)  # nets still in training
         rows, running, *adam = (state[name][:n] for name in ("rows", "running", *ADAM))
         weights = rows.detach().requires_grad_()
-        with own_draws(seeds[0] + 1_000_003 * step, devices):  # of dropout, also after a resume
+        # of dropout, also after a resume
+        with own_draws(seeds[0] + 1_000_003 * step, [device] * (device.type == "cuda")):
             x, y = task.batch(recipes[:n], members[:n], step)
             loss = task.loss(batched(weights, x, True, running), y)
         if loss.shape != (n,):
