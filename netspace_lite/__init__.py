@@ -32,8 +32,7 @@ from .training import (
     ArchitectureClassification, Distillation, Interpolation, MixedZoo, TeacherDistillation,
     combine, fit, kl_divergence, squared_error,
 )  # fmt: skip
-from .zoo import (
-    ImageTask, Recipe, Task, Zoo, draw_recipes, fine_tune, initial_rows, train_nets, train_zoo,
-)  # fmt: skip
+from .zoo import ImageTask, Recipe, Task, Zoo, draw_recipes
+from .zoo_training import fine_tune, initial_rows, train_nets, train_zoo
 
 __all__ = [n for n, v in globals().items() if n[0] != "_" and not isinstance(v, _Module)]

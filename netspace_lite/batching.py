@@ -23,7 +23,7 @@ from torch.func import functional_call, vmap
 
 from .architectures import Sine, Siren, build, describe, name_of
 from .fingerprint import structure
-from .folding import CONVOLUTIONS, Affine, affine, evaluated_copy, statistics
+from .folding import CONVOLUTIONS, Affine, Tracer, affine, evaluated_copy, statistics
 from .kernels import backend, batched_conv2d, batched_linear, siren_mlp
 from .kernels.backend import use_triton
 from .kernels.cpu import channels_last, nets_per_block
@@ -275,7 +275,7 @@ class _Mode:
         return self.loop(views, images, per_net)
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
     """Layers that carry many nets and what has no parameters are single steps, identities none."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:

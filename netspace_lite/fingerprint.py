@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from .folding import statistics
+from .folding import Tracer, statistics
 from .randomness import own_randomness
 
 PLAIN = (
@@ -96,7 +96,7 @@ def _graphs(module: nn.Module) -> list:
     roots = [nn.Sequential(copy.deepcopy(module)).train(mode) for mode in (True, False)]
     try:
         with own_randomness(0):  # numbers drawn on the way become constants
-            graphs = [(fx.Tracer().trace(root), root) for root in roots]
+            graphs = [(Tracer().trace(root), root) for root in roots]
     except Exception:  # tracing runs the user's code on proxies: anything can be raised
         own, hidden = _own_parts(module), vars(nn.Module()).keys()
         return [(type(m), {k: v for k, v in vars(m).items() if k not in hidden}) for m in own]

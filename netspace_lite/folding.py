@@ -1,6 +1,7 @@
 """Batch norms folded away, so that a trained net is weights and biases only."""
 
 import copy
+from threading import get_ident
 
 import torch
 from torch import Tensor, fx, nn
@@ -8,6 +9,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .architectures import is_registered
+from .randomness import ALONE
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -99,9 +101,33 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     return folded
 
 
+class Tracer(fx.Tracer):
+    """Follows the thread that it is made in; modules that others call meanwhile just run.
+
+    While PyTorch traces, all calls of modules in the process come to the tracer.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._thread = get_ident()
+
+    def trace(self, root: nn.Module) -> fx.Graph:
+        """The steps of ``root``."""
+        with ALONE:
+            return super().trace(root)
+
+    def call_module(self, m, forward, args, kwargs):
+        own = get_ident() == self._thread
+        return super().call_module(m, forward, args, kwargs) if own else forward(*args, **kwargs)
+
+    def getattr(self, attr, attr_val, parameter_proxy_cache):
+        own = get_ident() == self._thread
+        return super().getattr(attr, attr_val, parameter_proxy_cache) if own else attr_val
+
+
 def _trace(module: nn.Module, leaves) -> fx.Graph | None:
     """The steps of a module, in which each of ``leaves`` is one step; None where it has none."""
-    tracer = fx.Tracer()
+    tracer = Tracer()
     usual = tracer.is_leaf_module
     tracer.is_leaf_module = lambda m, name: name in leaves or usual(m, name)
     try:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .zoo import adamw_step
+from .zoo_training import adamw_step
 
 # The shorter side of a matrix that Muon takes. A narrower one has no directions worth balancing; of
 # a wider one, [M, K], the turn takes 2·M·K² operations, and the layer itself only 6·M·K for a net.

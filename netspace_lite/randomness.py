@@ -7,7 +7,7 @@ from threading import RLock
 import numpy as np
 import torch
 
-_ALONE = RLock()
+ALONE = RLock()
 
 
 @contextmanager
@@ -17,7 +17,7 @@ def own_draws(seed: int | None = None, devices=()):
     Those of the CPU, and of GPUs in ``devices``. One thread at a time: generators, and what traces
     a module, are those of the whole process.
     """
-    with _ALONE, torch.random.fork_rng(devices):
+    with ALONE, torch.random.fork_rng(devices):
         if seed is not None:  # not by torch.manual_seed, which queues a call for GPUs: slow
             torch.default_generator.manual_seed(seed % 2**63)
             if devices:

@@ -29,8 +29,8 @@ from netspace_lite import (
     load_images,
     store,
     train_zoo,
+    zoo_training,
 )
-from netspace_lite import zoo as zoo_module
 
 DAMAGES = int(os.environ.get("NETSPACE_DAMAGES", 300))
 DATA, NET = toy_data(per_class=8), small_nets()[0]
@@ -72,7 +72,7 @@ def use_space(folder):
 def write_checkpoint(folder):
     """A zoo in training, stopped in its second block."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zoo_module, "CHECKPOINT_SECONDS", 0)
+        patch.setattr(zoo_training, "CHECKPOINT_SECONDS", 0)
         patch.setattr(ImageTask, "batch", interrupted(ImageTask.batch, 5))
         with pytest.raises(Interrupted):
             trained(folder)

@@ -18,8 +18,7 @@ from torch.utils._pytree import tree_leaves
 from toy import Interrupted, generator, interrupted, small_nets, toy_data
 
 import netspace_lite as ns
-from netspace_lite import store
-from netspace_lite import zoo as zoo_module
+from netspace_lite import store, zoo_training
 from netspace_lite.optimiser import inverse_root
 
 NETS = small_nets()[:3]
@@ -475,7 +474,7 @@ class ScoresThere(ns.ImageTask):
 def test_checkpoints_in_another_dtype_are_gone_on_from(worlds, tmp_path, monkeypatch):
     """Of a block of nets, written by another hand."""
     w, interruption = worlds[0], interrupted(ns.ImageTask.batch, 3)
-    monkeypatch.setattr(zoo_module, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(zoo_training, "CHECKPOINT_SECONDS", 0)
     with monkeypatch.context() as patch:
         patch.setattr(ns.ImageTask, "batch", interruption)
         with pytest.raises(Interrupted):
@@ -494,7 +493,7 @@ def test_a_gpu_trains_more_nets_together_and_a_cpu_loads_them(worlds, tmp_path):
         trained = ns.train_zoo(NETS[0], task, recipes, tmp_path, **QUIET)
         images = torch.empty(1, 1 << 17)
         large = SimpleNamespace(device=task.device, batch=lambda *_: (images, None))
-        assert zoo_module._fitting(large, recipes) == 32
+        assert zoo_training._fitting(large, recipes) == 32
     assert trained.about["block"] == 512
     loaded = ns.train_zoo(NETS[0], worlds[0].task, recipes, tmp_path, **QUIET)
     assert torch.equal(loaded.rows, trained.rows.cpu())

@@ -9,8 +9,16 @@ import pytest
 import torch
 from toy import small_nets, toy_data
 
-from netspace_lite import Distillation, ImageTask, NetSpace, Recipe, SpaceConfig, fit, train_zoo
-from netspace_lite import zoo as zoo_module
+from netspace_lite import (
+    Distillation,
+    ImageTask,
+    NetSpace,
+    Recipe,
+    SpaceConfig,
+    fit,
+    train_zoo,
+    zoo_training,
+)
 
 TASK, RECIPES = ImageTask(toy_data(), 16), [Recipe(seed, 6 - seed) for seed in range(4)]
 
@@ -32,7 +40,7 @@ from itertools import count
 from pathlib import Path
 import netspace_lite
 sys.path.insert(0, sys.argv[1])
-from test_killed import work, zoo_module
+from test_killed import work, zoo_training
 
 _, _, folder, owner, name, at = sys.argv
 owner, calls = getattr(netspace_lite, owner), count(1)
@@ -44,7 +52,7 @@ def killing(*args):
     return method(*args)
 
 setattr(owner, name, killing)
-zoo_module.CHECKPOINT_SECONDS = 0
+zoo_training.CHECKPOINT_SECONDS = 0
 work(Path(folder))
 """
 
@@ -53,7 +61,7 @@ work(Path(folder))
     ("owner", "name", "at"), [("ImageTask", "batch", 8), ("Distillation", "__call__", 4)]
 )
 def test_killed_work_resumes_bit_for_bit(owner, name, at, tmp_path, monkeypatch):
-    monkeypatch.setattr(zoo_module, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(zoo_training, "CHECKPOINT_SECONDS", 0)
     here, folder = str(Path(__file__).parent), str(tmp_path / "killed")
     command = [sys.executable, "-c", SCRIPT, here, folder, owner, name, str(at)]
     done = subprocess.run(command, timeout=100, capture_output=True, text=True)

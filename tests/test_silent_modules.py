@@ -2,6 +2,8 @@
 
 import copy
 import random
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from netspace_lite import (
     train_nets,
     train_zoo,
 )
+from netspace_lite.fingerprint import structure
 
 
 class Drops(nn.Module):
@@ -274,3 +277,24 @@ def test_one_sample_does_not_settle_how_more_are_run():
     with pytest.warns(UserWarning, match="slower"):
         nets.outputs(x[:1])
     torch.testing.assert_close(nets.outputs(x), looped(Beside(), nets.rows, x))
+
+
+def test_threads_run_modules_while_another_traces_one():
+    """Seen before: "module is not installed as a submodule" in the thread that traced nothing."""
+    traced, done = Event(), Event()
+
+    class Waits(nn.Linear):
+        def forward(self, x):
+            traced.set()
+            assert done.wait(60)
+            return super().forward(x)
+
+    nets, x = random_nets(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), 2), torch.randn(6, 4)
+    module, expected = nets.to_module(0), nets.outputs(x)  # by now nothing of theirs is traced
+    with ThreadPoolExecutor(1) as other:
+        waiting = other.submit(structure, Waits(4, 2))
+        assert traced.wait(60)
+        found = nets.outputs(x), module(x), module[0].weight
+        done.set()
+        assert waiting.result() == structure(Waits(4, 2))
+    torch.testing.assert_close(found, (expected, expected[0], module[0].weight))

@@ -15,7 +15,8 @@ from netspace_lite.layout import Layout
 from netspace_lite.nets import Nets
 from netspace_lite.space import NetSpace, SpaceConfig, logit_scale, normalised_answers
 from netspace_lite.training import ArchitectureClassification, Distillation, fit
-from netspace_lite.zoo import Zoo, initial_rows
+from netspace_lite.zoo import Zoo
+from netspace_lite.zoo_training import initial_rows
 
 CONFIG = SpaceConfig(embedding=16, probes=8, weights=False, hidden=16)
 CONFIGS = {

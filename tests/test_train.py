@@ -29,8 +29,8 @@ from netspace_lite import (
     store,
     train,
     train_zoo,
+    zoo_training,
 )
-from netspace_lite import zoo as zoo_module
 from netspace_lite.processes import portion, rank, share, together
 
 HERE = Path(__file__)
@@ -155,7 +155,7 @@ def killing(method, attempt, victim, at):
 
 def main(kind):
     """What each process that the tests start does."""
-    zoo_module.CHECKPOINT_SECONDS, batches, decoded = 0, [], []
+    zoo_training.CHECKPOINT_SECONDS, batches, decoded = 0, [], []
     batch, decode = ImageTask.batch, NetSpace.decode
     ImageTask.batch = lambda *args: batches.append(args[-1]) or batch(*args)
     NetSpace.decode = lambda space, z, a: decoded.append(len(z)) or decode(space, z, a)
@@ -191,7 +191,7 @@ class TestAlone:
         assert share(torch.arange(7)).tolist() == list(range(7))
 
     def test_several_processes_need_a_folder(self, monkeypatch):
-        monkeypatch.setattr(zoo_module, "world", lambda: 2)
+        monkeypatch.setattr(zoo_training, "world", lambda: 2)
         with pytest.raises(ValueError, match="no folder: several processes"):
             train_zoo(small_nets()[0], ImageTask(DATA, 16), draw_recipes(2))
 

@@ -39,7 +39,8 @@ from netspace_lite.training import (
     learning_rate,
     logit_scale,
 )
-from netspace_lite.zoo import ImageTask, draw_recipes, initial_rows, train_zoo
+from netspace_lite.zoo import ImageTask, draw_recipes
+from netspace_lite.zoo_training import initial_rows, train_zoo
 
 CONFIG = SpaceConfig(embedding=16, probes=8, weights=False, hidden=16)
 SMALL = SpaceConfig(embedding=8, probes=6, hidden=16, chunk=64)

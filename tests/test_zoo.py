@@ -13,22 +13,14 @@ from safetensors.torch import save_file
 from torch import nn
 from toy import Interrupted, generator, interrupted, mlp, random_nets, toy_data
 
-from netspace_lite import zoo as zoo_module
+from netspace_lite import zoo_training
 from netspace_lite.architectures import build, describe, lite_net
 from netspace_lite.data import load_digits
 from netspace_lite.folding import fold_batchnorm
 from netspace_lite.layout import Layout
 from netspace_lite.nets import Nets
-from netspace_lite.zoo import (
-    ImageTask,
-    Recipe,
-    Zoo,
-    draw_recipes,
-    fine_tune,
-    initial_rows,
-    train_nets,
-    train_zoo,
-)
+from netspace_lite.zoo import ImageTask, Recipe, Zoo, draw_recipes
+from netspace_lite.zoo_training import fine_tune, initial_rows, train_nets, train_zoo
 
 NET = lite_net("LeNetLike", (1, 8, 8), 10)
 RECIPES = [
@@ -148,7 +140,7 @@ def test_the_readmes_zoos_are_still_drawn_alike():
 
 @pytest.mark.parametrize("at", [2, 6, 8], ids=lambda n: f"batch {n}")
 def test_an_interrupted_zoo_resumes_bit_for_bit(zoo, task, at, tmp_path, monkeypatch):
-    monkeypatch.setattr(zoo_module, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(zoo_training, "CHECKPOINT_SECONDS", 0)
     with monkeypatch.context() as patch:
         patch.setattr(ImageTask, "batch", interrupted(ImageTask.batch, at))
         with pytest.raises(Interrupted):
@@ -162,7 +154,7 @@ def test_an_interrupted_zoo_resumes_bit_for_bit(zoo, task, at, tmp_path, monkeyp
 
 def test_dropout_and_batch_norm_resume_bit_for_bit_too(tmp_path, monkeypatch):
     """Whatever else draws random numbers in between, and wherever the blocks are cut."""
-    monkeypatch.setattr(zoo_module, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(zoo_training, "CHECKPOINT_SECONDS", 0)
     net = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3), nn.Flatten(),
         nn.Linear(144, 3),
@@ -204,7 +196,7 @@ CHANGES = {
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "checkpoint"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_folder_of_another_zoo_is_refused(task, change, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(zoo_module, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(zoo_training, "CHECKPOINT_SECONDS", 0)
     with monkeypatch.context() as patch:
         if not finished:
             patch.setattr(ImageTask, "batch", interrupted(ImageTask.batch, 3))
