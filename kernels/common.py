@@ -83,7 +83,6 @@ def autocast(*tensors, dtype=None):
     return [t if getattr(t, "dtype", None) in keep else t.to(dtype) for t in tensors]
 
 
-@torch.compiler.assume_constant_result  # torch.compile can't follow the settings of cuDNN
 def fp32_precision(precision=None) -> str:
     """How the kernels multiply fp32 values: the one rule of linear layers, convolutions and SIRENs.
 
@@ -99,6 +98,11 @@ def fp32_precision(precision=None) -> str:
         raise ValueError(f"precision must be None, 'ieee' or 'tf32', not {precision!r}.")
     setting = torch.backends.cudnn.conv.fp32_precision if precision is None else precision
     return "tf32" if setting == "tf32" else "ieee"
+
+
+# As torch.compiler.assume_constant_result does, whose import is a quarter of this package's:
+# torch.compile can't follow the settings of cuDNN.
+fp32_precision._dynamo_marked_constant = True
 
 
 def register(name, launch, empty, schema=None):
