@@ -34,7 +34,7 @@ class Settings:
 
     seed: of everything random (``NETSPACE_SEED``); preset: "lite" for a laptop, "smoke" to see in
     a minute that all runs, "evening" for the paper's nets on CIFAR-10 with zoos and trainings that
-    two cores manage in three hours, "paper" for the authors' sizes (``NETSPACE_PRESET``);
+    two cores manage in an evening, "paper" for the authors' sizes (``NETSPACE_PRESET``);
     data: path of an .npz of your own images, or "" for the preset's (``NETSPACE_DATA``).
     What a preset's sizes are stands in ``presets.toml``.
     """
