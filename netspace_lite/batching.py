@@ -35,6 +35,7 @@ from .trial import NoDropout, Trial, may_lie_innermost, plain_operations
 
 BLOCK = 32  # nets evaluated together: on a CPU, blocks of 16 to 80 nets fit the caches best
 VMAPPED = 1 << 20  # input values of all nets that vmap takes at a time: attention makes much of few
+TOKENS = (torch.int32, torch.int64)  # inputs which a module may look up
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _NORMS = (*_BATCH_NORMS, *_INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm, Affine)
@@ -177,8 +178,7 @@ def check_inputs(rows: Tensor, x: Tensor, per_net: bool) -> None:
     """Raise ValueError unless nets [N, P] can be asked about inputs x."""
     if not isinstance(x, Tensor):
         raise ValueError(f"inputs are a {type(x).__name__}: give a tensor")
-    tokens = x.dtype in (torch.int32, torch.int64)  # which a module may look up
-    if x.device != rows.device or not (tokens or x.dtype == rows.dtype):
+    if x.device != rows.device or not (x.dtype in TOKENS or x.dtype == rows.dtype):
         given, nets = f"{x.dtype} on {x.device}", f"{rows.dtype} on {rows.device}"
         raise ValueError(f"inputs are {given}, nets are {nets}: convert one of them with .to()")
     if per_net and len(x) != len(rows):
@@ -228,6 +228,7 @@ class _Mode:
         self.names = {n: first.setdefault(id(t), n.removeprefix("0.")) for n, t in tensors}
         root.to(like), self.module.to(like)
         self.interpreter = None if isinstance(self.graph, str) else _Interpreter(self)
+        self.idle = []  # copies of the module that no call is running
 
     def interpreted(self, views: dict[str, Tensor], x: Tensor, per_net: bool) -> Tensor:
         """Through the graph, all nets at once."""
@@ -251,19 +252,31 @@ class _Mode:
     def _own(self, x: Tensor) -> Tensor:
         return x.clone() if self.changes_inputs else x
 
+    @contextlib.contextmanager
+    def a_copy(self):
+        """The module for one call: it is handed parameters meanwhile, and threads share a mode."""
+        try:
+            module = self.idle.pop()
+        except IndexError:
+            module = copy.deepcopy(self.module)
+        yield module
+        self.idle.append(module)
+
     @plain_operations()
     def vmap(self, views: dict[str, Tensor], x: Tensor, per_net: bool) -> Tensor:
         """Through PyTorch's own batching."""
         if any(getattr(part, "padding_idx", None) is not None for part in self.module.modules()):
             raise TypeError("vmap would train the padding of embeddings")
-        one_net, axes = functools.partial(functional_call, self.module), (0, 0 if per_net else None)
-        return vmap(one_net, axes, randomness="different")(views, self._own(x))
+        with self.a_copy() as module:
+            one_net, axes = functools.partial(functional_call, module), (0, 0 if per_net else None)
+            return vmap(one_net, axes, randomness="different")(views, self._own(x))
 
     @plain_operations()
     def loop(self, views: dict[str, Tensor], x: Tensor, per_net: bool) -> Tensor:
         """One net after the other, as its plain module."""
         nets = zip(one_by_one(views), x if per_net else itertools.repeat(x), strict=False)
-        outputs = [functional_call(self.module, state, self._own(x)) for state, x in nets]
+        with self.a_copy() as module:
+            outputs = [functional_call(module, state, self._own(x)) for state, x in nets]
         if not isinstance(outputs[0], Tensor):
             what = f"{name_of(self.module)} returns a {type(outputs[0]).__name__}"
             raise ValueError(f"{what}, not one tensor: wrap it in a module that picks the tensor")

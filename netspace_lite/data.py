@@ -48,8 +48,9 @@ class Images:
         raise AttributeError(f"Images have .x and .y and no {name!r}: does it take an ImageData?")
 
     def to(self, device) -> "Images":
-        """The same images on another device."""
-        return Images(self.x.to(device), self.y.to(device))
+        """The same images on another device, or of another precision, which labels don't take."""
+        x = self.x.to(device)
+        return Images(x, self.y.to(x.device))
 
 
 @dataclass
@@ -207,7 +208,7 @@ def _split(name, x, y, x_test, y_test, seed, val=0.2) -> ImageData:
         raise ValueError(f"{name}: training images with a spread of {std:.2g} show nothing")
 
     def images(x, y):
-        x = torch.from_numpy(((x - mean) / std).astype(np.float32))
+        x = torch.from_numpy(np.ascontiguousarray((x - mean) / std, np.float32))
         return Images(x, torch.from_numpy(y.astype(np.int64)))
 
     parts = images(x[train], y[train]), images(x[held_out], y[held_out]), images(x_test, y_test)

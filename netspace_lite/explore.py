@@ -70,7 +70,8 @@ class ImageLoss:
         teacher: a net (`Nets` of one, or a module) whose softened answers are distilled, or None.
         distil: weight of the teacher's KL, the rest is ``loss``; 0.9 as in the paper's
             several-architecture experiments, 1 for distillation alone.
-        loss: (logits [N, B, K], y [B]) -> [N], or a scalar; cross-entropy by default.
+        loss: (logits [N, B, K], y [B]) -> [N], or a scalar; cross-entropy by default. Of answers of
+            one value, [N, B, 1], compare ``outputs[..., 0]`` with y, or they spread to [N, B, B].
         temperature: softens the distillation, whose loss is multiplied by its square.
         samples: B, images drawn in each step; all of them where there are fewer.
 

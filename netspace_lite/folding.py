@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.optim.swa_utils import AveragedModel
 
 from .architectures import is_registered
 from .randomness import ALONE
 
-WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -42,7 +43,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
     module = getattr(module, "_orig_mod", module)  # of torch.compile
     module = module.module if isinstance(module, WRAPPERS) else module
     if not isinstance(module, nn.Module):
-        raise ValueError(f"{module!r} is no module: make one, as MyNet(...) does of a class")
+        given = module if isinstance(module, type) else f"a {type(module).__name__}"
+        raise ValueError(f"{given} is no module: make one, as MyNet(...) does of a class")
     return module
 
 
@@ -82,7 +84,9 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     graph, names = _trace(folded, norms) if norms else None, [*norms]
     for name, layer in _layers_before(folded, graph, norms).items() if graph else ():
         before, norm = folded.get_submodule(layer), norms.pop(name)
-        _replace(before, fuse_conv_bn_eval(before, norm))
+        fused = fuse_conv_bn_eval(before, norm)
+        fused.bias.requires_grad_(fused.weight.requires_grad)  # a new one would be frozen
+        _replace(before, fused)
         _replace(norm, nn.Identity())
     for norm in norms.values():
         with torch.no_grad():

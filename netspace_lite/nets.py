@@ -115,7 +115,10 @@ class Nets:
         return {name: value.detach().clone() for name, value in state.items()}
 
     def export(self, path, n: int = 0) -> None:
-        """Write net n as a safetensors file that ``module.load_state_dict`` takes back."""
+        """Write net n as a safetensors file that ``module.load_state_dict`` takes back.
+
+        Of nets that were trained with batch norms it is ``fold_batchnorm(module)`` that takes it.
+        """
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         state = self.to_module(n).state_dict()  # tied parameters under each of their names
         save_file({name: value.clone().contiguous() for name, value in state.items()}, path)
@@ -170,6 +173,10 @@ class MixedNets:
         at = [(group == k).nonzero()[:, 0] for k in range(len(self.groups))]
         parts = [(self.groups[k][place[n]], n) for k, n in enumerate(at) if len(n)]
         return MixedNets(*zip(*parts, strict=True) if parts else [()])
+
+    def to_module(self, n: int = 0) -> nn.Module:
+        """Net n as a plain ``nn.Module`` of its own, see `Nets.to_module`."""
+        return self[n].to_module()
 
     @property
     def architectures(self) -> list[str]:

@@ -78,14 +78,14 @@ def average(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
     """
     if world() == 1:
         return loss
-    has = loss.new_tensor([p.grad is not None for p in parameters])
+    loss, has = loss.reshape(()), loss.new_tensor([p.grad is not None for p in parameters])
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([loss[None], has, *(grad.flatten() for grad in grads)])
     dist.all_reduce(flat)
     sizes = [1, len(has), *(p.numel() for p in parameters)]
     loss, has, *grads = (flat / world()).split(sizes)
     for p, some, grad in zip(parameters, has.tolist(), grads, strict=True):
-        p.grad = grad.view_as(p) if some else None
+        p.grad = grad.view_as(p).to(p.dtype) if some else None
     return loss[0]
 
 

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from . import store
 from .architectures import build, describe, listed, name_of
-from .batching import BLOCK, Batched
+from .batching import BLOCK, TOKENS, Batched
 from .fingerprint import structure
 from .folding import fold_batchnorm
 from .kernels import chunk_pack
 from .layout import Layout, check_rows, invariants
 from .nets import MixedNets, Nets
 from .paper import ConvDecoder, ConvEncoder
-from .randomness import own_randomness
+from .randomness import ALONE, own_randomness
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Encoder(nn.Module):
         if known.std(0).max() < 1e-6:  # one net, or nets that answer alike
             return
         count = min(self.axes.shape[1], len(known))
-        with threadpool_limits(1):  # or axes, and so resuming, would depend on how many there are
+        with ALONE, threadpool_limits(1):  # or axes, and so resuming, depend on how many there are
             pca = PCA(count, random_state=0).fit(known)
         spread = torch.from_numpy(pca.singular_values_)
         root = spread.clamp_min(1e-3 * spread[0]).sqrt()
@@ -157,7 +157,7 @@ class NetSpace(nn.Module):
 
     Args:
         modules: one module of each architecture; of a single one the module itself will do.
-        inputs: [S, ...] typical inputs; the probes start as M of them.
+        inputs: [S, ...] typical inputs, floats or tokens; the probes start as M of them.
         config: sizes.
         seed: of the initialisation.
 
@@ -169,7 +169,7 @@ class NetSpace(nn.Module):
         super().__init__()
         self.config, self.seed = config or SpaceConfig(), int(seed)
         config, answers = self.config, 0
-        if not inputs.is_floating_point():
+        if not (inputs.is_floating_point() or inputs.dtype in TOKENS):
             raise ValueError(f"inputs should be floats, as load_images makes them: {inputs.dtype}")
         if config.probes:
             check_finite(inputs, "inputs")
@@ -187,6 +187,7 @@ class NetSpace(nn.Module):
         if not self.batched or len({b.fingerprint for b in self.batched}) < len(self.batched):
             raise ValueError("no architectures, or two that compute the same: give each one once")
         bases = [b.layout.pack([b.module])[0] for b in self.batched]
+        like = inputs if inputs.is_floating_point() else bases[0].to(inputs.device)
         shapes = [(b.layout.chunks(config.chunk), config.chunk) for b in self.batched]
         if config.weights == "invariants":
             shapes = [tuple(self._weights(base[None], a).shape) for a, base in enumerate(bases)]
@@ -198,7 +199,7 @@ class NetSpace(nn.Module):
                 probes = inputs[torch.randperm(len(inputs))[: config.probes]]
                 self.probes = nn.Parameter(probes.clone(), requires_grad=config.learn_probes)
                 pairs = zip(self.batched, bases, strict=True)
-                sizes = [b(base[None].to(probes), probes).numel() for b, base in pairs]
+                sizes = [b(base[None].to(like), probes).numel() for b, base in pairs]
                 if len(set(sizes)) > 1:
                     raise ValueError(f"architectures give {sizes} outputs on the probes: not alike")
                 answers = sizes[0] + 1
@@ -213,7 +214,7 @@ class NetSpace(nn.Module):
             if (offset := self.encoder.offset) is not None:  # the nearest, at first
                 self.classifier.weight.copy_(offset / 4)
                 self.classifier.bias.copy_(-offset.square().sum(1) / 8)
-        self.to(inputs)
+        self.to(like)
 
     @classmethod
     def for_zoos(
@@ -302,6 +303,8 @@ class NetSpace(nn.Module):
         Raises ValueError naming nets that hold values that are not finite.
         """
         check_finite(rows)
+        if rows.dtype != (own := self.decoder.bias[0].dtype):
+            raise ValueError(f"nets are {rows.dtype}, the space is {own}: convert one with .to()")
         prep = None
         if self.config.weights:
             mean, std = (getattr(self, f"{part}{architecture}").float() for part in ("mean", "std"))
@@ -403,13 +406,13 @@ class NetSpace(nn.Module):
             known = record["architectures"]
             modules = [build(about) for about in known] if modules is None else modules
             config = SpaceConfig(**record["config"])
-            inputs = state.get("probes", state["decoder.bias.0"])  # for their dtype
-            space = cls(modules, inputs, config, record["seed"])
+            like = state["decoder.bias.0"]
+            space = cls(modules, state.get("probes", like), config, record["seed"]).to(like.dtype)
             if [b.fingerprint for b in space.batched] != [about["fingerprint"] for about in known]:
                 names = ", ".join(about["name"] for about in known)
                 raise ValueError(f"{folder} holds a space of {names}: other modules were given")
             space.load_state_dict(state)
-        kinds = {tensor.dtype for tensor in state.values()}
+        kinds = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
         if len(kinds) > 1:
             raise ValueError(f"{folder} holds a space of mixed dtypes {kinds}: save it again")
         return space

@@ -11,6 +11,7 @@ import os
 from contextlib import contextmanager
 from operator import methodcaller
 from pathlib import Path
+from threading import get_ident
 
 import numpy as np
 from safetensors.torch import load as load_tensors
@@ -31,7 +32,7 @@ def save(folder, name: str, record: dict, tensors: dict[str, Tensor]) -> None:
     _replace(folder / file, payload)
     _replace(folder / f"{name}.json", text.encode())
     for old in _tensor_files(folder, name) - {folder / file}:
-        old.unlink()
+        old.unlink(missing_ok=True)
 
 
 def load(folder, name: str) -> tuple[dict, dict[str, Tensor]]:
@@ -117,9 +118,12 @@ def _tensor_files(folder: Path, name: str) -> set[Path]:
 
 
 def _replace(path: Path, payload: bytes) -> None:
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{get_ident()}.part")  # nobody else's
+    try:
+        with open(temporary, "wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -9,7 +9,6 @@ the generator, encodes, decodes, and compares what the decoded nets answer with 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import cos, inf, isfinite, isnan, nan, pi
 from pathlib import Path
 from statistics import fmean
@@ -23,7 +22,7 @@ from .fingerprint import fingerprint
 from .kernels import distillation_loss
 from .nets import MixedNets, Nets
 from .optimiser import Muon
-from .processes import agreed, average, rank, share
+from .processes import agreed, average, rank, share, wait
 from .progress import progress_bar
 from .randomness import own_randomness
 from .space import NetSpace, check_finite, logit_scale
@@ -106,6 +105,11 @@ def combine(*objectives: Objective, weights: Sequence[float] | None = None) -> O
     return total
 
 
+def _versions(*tensors: Tensor) -> dict[Tensor, int]:
+    """How often each tensor was written to; inference tensors don't count that."""
+    return {t: 0 if t.is_inference() else t._version for t in tensors}
+
+
 class MixedZoo:
     """The nets of one or several zoos under one numbering, with what the encoder reads of each.
 
@@ -130,7 +134,7 @@ class MixedZoo:
     def _read(self, space: NetSpace) -> None:
         """Keep what this space reads of the nets, unless that changes while it learns."""
         constant = (t for t in (*space.buffers(), *space.parameters()) if not t.requires_grad)
-        read_of = space, {t: t._version for t in constant}  # which counts writes
+        read_of = space, _versions(*constant, *(zoo.rows for zoo in self.zoos))
         if read_of != self._read_of:
             if [space.index(zoo) for zoo in self.zoos] != self.present:
                 raise ValueError("the space has these zoos elsewhere: make the objective for it")
@@ -214,6 +218,7 @@ class Distillation:
     ):
         self.pool, self.draw = MixedZoo(space, zoos), Draw(**draw)
         self.inputs, self.options, zoos = inputs, {"per_net": per_net, "loss": loss}, self.pool.zoos
+        self._asked = self._like = None
         if per_net and len(zoos) > 1:
             raise ValueError(f"inputs per net need one zoo, not {len(zoos)}: share the inputs")
         chances = [1.0] * len(zoos) if self.draw.chances is None else self.draw.chances
@@ -222,11 +227,14 @@ class Distillation:
             given = f"not {self.draw.chances} for {len(zoos)} zoos"
             raise ValueError(f"chances should be one of each zoo, none under 0, {given}")
 
-    @cached_property
     def _likeness(self) -> LikenessLoss:
-        """Asks the nets when a step first needs it: a fit that is loaded takes no step."""
-        nets = MixedNets(self.pool.zoos) if len(self.pool.zoos) > 1 else self.pool.zoos[0]
-        return LikenessLoss(nets, self.inputs, samples=self.draw.samples, **self.options)
+        """Asks the nets when a step needs it: a fit that is loaded takes none."""
+        asked = _versions(self.inputs, *(zoo.rows for zoo in self.pool.zoos))
+        if asked != self._asked:
+            nets = MixedNets(self.pool.zoos) if len(self.pool.zoos) > 1 else self.pool.zoos[0]
+            like = LikenessLoss(nets, self.inputs, samples=self.draw.samples, **self.options)
+            self._asked, self._like = asked, like
+        return self._like
 
     def __call__(self, space: NetSpace, generator: torch.Generator) -> Tensor:
         group = int(torch.multinomial(self.chances, 1, generator=generator))
@@ -241,7 +249,7 @@ class Distillation:
             z = z + far[:, None].to(z) * (z.roll(1, 0) - z.roll(2, 0))
             analogy = [share(part) for part in (far, n.roll(1), n.roll(2))]
         n, z = share(n), share(z)
-        losses = self._likeness(space.decode(z, target), generator, n, analogy)
+        losses = self._likeness()(space.decode(z, target), generator, n, analogy)
         if not (good := losses.isfinite().cpu()).all():
             raise ValueError(f"the losses of nets {n[~good].unique().tolist()} are not finite")
         return losses.mean()
@@ -410,6 +418,7 @@ def fit(
             if step + 1 == steps:
                 space.load_state_dict(best)
             _checkpoint(folder, plan, space, optimiser, generator, history, best)
+    wait()  # until the fit is in the folder
     space._begun = None
     return history
 

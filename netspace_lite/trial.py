@@ -9,6 +9,7 @@ import contextlib
 import copy
 import warnings
 from dataclasses import dataclass, replace
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +34,32 @@ class NoDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_lock, _inside, _settings = Lock(), [], contextlib.ExitStack()
+
+
 @contextlib.contextmanager
 def plain_operations():
     """Transformer layers without their fused path, which has no gradient and no batching; and
-    nothing said of single operations that vmap has to loop over."""
+    nothing said of single operations that vmap has to loop over.
+
+    These settings are the whole process's: the first thread to come in makes them, and the last to
+    leave puts back what was.
+    """
+    with _lock:
+        if not _inside:
+            _settings.enter_context(_plainly())
+        _inside.append(None)
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside.pop()
+            if not _inside:
+                _settings.close()
+
+
+@contextlib.contextmanager
+def _plainly():
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -141,7 +164,9 @@ class Trial:
 
         Raises ValueError naming a buffer or number that changes, or saying that parameters do.
         """
-        module, rows, x = self.mode.module, self.rows.clone(), self.x.clone()
+        rows, x = self.rows.clone(), self.x.clone()
+        with self.mode.a_copy() as module:  # which the next call runs
+            pass
         before = _held(module) | {"parameters": fingerprint(rows)}
         self.mode.changes_inputs = False
         self._answer("loop", rows, x)

@@ -6,6 +6,7 @@ by `netspace_lite.zoo_training`, or of nets trained elsewhere.
 """
 
 import copy
+import re
 import warnings
 import zlib
 from collections.abc import Iterable, Sequence
@@ -89,7 +90,11 @@ class Task(Protocol):
         """
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss of each net, [N], of outputs [N, B, ...]."""
+        """The loss of each net, [N], of outputs [N, B, ...].
+
+        Answers of one value are [N, B, 1]: compare ``outputs[..., 0]`` with targets [N, B], or they
+        are spread to [N, B, B].
+        """
 
     def schedule(self, progress: Tensor) -> Tensor:
         """Factor on each net's learning rate at ``progress`` [N], 0 to 1, of its training."""
@@ -210,7 +215,8 @@ class Zoo(Nets):
         zoo = self.to(device_of(task))
         scores = dict(task.scores(zoo, zoo.members)).items()
         scores = {name: torch.atleast_1d(torch.as_tensor(of)).cpu() for name, of in scores}
-        return Zoo(zoo.batched, zoo.rows, scores, zoo.recipes, zoo.losses, zoo.members, zoo.about)
+        about = zoo.about | ({"task": fingerprint(task)} if "task" in zoo.about else {})
+        return Zoo(zoo.batched, zoo.rows, scores, zoo.recipes, zoo.losses, zoo.members, about)
 
     def _contents(self) -> tuple[dict, dict[str, Tensor]]:
         record, tensors = super()._contents()
@@ -264,19 +270,26 @@ class Zoo(Nets):
 
         Args:
             files: a folder, a file, or a list of .safetensors, .pt, .pth or .ckpt files; in order
-                of their names for a folder. Only tensors are read, with ``weights_only=True``.
+                of their names for a folder, net-2 before net-10. Only tensors are read, with
+                ``weights_only=True``.
             module: a module that every file fits, once what all its names begin with is left out
-                ("module.", "_orig_mod.", "model."). Values take its dtype.
+                ("module.", "_orig_mod.", "model."), as trained or as `Nets.export` leaves it.
+                Values take its dtype.
 
         Raises FileNotFoundError, or ValueError naming the file and why it doesn't fit.
         """
         if isinstance(files, str | Path):
             folder = Path(files)
-            files = sorted(f for f in folder.glob("*") if f.suffix in SUFFIXES)
+            files = sorted((f for f in folder.glob("*") if f.suffix in SUFFIXES), key=_in_numbers)
             files = [folder] if folder.is_file() else files
             if not files:
                 raise FileNotFoundError(f"{folder} holds no file that ends in {SUFFIXES}")
         return cls.from_modules((_read_checkpoint(Path(f), module) for f in files), task)
+
+
+def _in_numbers(file: Path) -> list:
+    """What sorts names by the numbers in them."""
+    return [int(p) if n % 2 else p for n, p in enumerate(re.split(r"(\d+)", file.name))]
 
 
 def _read_checkpoint(path: Path, module: nn.Module) -> nn.Module:
@@ -294,10 +307,17 @@ def _read_checkpoint(path: Path, module: nn.Module) -> nn.Module:
         wrapper = "" if first in state else next(wrapped, "")  # "module.", "module._orig_mod."
         for part in wrapper.split(".")[:-1]:
             consume_prefix_in_state_dict_if_present(state, f"{part}.")
+        if wrapper:
+            state.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
+        if not any("running_" in k for k in state):
+            loaded = fold_batchnorm(loaded)
         loaded.load_state_dict(state)
     except Exception as error:  # readers and modules fail in many ways, each on its own terms
         pickled = isinstance(error, UnpicklingError)  # PyTorch's own advice would be to load it
-        why = "it holds pickled objects, never loaded" if pickled else str(error) or repr(error)
+        why = str(error) or repr(error)
+        if pickled:
+            kinds = ", ".join(re.findall(r"GLOBAL (\S+)", why)) or "of some kind"
+            why = f"it holds pickled objects, never loaded ({kinds}): save its state dict alone"
         raise ValueError(f"{path} is no state dict of {name_of(module)}: {why}") from error
     return loaded
 

@@ -265,3 +265,19 @@ def test_a_data_set_says_where_its_images_are():
         nets.accuracy(data)
     with pytest.raises(AttributeError, match="Images have .x and .y and no 'train'.*ImageData"):
         ImageTask(data.train)
+
+
+def test_images_lie_in_order_so_that_modules_can_view_them(tmp_path):
+    """Seen before: x.view(len(x), -1) failed on RGB images given as [B, H, W, 3]."""
+    x, y = np.random.default_rng(0).random((40, 5, 7, 3), np.float32), np.arange(40) % 2
+    np.savez(tmp_path / "rgb.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    data = load_images(tmp_path / "rgb.npz")
+    assert data.train.x.view(len(data.train), -1).shape[1] == 3 * 5 * 7
+
+
+def test_labels_keep_their_type_when_images_change_theirs():
+    data = load_digits()
+    moved = data.to(torch.float64)
+    assert moved.test.x.dtype == torch.float64
+    assert torch.equal(moved.test.y, data.test.y)
+    assert moved.test.y.dtype == torch.int64

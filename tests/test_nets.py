@@ -171,6 +171,7 @@ def test_mixed_nets_keep_their_order(mixed):
         torch.testing.assert_close(mixed(images.x)[n], net(images.x)[0])
         assert accuracy[n] == net.accuracy(images)[0]
         assert mixed.architectures[n] in repr(net)
+        torch.testing.assert_close(mixed.to_module(n)(images.x), net.outputs(images.x)[0])
     assert len(mixed) == 9
     assert torch.equal(mixed[-1].rows, mixed[8].rows)
     with pytest.raises(IndexError):

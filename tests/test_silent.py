@@ -596,3 +596,32 @@ def test_a_fit_needs_gradients_whatever_its_caller_does(zoo):
     with torch.no_grad():
         fit(space, Distillation(space, zoo, DATA.train.x), lambda s: {"score": 0.0}, 1)
     assert not torch.equal(before, space.decoder.hidden.weight)
+
+
+@pytest.mark.parametrize("changed", ["nets", "inputs"])
+def test_nets_and_inputs_that_change_are_asked_again(zoo, changed):
+    """Seen before: steps on what they were, kept under the fingerprint of what they are."""
+    nets, x = zoo[:], DATA.train.x.clone()
+    space = NetSpace.for_zoos(nets, x, CONFIG)
+    objective = Distillation(space, nets, x, nets=4, samples=8)
+    objective(space, generator())
+    {"nets": nets.rows, "inputs": x}[changed].mul_(-0.5)
+    expected = Distillation(space, nets, x, nets=4, samples=8)(space, generator())
+    assert torch.equal(objective(space, generator()), expected)
+
+
+def test_a_zoo_scored_by_another_task_is_not_the_one_that_was_trained(tmp_path):
+    """Seen before: the other task's scores were loaded as this one's."""
+    net, other = flat(nn.ReLU()), ImageTask(DATA, 8)
+    zoo = zoo_of(net, tmp_path)
+    zoo.scored(ImageTask(DATA, 16)).save(tmp_path)
+    assert torch.equal(zoo_of(net, tmp_path).rows, zoo.rows)
+    zoo.scored(other).save(tmp_path)
+    with pytest.raises(ValueError, match="holds work with another task"):
+        zoo_of(net, tmp_path)
+
+
+def test_a_space_that_reads_weights_only_names_its_precision(zoo):
+    space = NetSpace.for_zoos(zoo, DATA.train.x, SpaceConfig(probes=0, chunk=32)).double()
+    with pytest.raises(ValueError, match="nets are torch.float32, the space is torch.float64"):
+        space.encode(zoo)

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from toy import Sums, looped, random_nets
 
 from netspace_lite import (
@@ -20,6 +22,7 @@ from netspace_lite import (
     Zoo,
     architecture,
     fingerprint,
+    fold_batchnorm,
     initial_rows,
     train_nets,
     train_zoo,
@@ -298,3 +301,50 @@ def test_threads_run_modules_while_another_traces_one():
         done.set()
         assert waiting.result() == structure(Waits(4, 2))
     torch.testing.assert_close(found, (expected, expected[0], module[0].weight))
+
+
+@pytest.mark.parametrize("kind", ["loop", "vmap", "innermost"])
+def test_threads_share_nets(kind):
+    """Seen before: nets answered with the weights that another thread had handed to the module."""
+
+    class Branches(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else -super().forward(x)
+
+    class Reads(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    large = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4))
+    module = {"loop": Branches(64, 4), "vmap": Reads(64, 4), "innermost": large}[kind]
+    x = torch.randn(80, *((3, 32, 32) if kind == "innermost" else (64,)))
+    nets = random_nets(module, 6)
+    if kind != "innermost":
+        with pytest.warns(UserWarning, match="slower"):
+            nets.outputs(x)
+    expected = looped(module, nets.rows, x)
+    flags = torch.backends.mha.get_fastpath_enabled(), list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: nets.outputs(x), range(40)))
+    for outputs in found:
+        torch.testing.assert_close(outputs, expected)
+    assert (torch.backends.mha.get_fastpath_enabled(), list(warnings.filters)) == flags
+
+
+def test_folding_freezes_nothing():
+    """Seen before: a convolution without a bias was given one that never moved."""
+    module = nn.Sequential(nn.Conv2d(1, 3, 3, bias=False), nn.BatchNorm2d(3))
+    assert all(p.requires_grad for p in fold_batchnorm(module).parameters())
+    frozen = fold_batchnorm(module.requires_grad_(False))
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_averaged_modules_are_the_modules_themselves(tmp_path):
+    """Seen before: how often they were averaged made them another architecture."""
+    modules = [nn.Linear(4, 2) for _ in range(2)]
+    averaged = [AveragedModel(module) for module in modules]
+    averaged[0].update_parameters(modules[0])
+    zoo = Zoo.from_modules(averaged)
+    torch.testing.assert_close(zoo.rows, Zoo.from_modules(modules).rows)
+    torch.save(averaged[0].state_dict(), tmp_path / "ema.pt")
+    assert torch.equal(Zoo.from_files(tmp_path, nn.Linear(4, 2)).rows, zoo.rows[:1])

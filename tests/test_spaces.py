@@ -433,3 +433,31 @@ def test_a_space_made_or_loaded_in_inference_mode_can_be_fitted(zoos, data, tmp_
         objective = Distillation(space, zoos[0], data.train.x, nets=4, samples=4)
         (row,) = fit(space, objective, lambda s: {"score": 0.0}, 1)
         assert row["loss"] > 0
+
+
+class Looks(nn.Module):
+    """Answers tokens [B, 5] by the mean of their vectors."""
+
+    def __init__(self):
+        super().__init__()
+        self.vectors, self.head = nn.Embedding(11, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.vectors(x).mean(1))
+
+
+@pytest.mark.filterwarnings("ignore:Looks runs through")
+def test_nets_that_read_tokens_have_a_space(tmp_path):
+    nets, tokens = random_nets(Looks(), 6), torch.randint(11, (20, 5), generator=generator())
+    space = NetSpace.for_zoos(nets, tokens, CONFIGS["weights and probes"])
+    objective = Distillation(space, nets, tokens, nets=4, samples=8)
+
+    def score(space):
+        return {"score": -objective(space, generator()).item()}
+
+    before = score(space)["score"]
+    assert fit(space, objective, score, 300)[-1]["score"] > before / 2
+    space.save(tmp_path)
+    again = NetSpace.load(tmp_path, Looks())
+    assert torch.equal(again.encode(nets), space.encode(nets))
+    assert torch.equal(again.probes, space.probes)

@@ -1,6 +1,9 @@
 """What lies on disk: whole or refused, by name and reason."""
 
+import errno
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -108,3 +111,24 @@ def test_names_that_share_a_beginning_are_told_apart(tmp_path):
         store.save(tmp_path, name, {"name": name}, {"x": torch.ones(1) * len(name)})
     store.delete(tmp_path, "block-1")
     assert store.load(tmp_path, "block-10")[0] == {"name": "block-10"}
+
+
+def test_several_that_save_the_same_do_not_meet(tmp_path):
+    """Seen before: one took away the half-written file of another, which died of it."""
+    with ThreadPoolExecutor(8) as pool:
+        saved = [pool.submit(store.save, tmp_path, "zoo", {}, TENSORS) for _ in range(64)]
+        assert all(each.result() is None for each in saved)
+    assert torch.equal(store.load(tmp_path, "zoo")[1]["rows"], TENSORS["rows"])
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_could_not_be_written_leaves_nothing(tmp_path, monkeypatch):
+    """Seen before: halves of files kept a full disk full."""
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        store.save(tmp_path, "zoo", {}, TENSORS)
+    assert not list(tmp_path.iterdir())

@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from torch import nn
 from toy import small_nets, toy_data
 
 from netspace_lite import (
@@ -189,6 +190,15 @@ class TestAlone:
     def test_nets_are_shared_where_all_get_as_many(self):
         assert share(torch.arange(6)).tolist() == [1, 4]
         assert share(torch.arange(7)).tolist() == list(range(7))
+
+    @pytest.mark.parametrize("loss", [torch.ones(1), torch.ones((), dtype=torch.double)], ids=str)
+    def test_losses_of_other_shapes_and_precisions_are_averaged(self, loss, monkeypatch):
+        monkeypatch.setattr(processes, "world", lambda: 2)
+        monkeypatch.setattr(processes.dist, "all_reduce", lambda flat: flat.mul_(2))
+        p = nn.Parameter(torch.zeros(3))
+        p.grad = torch.full((3,), 5.0)
+        assert processes.average(loss, [p]) == 1
+        assert torch.equal(p.grad, torch.full((3,), 5.0))
 
     def test_several_processes_need_a_folder(self, monkeypatch):
         monkeypatch.setattr(zoo_training, "world", lambda: 2)

@@ -174,7 +174,7 @@ def test_what_is_decoded_is_moved_as_its_answers_are(zoos, data, several, monkey
         seen.update(n=like, analogy=analogy)
         return nets.rows.sum(1)
 
-    monkeypatch.setattr(objective, "_likeness", likeness)
+    monkeypatch.setattr(objective, "_likeness", lambda: likeness)
     objective(space, generator())
     share, p, q = seen["analogy"]
     still = share == 0
@@ -185,7 +185,7 @@ def test_what_is_decoded_is_moved_as_its_answers_are(zoos, data, several, monkey
     torch.testing.assert_close(seen["z"], z + share[:, None] * (apart - back))
     assert (seen["z"] - z).abs().amax(1)[~still & (p != q)].min() > 0
     objective = Distillation(space, chosen, data.train.x, analogies=0, **options)
-    monkeypatch.setattr(objective, "_likeness", likeness)
+    monkeypatch.setattr(objective, "_likeness", lambda: likeness)
     objective(space, generator())
     assert seen["analogy"] is None
     torch.testing.assert_close(seen["z"], objective.pool.encode(space, seen["n"], seen["a"]))

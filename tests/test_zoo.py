@@ -642,3 +642,32 @@ def test_scores_in_double_precision_are_the_same_when_loaded(tmp_path):
 def test_seeds_may_be_as_large_as_they_come(task):
     zoo = train_zoo(NET, task, [Recipe(2**60, 1), Recipe(2**60 + 1, 1)], **QUIET)
     assert (zoo.rows[0] != zoo.rows[1]).any()
+
+
+def test_files_are_in_the_order_of_their_numbers(tmp_path):
+    """Seen before: net-10 came before net-2, and one's own list of them was of other nets."""
+    nets = random_nets(nn.Linear(4, 2), 12)
+    for n in range(len(nets)):
+        nets.export(tmp_path / f"net-{n}.safetensors", n)
+    assert torch.equal(Zoo.from_files(tmp_path, nn.Linear(4, 2)).rows, nets.rows)
+
+
+def test_exported_nets_of_norms_go_back_into_the_module_they_were_made_of(tmp_path):
+    def make():
+        return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(108, 4))
+
+    zoo = Zoo.from_modules([make()])
+    zoo.export(tmp_path / "net.safetensors")
+    assert torch.equal(Zoo.from_files(tmp_path, make()).rows, zoo.rows)
+
+
+def test_what_is_pickled_in_a_checkpoint_is_named(tmp_path):
+    torch.save({"model": NET.state_dict(), "args": SimpleNamespace(lr=1)}, tmp_path / "net.pt")
+    with pytest.raises(ValueError, match=r"loaded \(types.SimpleNamespace\): save its state dict"):
+        Zoo.from_files(tmp_path, NET)
+
+
+def test_a_state_dict_for_a_module_is_not_printed():
+    with pytest.raises(ValueError, match="^a OrderedDict is no module") as error:
+        Zoo.from_modules([NET.state_dict()])
+    assert len(str(error.value)) < 100
