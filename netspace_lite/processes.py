@@ -85,7 +85,7 @@ def average(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
     sizes = [1, len(has), *(p.numel() for p in parameters)]
     loss, has, *grads = (flat / world()).split(sizes)
     for p, some, grad in zip(parameters, has.tolist(), grads, strict=True):
-        p.grad = grad.view_as(p).to(p.dtype) if some else None
+        p.grad = grad.view_as(p).type_as(p) if some else None
     return loss[0]
 
 

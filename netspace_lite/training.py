@@ -52,8 +52,9 @@ def kl_divergence(outputs: Tensor, targets: Tensor, temperature) -> Tensor:
 def squared_error(outputs: Tensor, targets: Tensor, scale) -> Tensor:
     """Mean squared difference of answers [N, B, K] in units of ``scale``: [N].
 
-    A ``loss`` for nets whose answers are values instead of logits. (Of several values to an input
-    an encoder's probes show how they differ from their mean, not the mean itself.)
+    A ``loss`` for nets whose answers are values instead of logits. Their scale is their root mean
+    square: standardise targets far from 0 before training. (Of several values to an input an
+    encoder's probes show how they differ from their mean, not the mean itself.)
     """
     return ((outputs - targets) / scale).square().mean((1, 2))
 
@@ -418,7 +419,6 @@ def fit(
             if step + 1 == steps:
                 space.load_state_dict(best)
             _checkpoint(folder, plan, space, optimiser, generator, history, best)
-    wait()  # until the fit is in the folder
     space._begun = None
     return history
 
@@ -452,14 +452,15 @@ def _descend(space, objective, generator, optimiser, step: int) -> float:
 
 
 def _checkpoint(folder, plan, space, optimiser, generator, history, best) -> None:
-    if folder is None or rank() > 0:
-        return
-    parts = {"space": space.state_dict(), "best": best, "random": {"state": generator.get_state()}}
-    parts |= optimiser.state_dict()["state"]  # of each parameter, by number
-    tensors = {f"{part}/{k}": v for part, state in parts.items() for k, v in state.items()}
-    finished = history[-1]["step"] == plan["steps"]
-    record = {"plan": plan, "history": history, "result": fingerprint(space) if finished else ""}
-    store.save(folder, "fit", record, tensors)
+    if folder is not None and rank() == 0:
+        parts = {"space": space.state_dict(), "best": best}
+        parts |= {"random": {"state": generator.get_state()}}
+        parts |= optimiser.state_dict()["state"]  # of each parameter, by number
+        tensors = {f"{part}/{k}": v for part, state in parts.items() for k, v in state.items()}
+        finished = history[-1]["step"] == plan["steps"]
+        result = fingerprint(space) if finished else ""
+        store.save(folder, "fit", {"plan": plan, "history": history, "result": result}, tensors)
+    wait()  # until it is in the folder
 
 
 def _resume(folder, plan, space, optimiser, generator) -> tuple[list, dict[str, Tensor]]:

@@ -119,6 +119,24 @@ class Decides(nn.Module):
         return y if y.sum() > 0 else -y
 
 
+class Looks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.vectors, self.head = nn.Embedding(11, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.vectors(x).mean(1))
+
+
+def tokens(w):
+    x, rows = (torch.arange(60) * 7 % 11).view(12, 5), ns.initial_rows(Looks, range(3)).double()
+    nets, x = ns.Nets(Looks().double(), rows.to(w.device)), x.to(w.device)
+    space = ns.NetSpace.for_zoos(nets, x, SMALL)
+    space.save(w.folder / "tokens")
+    again = ns.NetSpace.load(w.folder / "tokens", Looks())
+    return [space.encode(nets), again.to(w.device).encode(nets), nets.outputs(x)]
+
+
 def described(w):
     decoder = ns.DescribedDecoder(6, 8, ns.Largest.of(NETS)).to(w.device)
     objective = ns.DescribedDistillation(NETS, w.z, w.loss)
@@ -270,6 +288,7 @@ CALLS = {  # what is called -> the public names that it shows
     constants: "",
     attention: "",
     control_flow: "",
+    tokens: "",
     embedded: "NetSpace SpaceConfig scores compare",
     saved_space: "",
     distilled: "Distillation fit kl_divergence logit_scale MixedZoo Muon",
