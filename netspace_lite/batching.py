@@ -258,7 +258,8 @@ class _Mode:
         try:
             module = self.idle.pop()
         except IndexError:
-            module = copy.deepcopy(self.module)
+            with torch.inference_mode(False):  # as in `_mode`
+                module = copy.deepcopy(self.module)
         yield module
         self.idle.append(module)
 

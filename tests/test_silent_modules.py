@@ -348,3 +348,23 @@ def test_averaged_modules_are_the_modules_themselves(tmp_path):
     torch.testing.assert_close(zoo.rows, Zoo.from_modules(modules).rows)
     torch.save(averaged[0].state_dict(), tmp_path / "ema.pt")
     assert torch.equal(Zoo.from_files(tmp_path, nn.Linear(4, 2)).rows, zoo.rows[:1])
+
+
+def test_copies_made_in_inference_mode_have_gradients():
+    class Scales(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 2)
+            self.register_buffer("scale", torch.arange(1.0, 3.0))
+
+        def forward(self, x):
+            return super().forward(x) * (self.scale if x.sum() > 0 else -self.scale)
+
+    nets, x = random_nets(Scales(), 2), torch.randn(5, 4)
+    with pytest.warns(UserWarning, match="slower"):
+        nets.outputs(x)
+    rows = nets.rows.bfloat16().requires_grad_()
+    with torch.inference_mode():
+        expected = nets.batched(rows.detach().clone(), x.bfloat16())
+    found = nets.batched(rows, x.bfloat16())
+    torch.testing.assert_close(found, expected)
+    assert torch.autograd.grad(found.sum(), rows)[0].abs().sum() > 0
