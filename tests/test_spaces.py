@@ -362,6 +362,8 @@ def test_wrong_input_is_refused_in_a_sentence(zoos, data):
         space.encode(torch.zeros(2, 5))
     with pytest.raises(ValueError, match=r"embeddings should be \[N, 16\] of .*, not \[2, 9\]"):
         space.decode(torch.zeros(2, 9))
+    with pytest.raises(ValueError, match=r"embeddings are a Nets: space.encode\(nets\)"):
+        space.decode(random_nets(net, 2))
     with pytest.raises(ValueError, match="weights=True, or probes > 0"):
         NetSpace([net], data.train.x, SpaceConfig(probes=0, weights=False))
     with pytest.raises(ValueError, match="weights should be one of .*'invariants'.*, not 'chunks'"):
