@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -117,6 +118,11 @@ class Decides(nn.Module):
     def forward(self, x):
         y = self.linear(x.flatten(1))
         return y if y.sum() > 0 else -y
+
+
+def components(w):
+    config = replace(SMALL, components=3)
+    return [ns.NetSpace.for_zoos(w.zoo, w.seen, config).encode(w.zoo)]
 
 
 class Looks(nn.Module):
@@ -288,6 +294,7 @@ CALLS = {  # what is called -> the public names that it shows
     constants: "",
     attention: "",
     control_flow: "",
+    components: "",
     tokens: "",
     embedded: "NetSpace SpaceConfig scores compare",
     saved_space: "",
