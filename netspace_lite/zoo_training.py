@@ -324,8 +324,8 @@ class _Blocks:
         losses = [net for s in states for net in s["losses"].cpu()]  # of longer and shorter blocks
         losses = nn.utils.rnn.pad_sequence(losses, True, torch.nan)[order]
         batched, rows = _folded(self.batched, rows, running)
-        about = self.plan | {"seconds": sum(state["seconds"].item() for state in states)}
-        zoo = Zoo(batched, rows, None, self.recipes, losses, None, about).scored(self.task)
+        zoo = Zoo(batched, rows, None, self.recipes, losses).scored(self.task)
+        zoo.about = self.plan | {"seconds": sum(state["seconds"].item() for state in states)}
         if self.folder is not None:
             zoo.save(self.folder)
             for number in range(len(states)):

@@ -16,7 +16,7 @@ from sklearn.mixture import GaussianMixture
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from toy import Interrupted, generator, interrupted, small_nets, toy_data
+from toy import Interrupted, Looks, generator, interrupted, small_nets, toy_data
 
 import netspace_lite as ns
 from netspace_lite import store, zoo_training
@@ -123,15 +123,6 @@ class Decides(nn.Module):
 def components(w):
     config = replace(SMALL, components=3)
     return [ns.NetSpace.for_zoos(w.zoo, w.seen, config).encode(w.zoo)]
-
-
-class Looks(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.vectors, self.head = nn.Embedding(11, 8), nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.head(self.vectors(x).mean(1))
 
 
 def tokens(w):

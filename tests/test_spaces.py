@@ -8,7 +8,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_limits
 from torch import nn
-from toy import CLASSES, IMAGE, generator, mlp, random_nets, small_nets, small_zoos, toy_data
+from toy import CLASSES, IMAGE, Looks, generator, mlp, random_nets, small_nets, small_zoos, toy_data
 
 from netspace_lite.architectures import LeNetLike, lite_net
 from netspace_lite.layout import Layout
@@ -435,17 +435,6 @@ def test_a_space_made_or_loaded_in_inference_mode_can_be_fitted(zoos, data, tmp_
         objective = Distillation(space, zoos[0], data.train.x, nets=4, samples=4)
         (row,) = fit(space, objective, lambda s: {"score": 0.0}, 1)
         assert row["loss"] > 0
-
-
-class Looks(nn.Module):
-    """Answers tokens [B, 5] by the mean of their vectors."""
-
-    def __init__(self):
-        super().__init__()
-        self.vectors, self.head = nn.Embedding(11, 8), nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.head(self.vectors(x).mean(1))
 
 
 @pytest.mark.filterwarnings("ignore:Looks runs through")

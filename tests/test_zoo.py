@@ -671,3 +671,16 @@ def test_a_state_dict_for_a_module_is_not_printed():
     with pytest.raises(ValueError, match="^a OrderedDict is no module") as error:
         Zoo.from_modules([NET.state_dict()])
     assert len(str(error.value)) < 100
+
+
+def test_a_task_that_changes_as_it_scores_is_known_by_what_it_was(tmp_path):
+    class Counts(ImageTask):
+        scored = 0
+
+        def scores(self, nets, members):
+            self.scored += 1
+            return super().scores(nets, members)
+
+    zoo = train_zoo(NET, Counts(load_digits(), 32), RECIPES, tmp_path, **QUIET)
+    again = train_zoo(NET, Counts(load_digits(), 32), RECIPES, tmp_path, **QUIET)
+    assert torch.equal(again.rows, zoo.rows)
