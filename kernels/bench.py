@@ -2,12 +2,14 @@
 
     python -m netspace_lite.kernels.bench            # or `make bench`; the same command on a GPU
     python -m netspace_lite.kernels.bench --quick    # fewer cases and repetitions, a minute
+    python -m netspace_lite.kernels.bench paper      # the cases with this word in their names
 
 Every case is a set of N nets of one architecture on B inputs of their own, forward alone and
 forward with backward into the packed rows. On a GPU there is a fourth way, "grouped": what the
-library does without Triton, PyTorch's own grouped convolutions and products. Ways are timed in
-turns, round by round, so that a busy machine slows all of them. Prints a table with median and
-20/80 quantiles in milliseconds, a line as soon as it is timed, and says where ours loses.
+library does without Triton, PyTorch's own grouped convolutions and products; and that and ours are
+also replayed as CUDA graphs, where no launch waits for Python. Ways are timed in turns, round by
+round, so that a busy machine slows all of them. Prints a table with median and 20/80 quantiles in
+milliseconds, a line as soon as it is timed, and says where ours loses.
 """
 
 import argparse
@@ -71,7 +73,20 @@ def ways_of(make, size, nets, samples, device, backward, compiled):
     ways = {"loop": loop, "vmap": with_all(call), "ours": from_rows}
     if device.type == "cuda":  # elsewhere this is ours
         ways["grouped"] = backend("torch")(from_rows)
+        with torch.set_grad_enabled(backward):
+            ways |= {f"{way}, graph": captured(ways[way]) for way in ("grouped", "ours")}
     return ways | ({"compiled": with_all(torch.compile(call))} if compiled else {})
+
+
+def captured(way):
+    """A function that replays what `way` launches, captured as a CUDA graph."""
+    graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # once before, where nothing is captured yet
+        way()
+    with torch.cuda.graph(graph, stream=aside):
+        way()
+    return graph.replay
 
 
 class Timing(NamedTuple):
@@ -101,9 +116,13 @@ def time_in_turns(case, backward, ways, repeats, device):
     return [Timing(case, way, backward, *three) for way, three in zip(ways, found, strict=True)]
 
 
-def bench(device, repeats, quick=False, compiled=False):
-    """Timings of every architecture in every way, forward and with backward, and of packing."""
-    for name, (make, size, nets, samples) in (QUICK if quick else CASES).items():
+def bench(device, repeats, quick=False, compiled=False, word=""):
+    """Timings of every architecture in every way, forward and with backward, and of packing.
+
+    Of those, the architectures with `word` in their names.
+    """
+    cases = {name: case for name, case in (QUICK if quick else CASES).items() if word in name}
+    for name, (make, size, nets, samples) in cases.items():
         for backward in (False, True):
             ways = ways_of(make, size, nets, samples, device, backward, compiled)
             yield time_in_turns(f"{name} (N={nets}, B={samples})", backward, ways, repeats, device)
@@ -132,7 +151,8 @@ def report(cases):
     yield "|---|---|" + "---:|" * (len(ways) + 1)
     for timings in itertools.chain([first], cases):
         here, (case, _, backward, *_) = {t.way: t for t in timings}, timings[0]
-        ratio = min(t.median for t in timings if t.way != "ours") / here["ours"].median
+        others = [t.median for t in timings if t.way != "ours" and "graph" not in t.way]
+        ratio = min(others) / here["ours"].median
         cells = ["{3:.2f} ({4:.2f} to {5:.2f})".format(*here[w]) if w in here else "" for w in ways]
         step = "forward + backward" if backward else "forward"
         yield f"| {case} | {step} | {' | '.join(cells)} | {ratio:.2f} |"
@@ -150,11 +170,13 @@ def machine(device) -> str:
 def main():
     """Run all benchmarks and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("word", nargs="?", default="", help='of cases\' names, such as "paper"')
     parser.add_argument("--quick", action="store_true", help="fewer cases and repetitions")
     parser.add_argument("--compile", action="store_true", help="torch.compile too (slow start)")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cases = bench(device, 5 if options.quick else 15, options.quick, options.compile)
+    repeats = 5 if options.quick else 15
+    cases = bench(device, repeats, options.quick, options.compile, options.word)
     print(machine(device), end="\n\n")
     for line in report(cases):
         print(line, flush=True)

@@ -187,27 +187,29 @@ def joined(parts, dtype) -> torch.Tensor:
     return (parts[0] if len(parts) == 1 else parts.sum(0)).to(dtype)
 
 
-def tile(rows, cols, exact=False) -> dict:
+def tile(rows, cols, exact=False, sums=False) -> dict:
     """Tile of a matrix product with a result [rows, cols]: BM, BN, BK and how the program runs.
 
     A tile that sticks out of the result multiplies zeros, a small one reads its operands more
-    often. So the tile follows the result: 16, the tensor cores' least, on an axis of at most 16,
-    with a long other axis; 64×64 where both axes fill more than 32 of it; 32×32 else, and for
-    exact fp32 products: without tensor cores operands lie in registers too, and 64×64 would spill.
-    Eight warps share a 64×64 tile, four a smaller one. One stage: with three, loading ahead of use
-    through shared memory, an H200 took twice as long.
-    For square tiles on tensor cores the compiler may use all 255 registers: left to itself it
-    spills a few values to fit one block more on a multiprocessor, as it may in exact products.
+    often. So its one side is as long as the result's shorter axis, from 16, the tensor cores'
+    least, to 64, and the other is 64; a step along the summed axis is as long as the first side.
+    With `sums`, of many values into few, the other side is 128 beside one of less than 64, and a
+    step is 32. Exact fp32 products have their operands in registers too, and larger tiles than
+    32×32 would spill. Eight warps share a tile of 64×64, four a smaller one. One stage: loading
+    ahead of use through shared memory took an H200 two to five times as long. For large and for
+    tall tiles the compiler may use all 255 registers: left to itself it spills a few values to fit
+    one block more on a multiprocessor. Of some eighty tiles tried there for each kernel of the
+    paper's layers the rule's come close to the best.
     """
-    if cols <= 16:
-        bm, bn = 64, 16
-    elif rows <= 16:
-        bm, bn = 16, 64
-    else:
-        bm = bn = 32 if exact or min(rows, cols) <= 32 else 64
-    warps = 8 if bm * bn == 64 * 64 else 4
-    how = {"num_warps": warps, "num_stages": 1, "maxnreg": 255 if bm == bn and not exact else None}
-    return {"BM": bm, "BN": bn, "BK": 32, **how}
+    shorter = min(rows, cols)
+    side = 16 if shorter <= 16 else 32 if shorter <= 32 or exact else 64
+    other, step = (128, 32) if sums and side < 64 else (64, 32 if sums else side)
+    if exact:
+        other, step = 64 if side == 16 else 32, 32
+    bm, bn = (other, side) if cols <= rows else (side, other)
+    how = {"num_warps": 8 if side == 64 else 4, "num_stages": 1}
+    how["maxnreg"] = 255 if bm * bn == 64 * 64 or bm == 128 else None
+    return {"BM": bm, "BN": bn, "BK": step, **how}
 
 
 def pair(value):

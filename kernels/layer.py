@@ -4,9 +4,8 @@
 
 Implicit matrix product: a sample's pixels are rows, output channels are columns, and the window
 values (c, i, j) are summed over. The unfolded image is never written; its entries are addressed. A
-linear layer is a convolution of images of one pixel: sizes of 1 are constants to the compiler,
-which drops all that is about windows. Three kernels: outputs, gradient of the inputs, gradients of
-weights and bias.
+linear layer is a convolution of images of one pixel. Three kernels: outputs, gradient of the
+inputs, gradients of weights and bias.
 
 Pointers and strides (in values):
     x    [B, N, C, H, W]     strides (xb, xn, xc, xh, xw); xn = 0 if all nets share the inputs
@@ -17,7 +16,9 @@ Pointers and strides (in values):
 
 Each program owns one tile of one net's result and walks the summed axis in steps of BK. Launched, a
 kernel takes the tile of its program; `net.py` calls it as a function of a tile's `index`, for one
-tile after the other. What the compiler knows is in `step`, a `Layer`. The weight gradient sums over
+tile after the other. What the compiler knows is in `step`, a `Layer`: with the image's sizes known,
+divisions become products, neighbours in memory are seen as such, and of a linear layer all that is
+about windows is dropped. The weight gradient sums over
 all B·H'·W' pixels into few values, so that axis is cut into `splits` parts, written apart and added
 by PyTorch: without atomics results are the same in every run.
 
@@ -38,8 +39,15 @@ from .tiles import act_backward, act_forward, place, product, put, take
 
 @dataclass(frozen=True)
 class Layer:
-    """What the compiler knows of a layer: stride, padding and kernel; the activation after it."""
+    """What the compiler knows of a layer: sizes of images [C, H, W] and results [O, U, V]; stride,
+    padding and kernel; the activation after it."""
 
+    C: int
+    H: int
+    W: int
+    O: int
+    U: int
+    V: int
     SH: int = 1
     SW: int = 1
     PH: int = 0
@@ -50,45 +58,50 @@ class Layer:
     slope: float = 0.0
     omega: float = 1.0
 
+    area = property(lambda self: self.KH * self.KW)
+    window = property(lambda self: self.C * self.area)
+    pixels = property(lambda self: self.U * self.V)
+
 
 @triton.jit
-def _met(x, pixel, k, end, C, H, W, U, V, xb, xc, xh, xw, step: tl.constexpr):
+def _met(x, pixel, k, end, xb, xc, xh, xw, step: tl.constexpr):
     """What output pixels meet through the window, [pixels, window values]: 0 in the padding.
 
     Pixels are counted b·U·V + u·V + v, window values c·KH·KW + i·KW + j, with (U, V) = (H', W').
     """
-    sample, spot = (pixel // (U * V)).to(tl.int64), pixel % (U * V)
-    top, left = spot // V * step.SH - step.PH, spot % V * step.SW - step.PW
+    sample, spot = (pixel // step.pixels).to(tl.int64), pixel % step.pixels
+    top, left = spot // step.V * step.SH - step.PH, spot % step.V * step.SW - step.PW
     i, j = k // step.KW % step.KH, k % step.KW
-    row_in = (top[:, None] + i[None, :] >= 0) & (top[:, None] + i[None, :] < H)
-    col_in = (left[:, None] + j[None, :] >= 0) & (left[:, None] + j[None, :] < W)
-    inside = (pixel < end)[:, None] & (k < C * step.KH * step.KW)[None, :] & row_in & col_in
+    row_in = (top[:, None] + i[None, :] >= 0) & (top[:, None] + i[None, :] < step.H)
+    col_in = (left[:, None] + j[None, :] >= 0) & (left[:, None] + j[None, :] < step.W)
+    inside = (pixel < end)[:, None] & (k < step.window)[None, :] & row_in & col_in
     of_pixel = x + sample * xb + top * xh + left * xw
-    of_window = k // (step.KH * step.KW) * xc + i * xh + j * xw
+    of_window = k // step.area * xc + i * xh + j * xw
     return tl.load(of_pixel[:, None] + of_window[None, :], mask=inside, other=0)
 
 
 @triton.jit
 def forward_kernel(
-    x, w, bias, y, saved, nets, B, C, H, W, O, U, V, xb, xn, xc, xh, xw, wn, bn,
-    step: tl.constexpr, PRECISION: tl.constexpr,
+    x, w, bias, y, saved, nets, B, xb, xn, xc: tl.constexpr, xh: tl.constexpr, xw: tl.constexpr,
+    wn, bn, step: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, index=None,
 ):  # fmt: skip
     """BM output pixels by BN channels of one net."""
-    n, pixel, col = place(B * U * V, O, BM, BN, index)
-    n, window = n.to(tl.int64), C * step.KH * step.KW
+    n, pixel, col = place(B * step.pixels, step.O, BM, BN, index)
+    n = n.to(tl.int64)
     acc = tl.zeros((BM, BN), tl.float32)
-    for start in range(0, window, BK):
+    for start in range(0, step.window, BK):
         k = start + tl.arange(0, BK)
-        a = _met(x + n * xn, pixel, k, B * U * V, C, H, W, U, V, xb, xc, xh, xw, step)
-        w_in = (k[:, None] < window) & (col[None, :] < O)
-        b = tl.load(w + n * wn + col[None, :] * window + k[:, None], mask=w_in, other=0)
+        a = _met(x + n * xn, pixel, k, B * step.pixels, xb, xc, xh, xw, step)
+        w_in = (k[:, None] < step.window) & (col[None, :] < step.O)
+        b = tl.load(w + n * wn + col[None, :] * step.window + k[:, None], mask=w_in, other=0)
         acc = product(a, b, acc, PRECISION)
     if bias is not None:
-        acc += take(bias + n * bn + col, col < O)[None, :]
-    sample, spot = (pixel // (U * V)).to(tl.int64), pixel % (U * V)
-    at = ((sample * nets + n) * O * (U * V) + spot)[:, None] + (col * (U * V))[None, :]
-    inside = (pixel[:, None] < B * U * V) & (col[None, :] < O)
+        acc += take(bias + n * bn + col, col < step.O)[None, :]
+    sample, spot = (pixel // step.pixels).to(tl.int64), pixel % step.pixels
+    at = (sample * nets + n) * step.O * step.pixels + spot
+    at = at[:, None] + (col * step.pixels)[None, :]
+    inside = (pixel[:, None] < B * step.pixels) & (col[None, :] < step.O)
     if step.act == 2:
         put(saved + at, acc, inside)
     put(y + at, act_forward(acc, step), inside)
@@ -96,8 +109,7 @@ def forward_kernel(
 
 @triton.jit
 def input_grad_kernel(
-    g, saved, w, dx, nets, summed, B, C, H, W, O, U, V, wn,
-    step: tl.constexpr, PRECISION: tl.constexpr,
+    g, saved, w, dx, nets, summed, B, wn, step: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ADD: tl.constexpr = False, index=None,
 ):  # fmt: skip
     """BM image pixels of one phase by BN channels, summed over `summed` nets (1, or all N).
@@ -106,93 +118,89 @@ def input_grad_kernel(
     whole, so i is one of every s values, the same for every s-th pixel: such pixels are a phase,
     and nothing is multiplied that the stride left out. With ADD the sums join what dx holds.
     """
-    area: tl.constexpr = step.KH * step.KW
-    tall, wide = tl.cdiv(H, step.SH), tl.cdiv(W, step.SW)
-    part, pixel, col = place(B * tall * wide, C, BM, BN, index)
+    tall, wide = tl.cdiv(step.H, step.SH), tl.cdiv(step.W, step.SW)
+    part, pixel, col = place(B * tall * wide, step.C, BM, BN, index)
     first = (part // (step.SH * step.SW)).to(tl.int64)
     down, over = part // step.SW % step.SH, part % step.SW
     sample, spot = (pixel // (tall * wide)).to(tl.int64), pixel % (tall * wide)
     y = (down + step.PH * (step.SH - 1)) % step.SH + spot // wide * step.SH
     x = (over + step.PW * (step.SW - 1)) % step.SW + spot % wide * step.SW
     bottom, right = (y + step.PH - down) // step.SH, (x + step.PW - over) // step.SW
-    in_image = (pixel < B * tall * wide) & (y < H) & (x < W)
-    corner = sample * nets * O * (U * V) + bottom * V + right  # i = j = 0 there
+    in_image = (pixel < B * tall * wide) & (y < step.H) & (x < step.W)
+    corner = sample * nets * step.O * step.pixels + bottom * step.V + right  # i = j = 0 there
     rows: tl.constexpr = (step.KH + step.SH - 1) // step.SH
     cols: tl.constexpr = (step.KW + step.SW - 1) // step.SW
-    turns = tl.cdiv(O * rows * cols, BK)
+    turns = tl.cdiv(step.O * rows * cols, BK)
     acc = tl.zeros((BM, BN), tl.float32)
     for turn in range(0, summed * turns):
         n = first + turn // turns
         k = (turn % turns) * BK + tl.arange(0, BK)
         o, i, j = k // (rows * cols), k // cols % rows, k % cols
         u, v = bottom[:, None] - i[None, :], right[:, None] - j[None, :]
-        at = (corner + n * O * (U * V))[:, None] + (o * (U * V) - i * V - j)[None, :]
+        at = (corner + n * step.O * step.pixels)[:, None]
+        at += (o * step.pixels - i * step.V - j)[None, :]
         i, j = i * step.SH + down, j * step.SW + over
-        in_window = (o < O) & (i < step.KH) & (j < step.KW)
-        met = (u >= 0) & (u < U) & (v >= 0) & (v < V)
+        in_window = (o < step.O) & (i < step.KH) & (j < step.KW)
+        met = (u >= 0) & (u < step.U) & (v >= 0) & (v < step.V)
         g_in = in_image[:, None] & in_window[None, :] & met
-        w_in = in_window[:, None] & (col[None, :] < C)
+        w_in = in_window[:, None] & (col[None, :] < step.C)
         a = act_backward(g, saved, at, g_in, step).to(g.dtype.element_ty)
-        at_w = (o * C * area + i * step.KW + j)[:, None] + (col * area)[None, :]
+        at_w = (o * step.window + i * step.KW + j)[:, None] + (col * step.area)[None, :]
         b = tl.load(w + n * wn + at_w, mask=w_in, other=0)
         acc = product(a, b, acc, PRECISION)
-    at = (sample * (nets // summed) + first) * C * (H * W) + y * W + x
-    at = at[:, None] + (col * (H * W))[None, :]
-    put(dx + at, acc, in_image[:, None] & (col[None, :] < C), ADD)
+    at = (sample * (nets // summed) + first) * step.C * (step.H * step.W) + y * step.W + x
+    at = at[:, None] + (col * (step.H * step.W))[None, :]
+    put(dx + at, acc, in_image[:, None] & (col[None, :] < step.C), ADD)
 
 
 @triton.jit
 def weight_grad_kernel(
-    g, saved, x, dw, db, nets, part, B, C, H, W, O, U, V, xb, xn, xc, xh, xw,
-    step: tl.constexpr, PRECISION: tl.constexpr,
+    g, saved, x, dw, db, nets, part, B, xb, xn, xc: tl.constexpr, xh: tl.constexpr,
+    xw: tl.constexpr, step: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, index=None,
 ):  # fmt: skip
     """BM channels by BN window values of one net, summed over one split: `part` pixels.
 
     dw [splits, N, O, C·KH·KW] and db [splits, N, O] hold the sums over each part.
     """
-    window = C * step.KH * step.KW
-    share, row, col = place(O, window, BM, BN, index)
+    share, row, col = place(step.O, step.window, BM, BN, index)
     n, begin = (share % nets).to(tl.int64), (share // nets) * part
-    end = tl.minimum(begin + part, B * U * V)
+    end = tl.minimum(begin + part, B * step.pixels)
     acc = tl.zeros((BM, BN), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     for start in range(begin, end, BK):
         pixel = start + tl.arange(0, BK)
-        sample, spot = (pixel // (U * V)).to(tl.int64), pixel % (U * V)
-        g_in = (row[:, None] < O) & (pixel[None, :] < end)
-        at = ((sample * nets + n) * O * (U * V) + spot)[None, :] + (row * (U * V))[:, None]
+        sample, spot = (pixel // step.pixels).to(tl.int64), pixel % step.pixels
+        g_in = (row[:, None] < step.O) & (pixel[None, :] < end)
+        at = (sample * nets + n) * step.O * step.pixels + spot
+        at = at[None, :] + (row * step.pixels)[:, None]
         grad = act_backward(g, saved, at, g_in, step)
         if db is not None:
             total += tl.sum(grad, 1)
-        b = _met(x + n * xn, pixel, col, end, C, H, W, U, V, xb, xc, xh, xw, step)
+        b = _met(x + n * xn, pixel, col, end, xb, xc, xh, xw, step)
         acc = product(grad.to(g.dtype.element_ty), b, acc, PRECISION)
-    at = share.to(tl.int64) * O + row
-    inside = (row[:, None] < O) & (col[None, :] < window)
-    put(dw + (at[:, None] * window + col[None, :]), acc, inside)
+    at = share.to(tl.int64) * step.O + row
+    inside = (row[:, None] < step.O) & (col[None, :] < step.window)
+    put(dw + (at[:, None] * step.window + col[None, :]), acc, inside)
     if db is not None:  # the same sums in all tiles of these rows: the first one writes them
-        put(db + at, total, (row < O) & (tl.min(col, 0) == 0))
+        put(db + at, total, (row < step.O) & (tl.min(col, 0) == 0))
 
 
-PART = 512  # pixels that one program of the weight gradient adds at least: hides its start
-MOST_SPLITS = 64
+PART = 256  # pixels that one program of the weight gradient adds at least: hides its start
+PROGRAMS = 1024  # of them, where pixels suffice: eight for each of an H100's 132 multiprocessors
 
 
 def _arguments(x, weight, y, stride, padding, *activation):
-    """What all kernels are told: sizes (B, C, H, W, O, U, V), strides of x, and the `Layer`."""
+    """What kernels are told: strides of x, and the `Layer`."""
     images = x if x.ndim == 5 else x.unsqueeze(1).expand(-1, len(weight), -1, -1, -1)
-    sizes = len(x), *x.shape[-3:], *y.shape[2:]
-    return sizes, images.stride(), Layer(*stride, *padding, *weight.shape[3:], *activation)
+    sizes = *x.shape[-3:], *y.shape[2:]
+    return images.stride(), Layer(*sizes, *stride, *padding, *weight.shape[3:], *activation)
 
 
-def _launch(kernel, sets, rows, cols, precision, x, *args):
-    """Launch a kernel for `sets` results [rows, cols], one program for each tile of each.
-
-    All are on the grid's first axis, which takes 2³¹ − 1 blocks; the others stop at 65,535.
-    """
-    shape = tile(rows, cols, x.dtype == torch.float32 and precision == "ieee")
-    grid = sets * triton.cdiv(rows, shape["BM"]) * triton.cdiv(cols, shape["BN"])
-    kernel[(grid,)](*args, PRECISION=precision, **shape)
+def _tiles(rows, cols, x, precision, sums=False):
+    """The tile of results [rows, cols], and how many it takes."""
+    shape = tile(rows, cols, x.dtype == torch.float32 and precision == "ieee", sums)
+    return shape, triton.cdiv(rows, shape["BM"]) * triton.cdiv(cols, shape["BN"])
 
 
 def _empty(x, weight, bias, stride, padding, act, slope, omega, precision):
@@ -207,12 +215,13 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the forward kernel; gives y and what a sine's backward needs besides."""
     y, saved = _empty(x, weight, bias, stride, padding, act, slope, omega, precision)
-    sizes, strides, step = _arguments(x, weight, y, stride, padding, act, slope, omega)
-    samples, nets, out, u, v = y.shape
-    _launch(
-        forward_kernel, nets, samples * u * v, out, precision,
-        x, x, weight, bias, y, saved, nets, *sizes, *strides, weight.stride(0),
-        0 if bias is None else bias.stride(0), step,
+    strides, step = _arguments(x, weight, y, stride, padding, act, slope, omega)
+    samples, nets = y.shape[:2]
+    shape, tiles = _tiles(samples * step.pixels, step.O, x, precision)
+    # One program a tile, on the grid's first axis, which takes 2³¹ − 1; others stop at 65,535.
+    forward_kernel[(nets * tiles,)](
+        x, weight, bias, y, saved, nets, samples, *strides, weight.stride(0),
+        0 if bias is None else bias.stride(0), step, precision, **shape,
     )  # fmt: skip
     return y, saved
 
@@ -221,25 +230,26 @@ def launch_backward(
     g, needs, x, weight, bias, stride, padding, act, slope, omega, precision, y, saved
 ):
     """Gradients (dx, dw, db), None for those that aren't needed."""
-    sizes, strides, step = _arguments(x, weight, y, stride, padding, act, slope, omega)
-    samples, channels, height, width, out, u, v = sizes
-    g, saved, nets = g.contiguous(), saved if act == SINE else y, len(weight)
+    strides, step = _arguments(x, weight, y, stride, padding, act, slope, omega)
+    g, saved, (samples, nets) = g.contiguous(), saved if act == SINE else y, y.shape[:2]
     dx = dw = db = None
     if needs[0]:
         images, (sh, sw) = nets if x.ndim == 5 else 1, stride
-        pixels = samples * triton.cdiv(height, sh) * triton.cdiv(width, sw)
+        pixels = samples * triton.cdiv(step.H, sh) * triton.cdiv(step.W, sw)
         dx = x.new_empty(x.shape)
-        _launch(
-            input_grad_kernel, images * sh * sw, pixels, channels, precision,
-            x, g, saved, weight, dx, nets, nets // images, *sizes, weight.stride(0), step,
+        shape, tiles = _tiles(pixels, step.C, x, precision)
+        input_grad_kernel[(images * sh * sw * tiles,)](
+            g, saved, weight, dx, nets, nets // images, samples, weight.stride(0), step, precision,
+            **shape,
         )  # fmt: skip
     if any(needs[1:3]):
-        inner, pixels = weight[0, 0].numel(), samples * u * v
-        splits = max(1, min(MOST_SPLITS, pixels // PART))
+        pixels = samples * step.pixels
+        shape, tiles = _tiles(step.O, step.window, x, precision, sums=True)
+        splits = max(1, min(pixels // PART, triton.cdiv(PROGRAMS, nets * tiles)))
         parts = [t if t is None else in_parts(t, splits) for t in (weight, bias)]
-        _launch(
-            weight_grad_kernel, splits * nets, out, inner, precision,
-            x, g, saved, x, *parts, nets, triton.cdiv(pixels, splits), *sizes, *strides, step,
+        weight_grad_kernel[(splits * nets * tiles,)](
+            g, saved, x, *parts, nets, triton.cdiv(pixels, splits), samples, *strides, step,
+            precision, **shape,
         )  # fmt: skip
         dw, db = (t if t is None else joined(t, x.dtype) for t in parts)
     return dx, dw, db

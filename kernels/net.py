@@ -90,7 +90,7 @@ def _forward_step(row, values, b, i, PLAN: tl.constexpr, PRECISION: tl.constexpr
         bias = row + step.bias if step.bias >= 0 else None
         for index in range(0, _tiles(b * step.U * step.V, step.O, step.forward_tile())):
             forward_kernel(
-                source, row + step.weight, bias, y, _at(step.saved, values, b), 1, b, *step.sizes(),
+                source, row + step.weight, bias, y, _at(step.saved, values, b), 1, b,
                 *step.strides(), 0, 0, step, PRECISION, *step.forward_tile(), index,
             )  # fmt: skip
     else:
@@ -120,7 +120,7 @@ def _backward_step(row, values, grads, parts, b, i, PLAN: tl.constexpr, PRECISIO
         for index in range(0, _tiles(step.O, step.C * step.KH * step.KW, step.weight_tile())):
             weight_grad_kernel(
                 gradient, saved, _at(step.source, values, b), parts + step.weight, db, 1,
-                b * step.U * step.V, b, *step.sizes(), *step.strides(),
+                b * step.pixels, b, *step.strides(),
                 step, PRECISION, *step.weight_tile(), index,
             )  # fmt: skip
         if step.source != _INPUTS:
@@ -128,7 +128,7 @@ def _backward_step(row, values, grads, parts, b, i, PLAN: tl.constexpr, PRECISIO
             for index in range(0, step.SH * step.SW * _tiles(phase, step.C, step.input_tile())):
                 input_grad_kernel(
                     gradient, saved, row + step.weight, _at(step.source, grads, b), 1, 1, b,
-                    *step.sizes(), 0, step, PRECISION, *step.input_tile(), step.add, index,
+                    0, step, PRECISION, *step.input_tile(), step.add, index,
                 )  # fmt: skip
     else:
         size = b * step.C * step.H * step.W

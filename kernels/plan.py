@@ -23,12 +23,12 @@ WIDEST, LONGEST = 2048, 32
 INPUTS, OUTPUTS, NOTHING = -1, -2, -3  # where values lie that are not in scratch
 # What kernels are called with; of tuples they take only named ones as arguments with a star.
 Tile = namedtuple("Tile", "BM BN BK")
-Sizes, Strides = namedtuple("Sizes", "C H W O U V"), namedtuple("Strides", "xb xn xc xh xw")
+Strides = namedtuple("Strides", "xb xn xc xh xw")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step(Layer):
-    """One step for images [C, H, W], with results [O, U, V]; a vector is an image of one pixel.
+    """One step of a net, on images; a vector is an image of one pixel.
 
     Places of values count from the start of a sample's scratch, those of weights from the row's.
 
@@ -41,12 +41,6 @@ class Step(Layer):
     """
 
     kind: str
-    C: int
-    H: int
-    W: int
-    O: int
-    U: int
-    V: int
     source: int
     out: int
     saved: int
@@ -55,9 +49,6 @@ class Step(Layer):
     bias: int = NOTHING
     add: bool = False
     add_other: bool = False
-
-    def sizes(self):
-        return Sizes(self.C, self.H, self.W, self.O, self.U, self.V)
 
     def strides(self):
         return Strides(self.C * self.H * self.W, 0, self.H * self.W, self.W, 1)

@@ -48,9 +48,9 @@ class Count:
         return ideal / self.modelled_seconds(gpu)
 
 
-def _product(rows, cols, inner):
+def _product(rows, cols, inner, sums=False):
     """Tiles of rows and cols, products of the formula and those of whole tiles, for one net."""
-    t = tile(rows, cols)
+    t = tile(rows, cols, sums=sums)
     m, n, k = ceil(rows / t["BM"]), ceil(cols / t["BN"]), ceil(inner / t["BK"])
     return m, n, 2 * rows * cols * inner, 2 * m * t["BM"] * n * t["BN"] * k * t["BK"]
 
@@ -73,7 +73,7 @@ def linear_forward(nets, samples, inner, out, shared=False) -> Count:
 
 def linear_weight_grad(nets, samples, inner, out) -> Count:
     """The weight gradient of `batched_linear` with bias and leaky ReLU, inputs per net."""
-    m, n, needed, issued = _product(out, inner, samples)
+    m, n, needed, issued = _product(out, inner, samples, sums=True)
     x, w, y = samples * inner, out * inner, samples * out
     needed_bytes = 4 * nets * (2 * y + x + w + out)
     loaded_bytes = 4 * nets * (2 * y * n + x * m + w + out)

@@ -225,15 +225,18 @@ def _w2_grad_kernel(
     put(parts + (split * nets + n) * size + at, acc, inside)
 
 
-def _options(hidden, precision, **tiles):
-    """HP, the width up to a power of two, and how programs run.
+def _options(hidden, precision, rows, points) -> tuple[dict, int]:
+    """How programs of BM points by all neurons run, and how many neurons they take at a time.
 
-    Tiles don't depend on shapes: BM points by all neurons, as large as the registers of eight
-    warps allow for the widest net. The compiler may use all 255 registers: left to itself it
-    spills some to make do with 128.
+    HP is the width up to a power of two. Wide nets and exact products need the registers of eight
+    warps. The compiler may use all 255: left to itself it spills some to make do with 128. In one
+    stage, as in `common.tile`.
     """
-    padded = max(16, triton.next_power_of_2(hidden))
-    return {"HP": padded, "PRECISION": precision, "num_warps": 8, "maxnreg": 255, **tiles}
+    padded, exact = max(16, triton.next_power_of_2(hidden)), precision == "ieee"
+    exact = exact and rows.dtype == torch.float32
+    how = {"num_warps": 8 if padded > 64 or exact else 4, "num_stages": 1, "maxnreg": 255}
+    how |= {"HP": padded, "PRECISION": precision, "BM": points}
+    return how, min(padded, 32 if exact else 64)
 
 
 def _empty(points, rows, hidden, omega, precision):
@@ -246,10 +249,10 @@ def launch_forward(
     """Launch the forward kernel; gives the outputs [N, B]."""
     out = _empty(points, rows, hidden, omega, precision)
     nets, samples = out.shape
-    options = _options(hidden, precision, BM=64, BK=16, num_stages=2)
+    options, _ = _options(hidden, precision, rows, 64)
     _forward_kernel[(nets * triton.cdiv(samples, options["BM"]),)](
         points, rows, out, samples, hidden, *points.expand(nets, -1, -1).stride(), rows.stride(0),
-        omega, **options,
+        omega, BK=max(16, options["HP"] // 8), **options,
     )  # fmt: skip
     return out
 
@@ -262,10 +265,11 @@ def launch_backward(g, needs, points, rows, hidden, omega, precision, out):
     dpoints = rows.new_empty(nets, samples, 3) if needs[0] else None
     strides = *points.expand(nets, -1, -1).stride(), rows.stride(0)
     sizes, g = (samples, hidden, nets, splits, *strides, omega), g.contiguous()
-    options = _options(hidden, precision, BM=32, num_stages=1)
-    _backward_kernel[(nets, splits)](g, points, rows, parts, dpoints, *sizes, BK=32, **options)
-    grid = nets, triton.cdiv(hidden, 32), splits
-    _w2_grad_kernel[grid](g, points, rows, parts, *sizes, BO=32, **options)
+    options, some = _options(hidden, precision, rows, 32)
+    few = some if hidden <= 64 and rows.dtype == torch.float32 else min(some, 32)  # or it spills
+    _backward_kernel[(nets, splits)](g, points, rows, parts, dpoints, *sizes, BK=few, **options)
+    grid = nets, triton.cdiv(hidden, some), splits
+    _w2_grad_kernel[grid](g, points, rows, parts, *sizes, BO=some, **options)
     shared = needs[0] and points.ndim == 2
     return dpoints.sum(0) if shared else dpoints, joined(parts, rows.dtype)
 

@@ -24,7 +24,9 @@ MATRIX = {
     "siren": {"_forward_kernel", "_backward_kernel", "_w2_grad_kernel"},
     "net": {"_forward_kernel", "_backward_kernel"},
 }
-TILES = {(64, 16), (16, 64), (32, 32), (64, 64)}  # all that common.tile can answer
+EXACT = {(64, 16), (16, 64), (32, 32)}  # all tiles that common.tile can answer
+TILES = {(64, 16), (16, 64), (64, 32), (32, 64), (64, 64)}
+SUMS = {(128, 16), (16, 128), (128, 32), (32, 128), (64, 64)}
 
 
 def python(*command):
@@ -62,12 +64,11 @@ def test_every_configuration_is_there(reports, arch):
         for r in here
         if "BN" in r["config"]
     }
-    for layer, kernel, tile in product(("linear", "convolution"), LAYER, TILES):
-        assert (layer, kernel, "tf32", True, *tile) in found
-        assert (layer, kernel, "tf32", False, *tile) in found
-        assert (layer, kernel, "bf16", layer == "linear", *tile) in found
-        exact = (layer, kernel, "ieee", layer == "linear", *tile) in found
-        assert exact == (tile != (64, 64))
+    for layer, kernel in product(("linear", "convolution"), LAYER):
+        tiles, linear = SUMS if kernel == "weight_grad_kernel" else TILES, layer == "linear"
+        modes = {("tf32", True): tiles, ("tf32", False): tiles, ("bf16", linear): tiles}
+        for way, wanted in (modes | {("ieee", linear): EXACT}).items():
+            assert {each[4:] for each in found if each[:4] == (layer, kernel, *way)} == wanted
     assert all(r["shared_input"] != r["bias"] for r in here)
     widths = {(r["kernel"], r["mode"], r["config"]["HP"]) for r in here if kind(r) == "siren"}
     for kernel, mode, width in product(MATRIX["siren"], ("tf32", "bf16"), (16, 32, 64, 128, 256)):

@@ -14,7 +14,8 @@ LINEAR = {
     "32x32": (2, 37, 24, 30, "leaky_relu"),
     "64x16": (2, 70, 3, 40, "sine"),
     "10 classes": (2, 70, 40, 10, None),
-    "few samples": (3, 8, 50, 34, "leaky_relu"),
+    "few samples": (3, 8, 50, 30, "leaky_relu"),
+    "20 samples": (2, 20, 40, 36, "leaky_relu"),
 }
 # nets, samples, channels in and out, side, kernel, stride, padding
 CONV = {
@@ -22,7 +23,9 @@ CONV = {
     "32x32": (2, 2, 18, 20, 7, 3, 1, 1),
     "64x64": (2, 3, 34, 35, 8, 3, 2, 1),
     "16 pixels": (2, 1, 34, 40, 4, 3, 1, 1),
+    "25 pixels": (2, 1, 34, 40, 5, 3, 1, 1),
     "one channel": (2, 5, 1, 24, 6, 3, 1, 1),
+    "27 window values": (2, 2, 3, 34, 6, 3, 1, 1),
 }
 MODES = {"tf32": torch.float32, "ieee": torch.float32, "bf16": torch.bfloat16}
 WAYS = {"bias": (True, False), "shared": (False, True)}  # bias, shared inputs
@@ -39,15 +42,19 @@ def tiles_of(linear, conv, exact=False):
         results = (b * places**2, o), (b * phase**2, i), (o, i * kernel**2)
         for name, result in zip(shapes, results, strict=True):
             shapes[name].add(("conv", *result))
-    found = [(k, kind, tile(*result, exact)) for k, of in shapes.items() for kind, *result in of]
-    return {(k, kind, t["BM"], t["BN"]) for k, kind, t in found}
+    return {
+        (kernel, kind, *tile(*result, exact, kernel == "weights").values())
+        for kernel, results in shapes.items()
+        for kind, *result in results
+    }
 
 
-@pytest.mark.parametrize(("exact", "tiles"), [(False, 4), (True, 3)])
+@pytest.mark.parametrize(("exact", "tiles"), [(False, 5), (True, 3)])
 def test_cases_cover_every_tile(exact, tiles):
     found = tiles_of(LINEAR.values(), CONV.values(), exact)
-    possible = {tuple(tile(m, n, exact).values()) for m in range(1, 200) for n in range(1, 200)}
-    assert len(possible) == tiles
+    for sums in (False, True):
+        sides = range(1, 200)
+        assert len({tuple(tile(m, n, exact, sums).values()) for m in sides for n in sides}) == tiles
     assert len(found) == 3 * 2 * tiles
 
 
