@@ -7,7 +7,7 @@ with the compiler and assembler that ship with Triton, specialised as a launch o
 and reports registers, spills, shared memory and tensor cores.
 
     python -m netspace_lite.kernels.aot 80 86 89        # a JSON line for each, all archs if none
-    python -m netspace_lite.kernels.aot 90 --quick      # or --full: see `recorded`
+    python -m netspace_lite.kernels.aot 90 --quick      # see `recorded`
 """
 
 import importlib
@@ -90,6 +90,7 @@ def compile_launch(launch: Launch, archs) -> dict:
         launch's constants.
     """
     reports, ptx, kernel = {}, "", launch.kernel
+    constants = [(k, v) for k, v in launch.args.items() if len(k) > 1 and k.isupper()]
     triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
     for arch in archs:
         if arch in (86, 89) and 80 in reports:
@@ -103,9 +104,7 @@ def compile_launch(launch: Launch, archs) -> dict:
         found = [m.group(0) for m in TENSOR_CORE.finditer(ptx)]
         reports[arch] = {
             "kernel": launch.name,
-            "config": {
-                k: v for k, v in launch.args.items() if len(k) > 1 and k.isupper() and k != "PLAN"
-            },
+            "config": {k: v for k, v in constants if k != "PLAN"},
             "shared": binary.metadata.shared,
             **{name: int(number) for name, number in SAID.search(log).groupdict().items()},
             "tensor_core": {name: found.count(name) for name in sorted(set(found))},
@@ -168,15 +167,14 @@ def _siren(hidden, bias, shared, mode):
         points = meta(*() if shared else (4,), 20_000, 3, dtype=dtype)
         given = points, rows, hidden, 30.0, precision
         out = siren.launch_forward(*given)
-        siren.launch_backward(out, (not shared, True), *given, out)
+        siren.launch_backward(out, (False, True), *given, out)
 
 
 def _net(name, bias, shared, mode):
     """A lite net on digits: inputs per net and a gradient to come, or neither; ResNets in tf32."""
     if name != "LeNetLike" and (mode, shared) != ("tf32", False):
         return
-    dtype, precision = MODES[mode]
-    image = (1, 8, 8)
+    (dtype, precision), image = MODES[mode], (1, 8, 8)
     batched = Batched(lite_net(name, image, 10))
     plan = batched._mode(torch.zeros(1), False).plan(batched.layout, torch.Size(image))
     x, rows = meta(8, 128, plan.inputs, dtype=dtype), meta(8, plan.parameters, dtype=dtype)
@@ -213,8 +211,7 @@ CASES = {
     "convolution 3 to 6, 5x5": _layer(128, 3, 6, 32, 5, 2),
     "convolution 24 to 32, 3x3": _layer(128, 24, 32, 16, 3, 1, 1),
     "convolution 64 to 64, 3x3": _layer(128, 64, 64, 16, 3, 2, 1),
-    "convolution of 16 pixels": _layer(1, 64, 64, 4, 3, 1, 1),
-    "convolution of 25 pixels": _layer(1, 64, 64, 5, 3, 1, 1),
+    **{f"convolution of {side**2} pixels": _layer(1, 64, 64, side, 3, 1, 1) for side in (4, 5)},
     "convolution 1 to 32, 3x3": _layer(128, 1, 32, 8, 3, 1, 1),
     "convolution 3 to 64, 3x3": _layer(128, 3, 64, 8, 3, 1, 1),
     **{f"siren of width {hidden}": partial(_siren, hidden) for hidden in (256, 128, 64, 32, 16)},
@@ -224,17 +221,17 @@ CASES = {
 }
 
 
-def recorded(full=False, quick=False):
+def recorded(quick=False):
     """Configurations, each once: (case, mode, bias, shared, launch).
 
     Every tile of every kernel with a bias and inputs per net, and without and shared: both in tf32;
-    in the other modes linear layers the one way and convolutions the other, unless `full`. `quick`
-    takes each kernel once, in tf32, with a bias and inputs per net.
+    in the other modes linear layers the one way and convolutions the other. `quick` takes each
+    kernel once, in tf32, with a bias and inputs per net.
     """
     seen, ways = set(), ((True, False), (False, True))
     for case, (mode, (bias, shared)) in product(CASES, product(MODES, ways)):
         kind = case.split()[0]
-        pairs = full or mode == "tf32" or kind not in ("linear", "convolution")
+        pairs = mode == "tf32" or kind not in ("linear", "convolution")
         if not (pairs or bias == (kind == "linear")) or (quick and (mode, bias) != ("tf32", True)):
             continue
         with recorded_launches() as launches:
@@ -250,8 +247,7 @@ def recorded(full=False, quick=False):
 def main(*words):
     """Compile everything `recorded` and print a report a line, with what was launched added."""
     archs = [int(word) for word in words if word.isdigit()] or ARCHS
-    which = {name: True for name in ("full", "quick") if f"--{name}" in words}
-    for case, mode, bias, shared, launch in recorded(**which):
+    for case, mode, bias, shared, launch in recorded(quick="--quick" in words):
         how = {"case": case, "mode": mode, "bias": bias, "shared_input": shared}
         for arch, report in compile_launch(launch, archs).items():
             print(json.dumps({**how, "arch": arch, **report}), flush=True)

@@ -1,7 +1,6 @@
 """Time the kernels beside what users would write: a loop over modules, vmap, torch.compile.
 
     python -m netspace_lite.kernels.bench            # or `make bench`; the same command on a GPU
-    python -m netspace_lite.kernels.bench --quick    # fewer cases and repetitions, a minute
     python -m netspace_lite.kernels.bench paper      # the cases with this word in their names
 
 Every case is a set of N nets of one architecture on B inputs of their own, forward alone and
@@ -16,7 +15,7 @@ import argparse
 import itertools
 import platform
 import time
-from typing import NamedTuple
+from collections import namedtuple
 
 import torch
 from torch import nn
@@ -63,25 +62,21 @@ def ways_of(make, size, nets, samples, device, backward, compiled):
             net = {k: fresh(v[n]) for k, v in params.items()}
             finish(functional_call(module, net, (x[n],)))
 
-    def from_rows():
-        finish(batched(fresh(rows), x, per_net=True))
-
     def with_all(call):
         return lambda: finish(call({k: fresh(v) for k, v in params.items()}, x))
 
     call = vmap(lambda p, x: functional_call(module, p, (x,)))
-    ways = {"loop": loop, "vmap": with_all(call), "ours": from_rows}
+    ways = {"loop": loop, "vmap": with_all(call)}
+    ways["ours"] = lambda: finish(batched(fresh(rows), x, per_net=True))
     if device.type == "cuda":  # elsewhere this is ours
-        ways["grouped"] = backend("torch")(from_rows)
-        with torch.set_grad_enabled(backward):
-            ways |= {f"{way}, graph": captured(ways[way]) for way in ("grouped", "ours")}
+        ways["grouped"] = backend("torch")(ways["ours"])
+        ways |= {f"{way}, graph": captured(ways[way]) for way in ("grouped", "ours")}
     return ways | ({"compiled": with_all(torch.compile(call))} if compiled else {})
 
 
 def captured(way):
     """A function that replays what `way` launches, captured as a CUDA graph."""
     graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):  # once before, where nothing is captured yet
         way()
     with torch.cuda.graph(graph, stream=aside):
@@ -89,15 +84,8 @@ def captured(way):
     return graph.replay
 
 
-class Timing(NamedTuple):
-    """One way's time in one case, in milliseconds: median and 20/80 quantiles."""
-
-    case: str
-    way: str
-    backward: bool
-    median: float
-    low: float
-    high: float
+# One way's time in one case, in milliseconds: median and 20/80 quantiles.
+Timing = namedtuple("Timing", "case way backward median low high")
 
 
 def time_in_turns(case, backward, ways, repeats, device):
@@ -136,8 +124,7 @@ def packing(device):
     prep = chunk_pack(nets, 7, 10_000)
 
     def loop():
-        out = torch.zeros_like(prep).flatten(1)
-        for row, net in zip(out, nets, strict=True):
+        for row, net in zip(torch.zeros_like(prep).flatten(1), nets, strict=True):
             row[: sum(t.numel() for t in net)] = nn.utils.parameters_to_vector(net)
 
     return {"copy": prep.clone, "loop": loop, "ours": lambda: chunk_pack(nets, 7, 10_000)}
@@ -171,12 +158,10 @@ def main():
     """Run all benchmarks and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("word", nargs="?", default="", help='of cases\' names, such as "paper"')
-    parser.add_argument("--quick", action="store_true", help="fewer cases and repetitions")
     parser.add_argument("--compile", action="store_true", help="torch.compile too (slow start)")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    repeats = 5 if options.quick else 15
-    cases = bench(device, repeats, options.quick, options.compile, options.word)
+    cases = bench(device, 15, compiled=options.compile, word=options.word)
     print(machine(device), end="\n\n")
     for line in report(cases):
         print(line, flush=True)

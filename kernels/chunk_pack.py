@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .backend import backend, tl, triton, use_triton
-from .common import check, register
+from .common import cdiv, check, register
 from .tiles import place, put, take
 
 BLOCK = 1024
@@ -156,12 +156,12 @@ def launch(
     """Standardise the chunks [N, T, L] in one pass, or undo it where `used` is None."""
     out, size = _empty(prep, used, mean, std, dtype), prep[0].numel()
     prep, mean, std = (t if t is None else t.contiguous() for t in (prep, mean, std))
-    grid, how = (len(prep) * triton.cdiv(size, BLOCK),), {"BLOCK": BLOCK, "enable_fp_fusion": False}
+    grid, how = (len(prep) * cdiv(size, BLOCK),), {"BLOCK": BLOCK, "enable_fp_fusion": False}
     _scale_kernel[grid](prep, out, mean, std, used, size, **how)
     return out
 
 
-_scale = register("chunk_scale", launch, _empty)
+_scale, _ = register("chunk_scale", launch, _empty)
 
 
 def _context(ctx, inputs, output):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 ACTIVATIONS = (None, "leaky_relu", "sine")
 NONE, LEAKY, SINE = 0, 1, 2  # how kernels know the activations, in the order of ACTIVATIONS
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 def activate(y, activation=None, slope=0.01, omega=1.0):
@@ -114,6 +115,9 @@ def register(name, launch, empty, schema=None):
             launches on the current one.
         empty: of the same arguments, gives the results' shapes, dtypes and strides.
         schema: the arguments' and results' types; None takes the annotations of `launch`.
+
+    Returns:
+        The op, and what it does without being one.
     """
 
     @functools.wraps(launch)
@@ -124,18 +128,22 @@ def register(name, launch, empty, schema=None):
     name = f"netspace_lite::{name}"
     op = torch.library.custom_op(name, on_device, mutates_args=(), schema=schema)
     op.register_fake(empty)
-    return op
+    return op, on_device
 
 
 def register_differentiable(name, launch, empty, launch_backward):
     """`register` an op whose first result has a gradient, by an op of its own: `<name>_backward`.
+
+    What is returned calls the op where it is traced, compiled, or given tensors of a special kind;
+    elsewhere the launches themselves, which takes Python two thirds of the time.
 
     Args:
         name, launch, empty: see `register`; `launch` is annotated.
         launch_backward: of the first result's gradient, which arguments need theirs, all arguments
             and all results; gives the gradients of the first arguments, contiguous.
     """
-    op, backward = register(name, launch, empty), _backward_op(name, launch, launch_backward)
+    op, on_device = register(name, launch, empty)
+    backward, gradients = _backward_op(name, launch, launch_backward)
 
     def keep(ctx, inputs, output):
         values = *inputs, *(output if isinstance(output, tuple) else (output,))
@@ -143,25 +151,40 @@ def register_differentiable(name, launch, empty, launch_backward):
         ctx.save_for_backward(*(v if isinstance(v, torch.Tensor) else None for v in values))
         ctx.options = [None if isinstance(v, torch.Tensor) else v for v in values]
 
-    def differentiate(ctx, g, *_):
+    def differentiate(ctx, g, *_, run=backward):
         kept, needs = zip(ctx.saved_tensors, ctx.options, strict=True), ctx.needs_input_grad
-        grads = iter(backward(g, list(needs), *(o if t is None else t for t, o in kept)))
+        grads = iter(run(g, list(needs), *(o if t is None else t for t, o in kept)))
         return tuple(next(grads) if need else None for need in needs)
 
     op.register_autograd(differentiate, setup_context=keep)
-    return op
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            keep(ctx, args, results := on_device(*args))
+            return results
+
+        @staticmethod
+        def backward(ctx, g, *_):  # one that is to be differentiated is the op's, which refuses
+            return differentiate(ctx, g, run=backward if torch.is_grad_enabled() else gradients)
+
+    def call(*args):
+        special = {type(a) for a in args if isinstance(a, torch.Tensor)} - _PLAIN
+        return (op if special or torch.compiler.is_compiling() else Direct.apply)(*args)
+
+    return call
 
 
 def _backward_op(name, launch, launch_backward):
     """The op of the gradient, which arguments need theirs, and arguments and results of `launch`.
 
-    It gives the gradients that are needed and no others. Its own gradient raises.
+    It gives the gradients that are needed and no others. Its own gradient raises. And what it does.
     """
     arguments, _, results = torch.library.infer_schema(launch, mutates_args=()).partition(") -> ")
     kept = "".join(f", Tensor result{i}" for i in range(results.count("Tensor")))
     schema = f"(Tensor g, bool[] needs, {arguments[1:]}{kept}) -> Tensor[]"
 
-    def gradients(g, needs, *values):
+    def compute(g, needs, *values):
         return list(compress(launch_backward(g, needs, *values), needs))
 
     def empty_gradients(g, needs, *values):
@@ -171,9 +194,9 @@ def _backward_op(name, launch, launch_backward):
         instead = 'For second derivatives compute the first ones under backend("torch").'
         raise RuntimeError(f"{name}: the Triton kernels are differentiable once. {instead}")
 
-    backward = register(f"{name}_backward", gradients, empty_gradients, schema)
+    backward, gradients = register(f"{name}_backward", compute, empty_gradients, schema)
     backward.register_autograd(refuse)
-    return backward
+    return backward, gradients
 
 
 def in_parts(values, splits) -> torch.Tensor:
@@ -201,15 +224,18 @@ def tile(rows, cols, exact=False, sums=False) -> dict:
     one block more on a multiprocessor. Of some eighty tiles tried there for each kernel of the
     paper's layers the rule's come close to the best.
     """
-    shorter = min(rows, cols)
-    side = 16 if shorter <= 16 else 32 if shorter <= 32 or exact else 64
+    side = 16 if min(rows, cols) <= 16 else 32 if min(rows, cols) <= 32 or exact else 64
     other, step = (128, 32) if sums and side < 64 else (64, 32 if sums else side)
     if exact:
         other, step = 64 if side == 16 else 32, 32
     bm, bn = (other, side) if cols <= rows else (side, other)
-    how = {"num_warps": 8 if side == 64 else 4, "num_stages": 1}
-    how["maxnreg"] = 255 if bm * bn == 64 * 64 or bm == 128 else None
-    return {"BM": bm, "BN": bn, "BK": step, **how}
+    how = {"maxnreg": 255 if bm * bn == 64 * 64 or bm == 128 else None, "num_stages": 1}
+    return {"BM": bm, "BN": bn, "BK": step, "num_warps": 8 if side == 64 else 4, **how}
+
+
+def cdiv(a, b) -> int:
+    """⌈a / b⌉, without the detour that Triton's own takes through its compiler's types."""
+    return -(-a // b)
 
 
 def pair(value):

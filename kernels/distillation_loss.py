@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import tl, triton, use_triton
-from .common import autocast, check, register_differentiable
+from .common import autocast, cdiv, check, register_differentiable
 from .tiles import place, put, take
 
 
@@ -129,16 +129,14 @@ def launch(
     """The losses [N] and the gradient [N, B, K] of their sum."""
     nets, samples, classes = logits.shape
     logits, targets = (t if t.stride(-1) == 1 else t.contiguous() for t in (logits, targets))
-    targets = targets.expand(nets, -1, -1)
     label_strides = (0, 0) if labels is None else labels.expand(nets, -1).stride()
     padded = max(2, triton.next_power_of_2(classes))
     rows = max(1, min(64, 2048 // padded))
-    parts = logits.new_empty(nets, triton.cdiv(samples, rows), dtype=torch.float32)
+    parts = logits.new_empty(nets, cdiv(samples, rows), dtype=torch.float32)
     grad = logits.new_empty(logits.shape)
-    _loss_kernel[(parts.numel(),)](
-        logits, targets, labels, temperature.contiguous(), parts, grad, samples, classes, alpha,
-        *logits.stride()[:2], *targets.stride()[:2], *label_strides, BM=rows, KP=padded,
-    )  # fmt: skip
+    strides = *logits.stride()[:2], *targets.expand(nets, -1, -1).stride()[:2], *label_strides
+    given = logits, targets, labels, temperature.contiguous(), parts, grad, samples, classes, alpha
+    _loss_kernel[(parts.numel(),)](*given, *strides, BM=rows, KP=padded)
     return (parts.sum(1) / samples).to(logits.dtype), grad
 
 

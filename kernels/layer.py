@@ -8,7 +8,7 @@ linear layer is a convolution of images of one pixel. Three kernels: outputs, gr
 inputs, gradients of weights and bias.
 
 Pointers and strides (in values):
-    x    [B, N, C, H, W]     strides (xb, xn, xc, xh, xw); xn = 0 if all nets share the inputs
+    x    [B, N, C, H, W]     strides (xb, xn, H·W, W, 1); xn = 0 if all nets share the inputs
     w    [N, O, C, kh, kw]   strides (wn, C·kh·kw, kh·kw, kw, 1): a view into packed rows
     bias [N, O]              strides (bn, 1), likewise
     y, g [B, N, O, H', W']   contiguous, sample-major
@@ -28,12 +28,13 @@ forward, twice backward.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from .backend import tl, triton
-from .common import NONE, SINE, in_parts, joined, output_size, register_differentiable, tile
+from .common import NONE, SINE, cdiv, in_parts, joined, output_size, register_differentiable, tile
 from .tiles import act_backward, act_forward, place, product, put, take
 
 
@@ -64,7 +65,7 @@ class Layer:
 
 
 @triton.jit
-def _met(x, pixel, k, end, xb, xc, xh, xw, step: tl.constexpr):
+def _met(x, pixel, k, end, xb, step: tl.constexpr):
     """What output pixels meet through the window, [pixels, window values]: 0 in the padding.
 
     Pixels are counted b·U·V + u·V + v, window values c·KH·KW + i·KW + j, with (U, V) = (H', W').
@@ -75,15 +76,14 @@ def _met(x, pixel, k, end, xb, xc, xh, xw, step: tl.constexpr):
     row_in = (top[:, None] + i[None, :] >= 0) & (top[:, None] + i[None, :] < step.H)
     col_in = (left[:, None] + j[None, :] >= 0) & (left[:, None] + j[None, :] < step.W)
     inside = (pixel < end)[:, None] & (k < step.window)[None, :] & row_in & col_in
-    of_pixel = x + sample * xb + top * xh + left * xw
-    of_window = k // step.area * xc + i * xh + j * xw
+    of_pixel = x + sample * xb + top * step.W + left
+    of_window = k // step.area * (step.H * step.W) + i * step.W + j
     return tl.load(of_pixel[:, None] + of_window[None, :], mask=inside, other=0)
 
 
 @triton.jit
 def forward_kernel(
-    x, w, bias, y, saved, nets, B, xb, xn, xc: tl.constexpr, xh: tl.constexpr, xw: tl.constexpr,
-    wn, bn, step: tl.constexpr, PRECISION: tl.constexpr,
+    x, w, bias, y, saved, nets, B, xb, xn, wn, bn, step: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, index=None,
 ):  # fmt: skip
     """BM output pixels by BN channels of one net."""
@@ -92,7 +92,7 @@ def forward_kernel(
     acc = tl.zeros((BM, BN), tl.float32)
     for start in range(0, step.window, BK):
         k = start + tl.arange(0, BK)
-        a = _met(x + n * xn, pixel, k, B * step.pixels, xb, xc, xh, xw, step)
+        a = _met(x + n * xn, pixel, k, B * step.pixels, xb, step)
         w_in = (k[:, None] < step.window) & (col[None, :] < step.O)
         b = tl.load(w + n * wn + col[None, :] * step.window + k[:, None], mask=w_in, other=0)
         acc = product(a, b, acc, PRECISION)
@@ -155,8 +155,7 @@ def input_grad_kernel(
 
 @triton.jit
 def weight_grad_kernel(
-    g, saved, x, dw, db, nets, part, B, xb, xn, xc: tl.constexpr, xh: tl.constexpr,
-    xw: tl.constexpr, step: tl.constexpr, PRECISION: tl.constexpr,
+    g, saved, x, dw, db, nets, part, B, xb, xn, step: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, index=None,
 ):  # fmt: skip
     """BM channels by BN window values of one net, summed over one split: `part` pixels.
@@ -177,7 +176,7 @@ def weight_grad_kernel(
         grad = act_backward(g, saved, at, g_in, step)
         if db is not None:
             total += tl.sum(grad, 1)
-        b = _met(x + n * xn, pixel, col, end, xb, xc, xh, xw, step)
+        b = _met(x + n * xn, pixel, col, end, xb, step)
         acc = product(grad.to(g.dtype.element_ty), b, acc, PRECISION)
     at = share.to(tl.int64) * step.O + row
     inside = (row[:, None] < step.O) & (col[None, :] < step.window)
@@ -190,17 +189,20 @@ PART = 256  # pixels that one program of the weight gradient adds at least: hide
 PROGRAMS = 1024  # of them, where pixels suffice: eight for each of an H100's 132 multiprocessors
 
 
+_known = cache(Layer)  # one object for all calls: to make it takes as long as a launch
+
+
 def _arguments(x, weight, y, stride, padding, *activation):
-    """What kernels are told: strides of x, and the `Layer`."""
-    images = x if x.ndim == 5 else x.unsqueeze(1).expand(-1, len(weight), -1, -1, -1)
-    sizes = *x.shape[-3:], *y.shape[2:]
-    return images.stride(), Layer(*sizes, *stride, *padding, *weight.shape[3:], *activation)
+    """What kernels are told: images in one piece each, their first two strides, and the `Layer`."""
+    step = _known(*x.shape[-3:], *y.shape[2:], *stride, *padding, *weight.shape[3:], *activation)
+    x = x if (x[0, 0] if x.ndim == 5 else x[0]).is_contiguous() else x.contiguous()
+    return x, (x.stride(0), x.stride(1) if x.ndim == 5 else 0), step
 
 
 def _tiles(rows, cols, x, precision, sums=False):
     """The tile of results [rows, cols], and how many it takes."""
     shape = tile(rows, cols, x.dtype == torch.float32 and precision == "ieee", sums)
-    return shape, triton.cdiv(rows, shape["BM"]) * triton.cdiv(cols, shape["BN"])
+    return shape, cdiv(rows, shape["BM"]) * cdiv(cols, shape["BN"])
 
 
 def _empty(x, weight, bias, stride, padding, act, slope, omega, precision):
@@ -215,14 +217,13 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the forward kernel; gives y and what a sine's backward needs besides."""
     y, saved = _empty(x, weight, bias, stride, padding, act, slope, omega, precision)
-    strides, step = _arguments(x, weight, y, stride, padding, act, slope, omega)
+    x, strides, step = _arguments(x, weight, y, stride, padding, act, slope, omega)
     samples, nets = y.shape[:2]
     shape, tiles = _tiles(samples * step.pixels, step.O, x, precision)
+    rows = weight.stride(0), 0 if bias is None else bias.stride(0)
+    given = x, weight, bias, y, saved, nets, samples, *strides, *rows, step, precision
     # One program a tile, on the grid's first axis, which takes 2³¹ − 1; others stop at 65,535.
-    forward_kernel[(nets * tiles,)](
-        x, weight, bias, y, saved, nets, samples, *strides, weight.stride(0),
-        0 if bias is None else bias.stride(0), step, precision, **shape,
-    )  # fmt: skip
+    forward_kernel[(nets * tiles,)](*given, **shape)
     return y, saved
 
 
@@ -230,27 +231,23 @@ def launch_backward(
     g, needs, x, weight, bias, stride, padding, act, slope, omega, precision, y, saved
 ):
     """Gradients (dx, dw, db), None for those that aren't needed."""
-    strides, step = _arguments(x, weight, y, stride, padding, act, slope, omega)
+    x, strides, step = _arguments(x, weight, y, stride, padding, act, slope, omega)
     g, saved, (samples, nets) = g.contiguous(), saved if act == SINE else y, y.shape[:2]
     dx = dw = db = None
     if needs[0]:
         images, (sh, sw) = nets if x.ndim == 5 else 1, stride
-        pixels = samples * triton.cdiv(step.H, sh) * triton.cdiv(step.W, sw)
+        pixels = samples * cdiv(step.H, sh) * cdiv(step.W, sw)
         dx = x.new_empty(x.shape)
         shape, tiles = _tiles(pixels, step.C, x, precision)
-        input_grad_kernel[(images * sh * sw * tiles,)](
-            g, saved, weight, dx, nets, nets // images, samples, weight.stride(0), step, precision,
-            **shape,
-        )  # fmt: skip
+        given = g, saved, weight, dx, nets, nets // images, samples, weight.stride(0)
+        input_grad_kernel[(images * sh * sw * tiles,)](*given, step, precision, **shape)
     if any(needs[1:3]):
         pixels = samples * step.pixels
         shape, tiles = _tiles(step.O, step.window, x, precision, sums=True)
-        splits = max(1, min(pixels // PART, triton.cdiv(PROGRAMS, nets * tiles)))
+        splits = max(1, min(pixels // PART, cdiv(PROGRAMS, nets * tiles)))
         parts = [t if t is None else in_parts(t, splits) for t in (weight, bias)]
-        weight_grad_kernel[(splits * nets * tiles,)](
-            g, saved, x, *parts, nets, triton.cdiv(pixels, splits), samples, *strides, step,
-            precision, **shape,
-        )  # fmt: skip
+        given = g, saved, x, *parts, nets, cdiv(pixels, splits), samples, *strides
+        weight_grad_kernel[(splits * nets * tiles,)](*given, step, precision, **shape)
         dw, db = (t if t is None else joined(t, x.dtype) for t in parts)
     return dx, dw, db
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .backend import tl, triton
-from .common import autocast, check, fp32_precision, in_parts, joined, register_differentiable
+from .common import autocast, cdiv, check, fp32_precision, in_parts, joined, register_differentiable
 from .layer import forward_kernel, input_grad_kernel, weight_grad_kernel
 from .plan import INPUTS, NOTHING, SAMPLES, plan_of
 from .tiles import act_backward, act_forward, put, take
@@ -91,7 +91,7 @@ def _forward_step(row, values, b, i, PLAN: tl.constexpr, PRECISION: tl.constexpr
         for index in range(0, _tiles(b * step.U * step.V, step.O, step.forward_tile())):
             forward_kernel(
                 source, row + step.weight, bias, y, _at(step.saved, values, b), 1, b,
-                *step.strides(), 0, 0, step, PRECISION, *step.forward_tile(), index,
+                step.inputs, 0, 0, 0, step, PRECISION, *step.forward_tile(), index,
             )  # fmt: skip
     else:
         size = b * step.O * step.U * step.V
@@ -120,8 +120,7 @@ def _backward_step(row, values, grads, parts, b, i, PLAN: tl.constexpr, PRECISIO
         for index in range(0, _tiles(step.O, step.C * step.KH * step.KW, step.weight_tile())):
             weight_grad_kernel(
                 gradient, saved, _at(step.source, values, b), parts + step.weight, db, 1,
-                b * step.pixels, b, *step.strides(),
-                step, PRECISION, *step.weight_tile(), index,
+                b * step.pixels, b, step.inputs, 0, step, PRECISION, *step.weight_tile(), index,
             )  # fmt: skip
         if step.source != _INPUTS:
             phase = b * tl.cdiv(step.H, step.SH) * tl.cdiv(step.W, step.SW)
@@ -186,14 +185,14 @@ def _backward_kernel(
 
 def _part(nets, samples):
     """Samples of a program: as many as leave work for the whole device, within SAMPLES and MOST."""
-    splits = min(triton.cdiv(samples, SAMPLES), triton.cdiv(PROGRAMS, nets))
-    return triton.cdiv(samples, max(splits, triton.cdiv(samples, MOST)))
+    splits = min(cdiv(samples, SAMPLES), cdiv(PROGRAMS, nets))
+    return cdiv(samples, max(splits, cdiv(samples, MOST)))
 
 
 def _empty(x, rows, plan, keep, precision):
     plan, nets, samples = plan_of(plan), len(rows), x.shape[-2]
     part = _part(nets, samples)
-    kept = samples if keep else triton.cdiv(samples, part) * min(part, SAMPLES)
+    kept = samples if keep else cdiv(samples, part) * min(part, SAMPLES)
     out = rows.new_empty(nets, samples, plan.outputs)
     return out, rows.new_empty(nets, kept, plan.values)
 
@@ -205,10 +204,9 @@ def launch_forward(
     out, scratch = _empty(x, rows, plan, keep, precision)
     (nets, samples, _), part = out.shape, _part(len(rows), x.shape[-2])
     few = part if keep else min(part, SAMPLES)
-    _forward_kernel[(nets * triton.cdiv(samples, part),)](
-        x, rows, out, scratch, samples, part, few, x.expand(nets, -1, -1).stride(0),
-        rows.stride(0), PLAN=plan_of(plan), KEEP=keep, PRECISION=precision, **HOW,
-    )  # fmt: skip
+    known = {"PLAN": plan_of(plan), "KEEP": keep, "PRECISION": precision, **HOW}
+    given = x, rows, out, scratch, samples, part, few, x.expand(nets, -1, -1).stride(0)
+    _forward_kernel[(nets * cdiv(samples, part),)](*given, rows.stride(0), **known)
     return out, scratch
 
 
@@ -217,12 +215,11 @@ def launch_backward(g, needs, x, rows, plan, keep, precision, out, scratch):
     if not keep:
         raise RuntimeError("net: rows that need no gradient were given, so no values were kept.")
     (nets, samples, _), part = g.shape, _part(len(rows), x.shape[-2])
-    parts = in_parts(rows, triton.cdiv(samples, part))
-    _backward_kernel[(nets * len(parts),)](
-        g.contiguous(), x, rows, out, scratch, torch.empty_like(scratch), parts, nets, samples,
-        part, x.expand(nets, -1, -1).stride(0), rows.stride(0),
-        PLAN=plan_of(plan), PRECISION=precision, **HOW,
-    )  # fmt: skip
+    parts = in_parts(rows, cdiv(samples, part))
+    given = g.contiguous(), x, rows, out, scratch, torch.empty_like(scratch), parts, nets, samples
+    given += part, x.expand(nets, -1, -1).stride(0), rows.stride(0)
+    known = {"PLAN": plan_of(plan), "PRECISION": precision, **HOW}
+    _backward_kernel[(nets * len(parts),)](*given, **known)
     return None, joined(parts, rows.dtype)
 
 

@@ -23,7 +23,6 @@ WIDEST, LONGEST = 2048, 32
 INPUTS, OUTPUTS, NOTHING = -1, -2, -3  # where values lie that are not in scratch
 # What kernels are called with; of tuples they take only named ones as arguments with a star.
 Tile = namedtuple("Tile", "BM BN BK")
-Strides = namedtuple("Strides", "xb xn xc xh xw")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +49,7 @@ class Step(Layer):
     add: bool = False
     add_other: bool = False
 
-    def strides(self):
-        return Strides(self.C * self.H * self.W, 0, self.H * self.W, self.W, 1)
+    inputs = property(lambda self: self.C * self.H * self.W)
 
     def forward_tile(self):
         return _small(SAMPLES * self.U * self.V, self.O, self.C * self.KH * self.KW)

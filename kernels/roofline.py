@@ -12,7 +12,7 @@ peak, whichever is longer.
 `tests/kernels/test_roofline.py` checks the counts against the interpreter.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from .common import tile
@@ -43,9 +43,8 @@ class Count:
 
     def of_roofline(self, gpu: str) -> float:
         """Modelled speed as a share of the roofline: below 1 where tiles are padded."""
-        bandwidth, peak = GPUS[gpu]
-        ideal = max(self.needed_bytes / bandwidth, self.needed_products / peak)
-        return ideal / self.modelled_seconds(gpu)
+        ideal = replace(self, issued_products=self.needed_products)
+        return ideal.modelled_seconds(gpu) / self.modelled_seconds(gpu)
 
 
 def _product(rows, cols, inner, sums=False):

@@ -4,7 +4,6 @@ Pointers and strides (in values):
     points [N, B, 3]  strides (pn, pb, pi); pn = 0 if all nets share the points
     rows   [N, P]     strides (rn, 1); a row is W1 [h, 3], b1 [h], W2 [h, h], b2 [h], w3 [h], b3
     out, g [N, B]     contiguous
-    dpoints [N, B, 3] contiguous
     parts  [S, N, P]  fp32 gradients of the rows, summed over the points of each split
 
 Forward, grid (N·⌈B/BM⌉,): one program takes BM points through all three layers. The h first-layer
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from .backend import tl, triton, use_triton
 from .batched_linear import batched_linear
-from .common import autocast, check, fp32_precision, joined, register_differentiable
+from .common import autocast, cdiv, check, fp32_precision, joined, register_differentiable
 from .tiles import place, product, put, sine_cosine, take
 
 CACHE_VALUES = 1 << 18  # hidden activations, in values, that nets of one block have on a CPU
@@ -42,7 +41,8 @@ def siren_mlp(points, rows, hidden, omega=30.0, precision=None) -> torch.Tensor:
         rows: `[N, P]`, each net's parameters in module order: weight and bias of 3→h, h→h, h→1,
             so P = h² + 6h + 1. Contiguous within a row.
         hidden: h, the width of both hidden layers. The Triton kernel holds up to 256, or 64 in
-            fp32 without tf32; wider nets run layer by layer through `batched_linear`.
+            fp32 without tf32; wider nets, and points that need a gradient, run layer by layer
+            through `batched_linear`.
         omega: frequency ω of the sines.
         precision: of fp32 products in the Triton kernel, "ieee" or "tf32"; None: see
             `common.fp32_precision`.
@@ -60,7 +60,7 @@ def siren_mlp(points, rows, hidden, omega=30.0, precision=None) -> torch.Tensor:
     if not use_triton(rows):
         return _in_blocks(points, rows, hidden, omega)
     precision = fp32_precision(precision)
-    if hidden > widest(rows.dtype, precision):
+    if hidden > widest(rows.dtype, precision) or points.requires_grad:
         w1, b1, w2, b2, w3, b3 = _layers(rows, hidden)
         y = batched_linear(points, w1, b1, "sine", omega=omega, precision=precision)
         y = batched_linear(y, w2, b2, "sine", omega=omega, precision=precision)
@@ -149,7 +149,7 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    g, points, rows, parts, dpoints, B, h, nets, splits, pn, pb, pi, rn, omega,
+    g, points, rows, parts, B, h, nets, splits, pn, pb, pi, rn, omega,
     PRECISION: tl.constexpr, HP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Grid (N, S): all gradients but W2's, over every S-th tile of points of one net.
@@ -174,7 +174,6 @@ def _backward_kernel(
         db2 += tl.sum(g2, 0)
         db3 += go
         g2 = g2.to(rows.dtype.element_ty)
-        d = [tl.zeros_like(go) for _ in p]
         for start in range(0, h, BK):
             k = start + tl.arange(0, BK)
             inside = (col[:, None] < h) & (k[None, :] < h)
@@ -184,13 +183,7 @@ def _backward_kernel(
             put(part + 3 * h + k, tl.sum(g1, 0), k < h, True)
             for axis in tl.static_range(3):
                 put(part + k * 3 + axis, tl.sum(g1 * p[axis][:, None], 0), k < h, True)
-            if dpoints is not None:
-                w1 = [take(row + k * 3 + axis, k < h)[None, :] for axis in (0, 1, 2)]
-                d = [d[axis] + tl.sum(g1 * w1[axis], 1) for axis in (0, 1, 2)]
         tl.debug_barrier()  # what this tile added to `part` is there before the next one reads it
-        if dpoints is not None:
-            for axis in tl.static_range(3):
-                put(dpoints + (n * B + m) * 3 + axis, d[axis], m < B)
     put(part + 4 * h + h * h + col, db2, col < h)
     put(part + 5 * h + h * h + col, dw3, col < h)
     tl.store(part + size - 1, tl.sum(db3, 0))
@@ -232,11 +225,17 @@ def _options(hidden, precision, rows, points) -> tuple[dict, int]:
     warps. The compiler may use all 255: left to itself it spills some to make do with 128. In one
     stage, as in `common.tile`.
     """
-    padded, exact = max(16, triton.next_power_of_2(hidden)), precision == "ieee"
-    exact = exact and rows.dtype == torch.float32
+    padded = max(16, triton.next_power_of_2(hidden))
+    exact = widest(rows.dtype, precision) < MAX_HIDDEN
     how = {"num_warps": 8 if padded > 64 or exact else 4, "num_stages": 1, "maxnreg": 255}
     how |= {"HP": padded, "PRECISION": precision, "BM": points}
     return how, min(padded, 32 if exact else 64)
+
+
+def _is_roomy(device) -> bool:
+    """Whether a block may use more than 128 kB of shared memory, as on A100, H100 and B200."""
+    known = device.type == "cuda" and torch.cuda.get_device_properties(device)
+    return known and known.shared_memory_per_block_optin > 1 << 17
 
 
 def _empty(points, rows, hidden, omega, precision):
@@ -250,28 +249,26 @@ def launch_forward(
     out = _empty(points, rows, hidden, omega, precision)
     nets, samples = out.shape
     options, _ = _options(hidden, precision, rows, 64)
-    _forward_kernel[(nets * triton.cdiv(samples, options["BM"]),)](
-        points, rows, out, samples, hidden, *points.expand(nets, -1, -1).stride(), rows.stride(0),
-        omega, BK=max(16, options["HP"] // 8), **options,
-    )  # fmt: skip
+    strides, few = points.expand(nets, -1, -1).stride(), max(16, options["HP"] // 8)
+    given = points, rows, out, samples, hidden, *strides, rows.stride(0), omega
+    _forward_kernel[(nets * cdiv(samples, options["BM"]),)](*given, BK=few, **options)
     return out
 
 
 def launch_backward(g, needs, points, rows, hidden, omega, precision, out):
-    """Gradients of the points, None if they need none, and of the rows."""
+    """The gradient of the rows, after None for that of the points."""
     nets, samples = out.shape
-    splits = max(1, min(triton.cdiv(samples, 64), 256 // nets))  # about 256 programs in all
+    splits = max(1, min(cdiv(samples, 64), 256 // nets))  # about 256 programs in all
     parts = rows.new_zeros(splits, nets, siren_params(hidden), dtype=torch.float32)
-    dpoints = rows.new_empty(nets, samples, 3) if needs[0] else None
     strides = *points.expand(nets, -1, -1).stride(), rows.stride(0)
-    sizes, g = (samples, hidden, nets, splits, *strides, omega), g.contiguous()
-    options, some = _options(hidden, precision, rows, 32)
+    given = g.contiguous(), points, rows, parts, samples, hidden, nets, splits, *strides, omega
+    how, some = _options(hidden, precision, rows, 32)
     few = some if hidden <= 64 and rows.dtype == torch.float32 else min(some, 32)  # or it spills
-    _backward_kernel[(nets, splits)](g, points, rows, parts, dpoints, *sizes, BK=few, **options)
-    grid = nets, triton.cdiv(hidden, some), splits
-    _w2_grad_kernel[grid](g, points, rows, parts, *sizes, BO=some, **options)
-    shared = needs[0] and points.ndim == 2
-    return dpoints.sum(0) if shared else dpoints, joined(parts, rows.dtype)
+    _backward_kernel[(nets, splits)](*given, BK=few, **how)
+    if hidden > 128 and rows.element_size() == 4 and not _is_roomy(rows.device):
+        some = 32
+    _w2_grad_kernel[(nets, cdiv(hidden, some), splits)](*given, BO=some, **how)
+    return None, joined(parts, rows.dtype)
 
 
 _siren = register_differentiable("siren_mlp", launch_forward, _empty, launch_backward)

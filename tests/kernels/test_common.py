@@ -14,6 +14,8 @@ from netspace_lite.kernels import (
     siren_mlp,
 )
 from netspace_lite.kernels.siren_mlp import siren_params
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def ops(device="cpu", dtype=torch.float32):
@@ -157,3 +159,40 @@ def test_forward_derivatives(named_op):
             found.append(torch.func.jvp(op, (x,), (way,))[1])
     assert found[0].abs().max() > 0
     torch.testing.assert_close(*found)
+
+
+class Seen(TorchDispatchMode):
+    """The ops of this package that pass through PyTorch's dispatcher inside the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.ops += [op] if op.namespace == "netspace_lite" else []
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("named_op", [n for n in NAMES if n != "pack"], indirect=True)
+def test_launched_directly_or_as_an_op(named_op, monkeypatch):
+    """Eager calls go round the op and its wrapping: the same answers and gradients, bit for bit."""
+    _, op, x = named_op
+    found = []
+    for traced in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda traced=traced: traced)
+        with backend("triton"), Seen() as seen:
+            y = op(x.requires_grad_())
+            (grad,) = torch.autograd.grad(y.square().sum(), x)
+        assert len(seen.ops) == 2 * traced  # forward and backward
+        found.append((y, grad))
+    for direct, as_an_op in zip(*found, strict=True):
+        assert torch.equal(direct, as_an_op)
+
+
+@pytest.mark.parametrize("named_op", [n for n in NAMES if n != "pack"], indirect=True)
+def test_tensors_without_values(named_op):
+    """Fake tensors have shapes only: the op answers them, and nothing is launched."""
+    _, op, x = named_op
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, backend("triton"):
+        y = op(mode.from_tensor(x))
+    assert y.shape == op(x).shape

@@ -27,57 +27,65 @@ def parameters(nets, hidden):
     return dict(zip(names, parts, strict=True))
 
 
+@pytest.fixture
+def assert_siren(assert_matches, device):
+    """Answers and the gradients of rows, given in parts, at points that need none: the kernels."""
+
+    def check(points, hidden, omega=30.0, precision="ieee", seen=lambda given: given, **parts):
+        assert_matches(
+            lambda **p: siren_mlp(
+                seen(points.to(device)), torch.cat([*p.values()], 1), hidden, omega, precision
+            ),
+            lambda **p: siren_mlp_reference(
+                seen(points.double()), torch.cat([*p.values()], 1), hidden, omega
+            ),
+            precision,
+            **parts,
+        )
+
+    return check
+
+
 @pytest.mark.parametrize("shared", [False, True], ids=["per_net", "shared"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "N{}B{}h{}".format(*s))
-def test_matches_reference(assert_matches, shape, shared):
+def test_matches_reference(assert_siren, shape, shared):
     nets, samples, hidden = shape
-    assert_matches(
-        lambda points, **p: siren_mlp(
-            points, torch.cat([*p.values()], 1), hidden, precision="ieee"
-        ),
-        lambda points, **p: siren_mlp_reference(points, torch.cat([*p.values()], 1), hidden),
-        points=torch.randn(samples, 3) if shared else torch.randn(nets, samples, 3),
-        **parameters(nets, hidden),
-    )
+    points = torch.randn(samples, 3) if shared else torch.randn(nets, samples, 3)
+    assert_siren(points, hidden, **parameters(nets, hidden))
 
 
-def test_rows_inside_longer_rows(assert_matches):
+def test_rows_inside_longer_rows(assert_matches, device):
+    points = torch.randn(7, 3)
     assert_matches(
-        lambda points, rows: siren_mlp(points, rows[:, 3:], 11, precision="ieee"),
-        lambda points, rows: siren_mlp_reference(points, rows[:, 3:], 11),
-        points=torch.randn(7, 3),
+        lambda rows: siren_mlp(points.to(device), rows[:, 3:], 11, precision="ieee"),
+        lambda rows: siren_mlp_reference(points.double(), rows[:, 3:], 11),
         rows=siren_rows(3, 11),
     )
 
 
 @pytest.mark.parametrize("hidden", [16, 20, 40, 100, 130])
-def test_every_width_on_tensor_cores(assert_matches, hidden):
+def test_every_width_on_tensor_cores(assert_siren, hidden):
     """HP 16, 32, 64, 128 and 256 in tf32, with a small ω: tf32 rounds angles too."""
-    assert_matches(
-        lambda points, **p: siren_mlp(points, torch.cat([*p.values()], 1), hidden, 2.0, "tf32"),
-        lambda points, **p: siren_mlp_reference(points, torch.cat([*p.values()], 1), hidden, 2.0),
-        "tf32",
-        points=torch.randn(1, 35, 3),
-        **parameters(1, hidden),
-    )
+    assert_siren(torch.randn(1, 35, 3), hidden, 2.0, "tf32", **parameters(1, hidden))
 
 
-def test_bf16_accumulates_in_fp32(assert_matches):
-    assert_matches(
-        lambda points, rows: siren_mlp(points, rows, 20, omega=3.0),
-        lambda points, rows: siren_mlp_reference(points, rows, 20, omega=3.0),
-        points=torch.randn(2, 40, 3).bfloat16(),
-        rows=siren_rows(2, 20, 0).bfloat16(),
-    )
+def test_bf16_accumulates_in_fp32(assert_siren):
+    points, rows = torch.randn(2, 40, 3).bfloat16(), siren_rows(2, 20, 0).bfloat16()
+    assert_siren(points, 20, 3.0, rows=rows)
 
 
-def test_strided_points(assert_matches):
+def test_strided_points(assert_siren):
     """Points as columns: `[3, B]` seen as `[B, 3]`."""
+    assert_siren(torch.randn(3, 9), 8, seen=lambda points: points.mT, rows=siren_rows(2, 8, 0))
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["per_net", "shared"])
+def test_points_that_need_a_gradient_run_layer_by_layer(assert_matches, shared):
     assert_matches(
-        lambda points, rows: siren_mlp(points.mT, rows, 8, precision="ieee"),
-        lambda points, rows: siren_mlp_reference(points.mT, rows, 8),
-        points=torch.randn(3, 9),
-        rows=siren_rows(2, 8, 0),
+        lambda points, rows: siren_mlp(points, rows, 11, precision="ieee"),
+        lambda points, rows: siren_mlp_reference(points, rows, 11),
+        points=torch.randn(7, 3) if shared else torch.randn(2, 7, 3),
+        rows=siren_rows(2, 11, 0),
     )
 
 
@@ -142,10 +150,10 @@ def test_reference_equals_module():
     )
 
 
-def test_finite_differences(assert_gradient):
+def test_finite_differences(assert_gradient, device):
+    points = torch.randn(2, 4, 3, device=device)
     assert_gradient(
-        lambda points, rows: siren_mlp(points, rows, 3, omega=2.0, precision="ieee"),
-        points=torch.randn(2, 4, 3),
+        lambda rows: siren_mlp(points, rows, 3, omega=2.0, precision="ieee"),
         rows=siren_rows(2, 3, 0) * 5,
     )
 
@@ -174,7 +182,7 @@ def test_bad_input(name, args, message):
 
 
 def test_opcheck(device):
-    points = torch.randn(5, 3, device=device, requires_grad=True)
+    points = torch.randn(5, 3, device=device)  # no gradient reaches them there
     rows = siren_rows(2, 4, 0).to(device).requires_grad_()
     args = (points, rows, 4, 30.0, "ieee")
     torch.library.opcheck(torch.ops.netspace_lite.siren_mlp.default, args)
