@@ -1,7 +1,8 @@
 """Triton kernels and their PyTorch references.
 
 The operations are registered with `torch.library.custom_op`, so that autograd and `torch.compile`
-see one node each. `triton_op`, which would let the compiler look inside, runs eagerly in Triton's
+see one node each; calls that nothing traces go round that, as its wrapping takes Python longer than
+a launch. `triton_op`, which would let the compiler look inside, runs eagerly in Triton's
 interpreter but not under `torch.compile` there, so what runs everywhere was kept.
 
     backend.py            which implementation runs

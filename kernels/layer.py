@@ -18,9 +18,9 @@ Each program owns one tile of one net's result and walks the summed axis in step
 kernel takes the tile of its program; `net.py` calls it as a function of a tile's `index`, for one
 tile after the other. What the compiler knows is in `step`, a `Layer`: with the image's sizes known,
 divisions become products, neighbours in memory are seen as such, and of a linear layer all that is
-about windows is dropped. The weight gradient sums over
-all B·H'·W' pixels into few values, so that axis is cut into `splits` parts, written apart and added
-by PyTorch: without atomics results are the same in every run.
+about windows is dropped. So each size of layer is compiled, once. The weight gradient sums over all
+B·H'·W' pixels into few values, so that axis is cut into `splits` parts, written apart and added by
+PyTorch: without atomics results are the same in every run.
 
 Traffic at its least, in bytes for values of s bytes: s·(B·N·C·H·W + P + B·N·O·H'·W') forward
 (inputs once, not N times, if shared), about twice that backward. Products: 2·B·N·O·H'·W'·C·kh·kw
