@@ -48,8 +48,7 @@ def check(op, tensors, kind=None, rows=(), **sizes):
         elif kind is None and not tensor.is_floating_point():
             wrong = f"must be floating, got {found[1]}."
         elif found != (kind := kind or found):
-            others = f"must be {kind[1]} on {kind[0]}, as the tensors that it meets are"
-            wrong = f"{others}, got {found[1]} on {found[0]}."
+            wrong = f"must be {kind[1]} on {kind[0]}, as others, got {found[1]} on {found[0]}."
         elif name in rows and not tensor[0].is_contiguous():
             wrong = f"(strides {tensor.stride()}) must be contiguous; only the stride between nets "
             wrong += "is free. Call .contiguous()."
@@ -80,8 +79,8 @@ def autocast(*tensors, dtype=None):
     if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = dtype or torch.get_autocast_dtype(kind)
-    keep = (None, torch.float64)
-    return [t if getattr(t, "dtype", None) in keep else t.to(dtype) for t in tensors]
+    double = torch.float64  # stays, and what is no tensor
+    return [t if getattr(t, "dtype", double) == double else t.to(dtype) for t in tensors]
 
 
 def fp32_precision(precision=None) -> str:
@@ -121,21 +120,20 @@ def register(name, launch, empty, schema=None):
     """
 
     @functools.wraps(launch)
-    def on_device(*args):
+    def launcher(*args):
         with torch.cuda.device_of(next(a for a in args if isinstance(a, torch.Tensor))):
             return launch(*args)
 
-    name = f"netspace_lite::{name}"
-    op = torch.library.custom_op(name, on_device, mutates_args=(), schema=schema)
+    op = torch.library.custom_op(f"netspace_lite::{name}", launcher, mutates_args=(), schema=schema)
     op.register_fake(empty)
-    return op, on_device
+    return op, launcher
 
 
 def register_differentiable(name, launch, empty, launch_backward):
     """`register` an op whose first result has a gradient, by an op of its own: `<name>_backward`.
 
-    What is returned calls the op where it is traced, compiled, or given tensors of a special kind;
-    elsewhere the launches themselves, which takes Python two thirds of the time.
+    What is returned calls the op where it is traced, compiled, transformed or given tensors of a
+    special kind; elsewhere the launches themselves, which takes Python two thirds of the time.
 
     Args:
         name, launch, empty: see `register`; `launch` is annotated.
@@ -166,13 +164,20 @@ def register_differentiable(name, launch, empty, launch_backward):
 
         @staticmethod
         def backward(ctx, g, *_):  # one that is to be differentiated is the op's, which refuses
-            return differentiate(ctx, g, run=backward if torch.is_grad_enabled() else gradients)
+            as_an_op = torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_watched(g)
+            return differentiate(ctx, g, run=backward if as_an_op else gradients)
 
     def call(*args):
-        special = {type(a) for a in args if isinstance(a, torch.Tensor)} - _PLAIN
-        return (op if special or torch.compiler.is_compiling() else Direct.apply)(*args)
+        return (op if torch.compiler.is_compiling() or _is_watched(*args) else Direct.apply)(*args)
 
     return call
+
+
+def _is_watched(*args) -> bool:
+    """Whether someone waits for ops to pass, or an argument is no plain memory that can be read."""
+    modes = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+    special = any(type(a) not in _PLAIN or a.is_neg() for a in args if isinstance(a, torch.Tensor))
+    return bool(special or modes or torch.jit.is_tracing())
 
 
 def _backward_op(name, launch, launch_backward):
@@ -207,7 +212,7 @@ def in_parts(values, splits) -> torch.Tensor:
 
 def joined(parts, dtype) -> torch.Tensor:
     """The sum of the parts. Without atomics it is the same in every run."""
-    return (parts[0] if len(parts) == 1 else parts.sum(0)).to(dtype)
+    return (parts[0].detach() if len(parts) == 1 else parts.sum(0)).to(dtype)
 
 
 def tile(rows, cols, exact=False, sums=False) -> dict:
@@ -218,7 +223,7 @@ def tile(rows, cols, exact=False, sums=False) -> dict:
     least, to 64, and the other is 64; a step along the summed axis is as long as the first side.
     With `sums`, of many values into few, the other side is 128 beside one of less than 64, and a
     step is 32. Exact fp32 products have their operands in registers too, and larger tiles than
-    32×32 would spill. Eight warps share a tile of 64×64, four a smaller one. One stage: loading
+    32×32 would spill. Eight warps share a tile of 64×64, four any other. One stage: loading
     ahead of use through shared memory took an H200 two to five times as long. For large and for
     tall tiles the compiler may use all 255 registers: left to itself it spills a few values to fit
     one block more on a multiprocessor. Of some eighty tiles tried there for each kernel of the
@@ -240,7 +245,7 @@ def cdiv(a, b) -> int:
 
 def pair(value):
     """An option of a window along both axes of an image."""
-    return (value, value) if isinstance(value, int) else tuple(value)
+    return (int(value),) * 2 if isinstance(value, int) else tuple(map(int, value))
 
 
 def output_size(image, kernel, stride, padding):

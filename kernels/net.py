@@ -36,8 +36,8 @@ MOST = 1024  # samples of a program: offsets in 32 bits
 # Three programs share a multiprocessor's registers. That hides more than loading ahead would in
 # loops of a few steps, which takes registers besides.
 HOW = {"num_warps": 4, "num_stages": 1, "maxnreg": 168}
-_BLOCK = tl.constexpr(512)  # values that a program adds or pools at a time
-_INPUTS, _NOTHING = tl.constexpr(INPUTS), tl.constexpr(NOTHING)  # as kernels read them
+# As kernels read them: values that a program adds or pools at a time, and places.
+_BLOCK, _INPUTS, _NOTHING = map(tl.constexpr, (512, INPUTS, NOTHING))
 
 
 def net(x, rows, plan, precision=None) -> torch.Tensor:

@@ -82,10 +82,10 @@ def linear_weight_grad(nets, samples, inner, out) -> Count:
 def siren_forward(nets, points, hidden, shared=False) -> Count:
     """The forward kernel of `siren_mlp`; products are the second layer's, on tensor cores."""
     padded, row = max(16, 1 << (hidden - 1).bit_length()), hidden * hidden + 6 * hidden + 1
-    tiles, steps = ceil(points / 64), ceil(hidden / 16)
+    tiles, steps = ceil(points / 64), ceil(hidden / (step := max(16, padded // 8)))
     needed_bytes = 4 * (3 * points * (1 if shared else nets) + nets * (row + points))
     loaded_bytes = 4 * nets * (4 * points + tiles * row)
-    needed, issued = 2 * points * hidden * hidden, 2 * tiles * 64 * steps * 16 * padded
+    needed, issued = 2 * points * hidden * hidden, 2 * tiles * 64 * steps * step * padded
     return Count(needed_bytes, loaded_bytes, nets * needed, nets * issued)
 
 

@@ -60,12 +60,12 @@ def siren_mlp(points, rows, hidden, omega=30.0, precision=None) -> torch.Tensor:
     if not use_triton(rows):
         return _in_blocks(points, rows, hidden, omega)
     precision = fp32_precision(precision)
-    if hidden > widest(rows.dtype, precision) or points.requires_grad:
+    if hidden > widest(rows.dtype, precision) or (points.requires_grad and torch.is_grad_enabled()):
         w1, b1, w2, b2, w3, b3 = _layers(rows, hidden)
         y = batched_linear(points, w1, b1, "sine", omega=omega, precision=precision)
         y = batched_linear(y, w2, b2, "sine", omega=omega, precision=precision)
         return batched_linear(y, w3, b3, precision=precision)
-    return _siren(points, rows, hidden, float(omega), precision).unsqueeze(-1)
+    return _siren(points, rows, int(hidden), float(omega), precision).unsqueeze(-1)
 
 
 def widest(dtype, precision) -> int:
@@ -265,8 +265,7 @@ def launch_backward(g, needs, points, rows, hidden, omega, precision, out):
     how, some = _options(hidden, precision, rows, 32)
     few = some if hidden <= 64 and rows.dtype == torch.float32 else min(some, 32)  # or it spills
     _backward_kernel[(nets, splits)](*given, BK=few, **how)
-    if hidden > 128 and rows.element_size() == 4 and not _is_roomy(rows.device):
-        some = 32
+    some = 32 if hidden > 128 and rows.element_size() == 4 and not _is_roomy(rows.device) else some
     _w2_grad_kernel[(nets, cdiv(hidden, some), splits)](*given, BO=some, **how)
     return None, joined(parts, rows.dtype)
 

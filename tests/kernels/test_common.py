@@ -1,7 +1,9 @@
 """What all ops share: precision, autocast, devices, fp64, and derivatives of derivatives."""
 
+import contextlib
 import importlib
 
+import numpy as np
 import pytest
 import torch
 from netspace_lite.kernels import (
@@ -173,20 +175,55 @@ class Seen(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+def steps_back(y):
+    """Names of all that autograd would go through from here."""
+    names, nodes = set(), [y.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.add(node.name())
+        nodes += [before for before, _ in node.next_functions if before is not None]
+    return names
+
+
 @pytest.mark.parametrize("named_op", [n for n in NAMES if n != "pack"], indirect=True)
-def test_launched_directly_or_as_an_op(named_op, monkeypatch):
-    """Eager calls go round the op and its wrapping: the same answers and gradients, bit for bit."""
+def test_launched_directly_or_as_an_op(named_op):
+    """Calls that nobody watches go round the op: the same answers and gradients, bit for bit."""
     _, op, x = named_op
     found = []
-    for traced in (False, True):
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda traced=traced: traced)
-        with backend("triton"), Seen() as seen:
+    for watch in (contextlib.nullcontext(), Seen()):
+        with backend("triton"), watch:
             y = op(x.requires_grad_())
-            (grad,) = torch.autograd.grad(y.square().sum(), x)
-        assert len(seen.ops) == 2 * traced  # forward and backward
-        found.append((y, grad))
-    for direct, as_an_op in zip(*found, strict=True):
-        assert torch.equal(direct, as_an_op)
+            found += [y, *torch.autograd.grad(y.square().sum(), x, retain_graph=True)]
+        assert ("DirectBackward" in steps_back(y)) == (type(watch) is not Seen)
+    assert len(watch.ops) == 2  # forward and backward
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+
+
+def test_memory_that_is_not_what_it_says(device):
+    """A tensor may be the negative of what lies in its memory, and yet count as contiguous."""
+    x, w = torch.randn(2, 4, 1, device=device), torch.randn(2, 5, 1, device=device)
+    negative = torch.complex(torch.zeros_like(x), x).conj().imag
+    assert negative.is_neg()
+    with backend("triton"):
+        assert torch.equal(batched_linear(negative, w), batched_linear(-x, w))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of a loop, which it is
+def test_vmap_over_kernels(device):
+    x, w = torch.randn(3, 2, 4, 6, device=device), torch.randn(2, 5, 6, device=device)
+    with backend("triton"):
+        found = torch.func.vmap(lambda x: batched_linear(x, w))(x)
+        assert torch.equal(found, torch.stack([batched_linear(one, w) for one in x]))
+
+
+def test_numbers_of_numpy(device):
+    """They leave nothing behind for calls with plain numbers, which count as equal."""
+    x, w = torch.randn(1, 2, 3, 7, 7, device=device), torch.randn(2, 4, 3, 3, 3, device=device)
+    with backend("triton"):
+        found = [batched_conv2d(x, w, stride=s) for s in (tuple(np.array([2, 2])), 2, (2, 2))]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("named_op", [n for n in NAMES if n != "pack"], indirect=True)

@@ -59,10 +59,11 @@ def test_convolution():
     assert counted(lambda: batched_conv2d(x, w, b, 2, precision="tf32")) == expected(count)
 
 
-def test_siren():
-    points, rows = torch.randn(2, 70, 3), torch.randn(2, siren_params(20))
-    count = roofline.siren_forward(2, 70, 20)
-    found = counted(lambda: siren_mlp(points, rows, 20, precision="tf32"))
+@pytest.mark.parametrize("hidden", [20, 130])
+def test_siren(hidden):
+    points, rows = torch.randn(2, 70, 3), torch.randn(2, siren_params(hidden))
+    count = roofline.siren_forward(2, 70, hidden)
+    found = counted(lambda: siren_mlp(points, rows, hidden, precision="tf32"))
     assert found == expected(count)
 
 

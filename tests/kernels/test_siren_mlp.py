@@ -2,6 +2,7 @@
 
 import importlib
 
+import numpy as np
 import pytest
 import torch
 from netspace_lite.kernels import backend, siren_mlp
@@ -120,6 +121,16 @@ def test_one_kernel_takes_what_its_registers_hold(
     with backend("triton"):
         siren_mlp(torch.randn(2, 3, dtype=dtype, device=device), rows, hidden, precision=precision)
     assert bool(runs) == fused
+
+
+def test_one_kernel_where_no_gradient_can_come(monkeypatch, device):
+    module, runs = importlib.import_module("netspace_lite.kernels.siren_mlp"), []
+    real = module._siren
+    monkeypatch.setattr(module, "_siren", lambda *args: runs.append(args) or real(*args))
+    points, rows = torch.randn(5, 3, device=device), siren_rows(2, 8, 0).to(device)
+    with backend("triton"), torch.no_grad():
+        siren_mlp(points.requires_grad_(), rows, np.int64(8))
+    assert runs
 
 
 def test_large_angles(assert_close, device):
