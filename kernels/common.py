@@ -133,7 +133,7 @@ def register_differentiable(name, launch, empty, launch_backward):
     """`register` an op whose first result has a gradient, by an op of its own: `<name>_backward`.
 
     What is returned calls the op where it is traced, compiled, transformed or given tensors of a
-    special kind; elsewhere the launches themselves, which takes Python two thirds of the time.
+    special kind; elsewhere the launches themselves, since its wrapping takes as long as they do.
 
     Args:
         name, launch, empty: see `register`; `launch` is annotated.
