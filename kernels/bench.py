@@ -77,6 +77,7 @@ def ways_of(make, size, nets, samples, device, backward, compiled):
 def captured(way):
     """A function that replays what `way` launches, captured as a CUDA graph."""
     graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):  # once before, where nothing is captured yet
         way()
     with torch.cuda.graph(graph, stream=aside):
@@ -161,9 +162,8 @@ def main():
     parser.add_argument("--compile", action="store_true", help="torch.compile too (slow start)")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cases = bench(device, 15, compiled=options.compile, word=options.word)
     print(machine(device), end="\n\n")
-    for line in report(cases):
+    for line in report(bench(device, 15, compiled=options.compile, word=options.word)):
         print(line, flush=True)
 
 

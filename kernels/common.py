@@ -48,7 +48,7 @@ def check(op, tensors, kind=None, rows=(), **sizes):
         elif kind is None and not tensor.is_floating_point():
             wrong = f"must be floating, got {found[1]}."
         elif found != (kind := kind or found):
-            wrong = f"must be {kind[1]} on {kind[0]}, as others, got {found[1]} on {found[0]}."
+            wrong = f"must be {kind[1]} on {kind[0]}, as the others, got {found[1]} on {found[0]}."
         elif name in rows and not tensor[0].is_contiguous():
             wrong = f"(strides {tensor.stride()}) must be contiguous; only the stride between nets "
             wrong += "is free. Call .contiguous()."
@@ -79,8 +79,8 @@ def autocast(*tensors, dtype=None):
     if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = dtype or torch.get_autocast_dtype(kind)
-    double = torch.float64  # stays, and what is no tensor
-    return [t if getattr(t, "dtype", double) == double else t.to(dtype) for t in tensors]
+    keep = (None, torch.float64)
+    return [t if getattr(t, "dtype", None) in keep else t.to(dtype) for t in tensors]
 
 
 def fp32_precision(precision=None) -> str:
@@ -174,7 +174,10 @@ def register_differentiable(name, launch, empty, launch_backward):
 
 
 def _is_watched(*args) -> bool:
-    """Whether someone waits for ops to pass, or an argument is no plain memory that can be read."""
+    """Whether someone waits for ops to pass, or an argument is no plain memory that can be read.
+
+    To be asked after `is_compiling`: torch.compile can't follow it.
+    """
     modes = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
     special = any(type(a) not in _PLAIN or a.is_neg() for a in args if isinstance(a, torch.Tensor))
     return bool(special or modes or torch.jit.is_tracing())
@@ -183,7 +186,8 @@ def _is_watched(*args) -> bool:
 def _backward_op(name, launch, launch_backward):
     """The op of the gradient, which arguments need theirs, and arguments and results of `launch`.
 
-    It gives the gradients that are needed and no others. Its own gradient raises. And what it does.
+    It gives the gradients that are needed and no others. Its own gradient raises. As `register`
+    returns it: the op, and what it does without being one.
     """
     arguments, _, results = torch.library.infer_schema(launch, mutates_args=()).partition(") -> ")
     kept = "".join(f", Tensor result{i}" for i in range(results.count("Tensor")))

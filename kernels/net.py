@@ -88,23 +88,23 @@ def _forward_step(row, values, b, i, PLAN: tl.constexpr, PRECISION: tl.constexpr
     source, y = _at(step.source, values, b), _at(step.out, values, b)
     if step.kind == "layer":
         bias = row + step.bias if step.bias >= 0 else None
-        for index in range(0, _tiles(b * step.U * step.V, step.O, step.forward_tile())):
+        for index in range(0, _tiles(b * step.pixels, step.O, step.forward_tile())):
             forward_kernel(
                 source, row + step.weight, bias, y, _at(step.saved, values, b), 1, b,
                 step.inputs, 0, 0, 0, step, PRECISION, *step.forward_tile(), index,
             )  # fmt: skip
     else:
-        size = b * step.O * step.U * step.V
+        size = b * step.O * step.pixels
         for start in range(0, size, _BLOCK):
             at = start + tl.arange(0, _BLOCK)
             corner, z = at, tl.zeros((_BLOCK,), tl.float32)
             if step.kind == "pool":
                 u, v = at // step.V % step.U, at % step.V
-                corner = at // (step.U * step.V) * (step.H * step.W)
+                corner = at // step.pixels * (step.H * step.W)
                 corner += u * (step.KH * step.W) + v * step.KW
-            for k in range(0, step.KH * step.KW):
+            for k in range(0, step.area):
                 z += take(source + corner + k // step.KW * step.W + k % step.KW, at < size)
-            z = z / (step.KH * step.KW)
+            z = z / step.area
             if step.other != _NOTHING:
                 z += take(_at(step.other, values, b) + at, at < size)
             put(y + at, act_forward(z, step), at < size)
@@ -117,7 +117,7 @@ def _backward_step(row, values, grads, parts, b, i, PLAN: tl.constexpr, PRECISIO
     gradient, saved = _at(step.out, grads, b), _at(step.saved, values, b)
     if step.kind == "layer":
         db = parts + step.bias if step.bias >= 0 else None
-        for index in range(0, _tiles(step.O, step.C * step.KH * step.KW, step.weight_tile())):
+        for index in range(0, _tiles(step.O, step.window, step.weight_tile())):
             weight_grad_kernel(
                 gradient, saved, _at(step.source, values, b), parts + step.weight, db, 1,
                 b * step.pixels, b, step.inputs, 0, step, PRECISION, *step.weight_tile(), index,
@@ -130,15 +130,15 @@ def _backward_step(row, values, grads, parts, b, i, PLAN: tl.constexpr, PRECISIO
                     0, step, PRECISION, *step.input_tile(), step.add, index,
                 )  # fmt: skip
     else:
-        size = b * step.C * step.H * step.W
+        size = b * step.inputs
         for start in range(0, size, _BLOCK):
             at = start + tl.arange(0, _BLOCK)
             pixel, inside = at, at < size
             if step.kind == "pool":
                 u, v = at // step.W % step.H // step.KH, at % step.W // step.KW
-                pixel = at // (step.H * step.W) * (step.U * step.V) + u * step.V + v
+                pixel = at // (step.H * step.W) * step.pixels + u * step.V + v
                 inside = inside & (u < step.U) & (v < step.V)
-            z = act_backward(gradient, saved, pixel, inside, step) / (step.KH * step.KW)
+            z = act_backward(gradient, saved, pixel, inside, step) / step.area
             if step.source != _INPUTS:
                 put(_at(step.source, grads, b) + at, z, at < size, step.add)
             if step.other != _NOTHING and step.other != _INPUTS:

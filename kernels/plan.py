@@ -52,13 +52,13 @@ class Step(Layer):
     inputs = property(lambda self: self.C * self.H * self.W)
 
     def forward_tile(self):
-        return _small(SAMPLES * self.U * self.V, self.O, self.C * self.KH * self.KW)
+        return _small(SAMPLES * self.pixels, self.O, self.window)
 
     def input_tile(self):
-        return _small(SAMPLES * self.H * self.W, self.C, self.O * self.KH * self.KW)
+        return _small(SAMPLES * self.H * self.W, self.C, self.O * self.area)
 
     def weight_tile(self):
-        return _small(self.O, self.C * self.KH * self.KW, SAMPLES * self.U * self.V)
+        return _small(self.O, self.window, SAMPLES * self.pixels)
 
 
 def _small(rows, cols, inner):

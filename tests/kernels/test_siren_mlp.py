@@ -100,6 +100,15 @@ def test_wide_nets_run_layer_by_layer(assert_matches, hidden):
     )
 
 
+@pytest.fixture
+def runs(monkeypatch):
+    """What the one kernel was called with, each time."""
+    module, runs = importlib.import_module("netspace_lite.kernels.siren_mlp"), []
+    real = module._siren
+    monkeypatch.setattr(module, "_siren", lambda *args: runs.append(args) or real(*args))
+    return runs
+
+
 @pytest.mark.parametrize(
     ("hidden", "dtype", "precision", "fused"),
     [
@@ -111,22 +120,14 @@ def test_wide_nets_run_layer_by_layer(assert_matches, hidden):
         (257, torch.bfloat16, "tf32", False),
     ],
 )
-def test_one_kernel_takes_what_its_registers_hold(
-    monkeypatch, device, hidden, dtype, precision, fused
-):
-    module, runs = importlib.import_module("netspace_lite.kernels.siren_mlp"), []
-    real = module._siren
-    monkeypatch.setattr(module, "_siren", lambda *args: runs.append(args) or real(*args))
+def test_one_kernel_takes_what_its_registers_hold(runs, device, hidden, dtype, precision, fused):
     rows = siren_rows(1, hidden, 0).to(device, dtype)
     with backend("triton"):
         siren_mlp(torch.randn(2, 3, dtype=dtype, device=device), rows, hidden, precision=precision)
     assert bool(runs) == fused
 
 
-def test_one_kernel_where_no_gradient_can_come(monkeypatch, device):
-    module, runs = importlib.import_module("netspace_lite.kernels.siren_mlp"), []
-    real = module._siren
-    monkeypatch.setattr(module, "_siren", lambda *args: runs.append(args) or real(*args))
+def test_one_kernel_where_no_gradient_can_come(runs, device):
     points, rows = torch.randn(5, 3, device=device), siren_rows(2, 8, 0).to(device)
     with backend("triton"), torch.no_grad():
         siren_mlp(points.requires_grad_(), rows, np.int64(8))
