@@ -3,6 +3,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3
 SHELL := bash
 BIN := .venv/bin
 READY := .venv/.ready
+# Files of tests side by side, each on one thread; notebooks one after the other, on all.
+TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests
+NOTEBOOK_TESTS = $(BIN)/python -m pytest --nbval-lax --nbval-current-env notebooks
 
 .PHONY: help tutorial seeds test test-fast lint format lab badges bench gpu mutate clean
 
@@ -31,13 +34,13 @@ seeds: $(READY)  # the README's tables: every notebook for three seeds
 	$(BIN)/python -m netspace_lite.tutorial --seeds=0,1,2 $(NOTEBOOKS)
 
 test: $(READY)
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env tests notebooks
+	$(TESTS)
+	$(NOTEBOOK_TESTS)
 
 test-fast: $(READY)  # notebooks in the smoke preset, from nothing
+	$(TESTS) --ignore tests/kernels/test_aot.py --ignore tests/test_notebooks_device.py
 	rm -rf build/smoke-digits-seed0
-	NETSPACE_PRESET=smoke NETSPACE_SEED=0 NETSPACE_DATA= $(BIN)/python -m pytest --nbval-lax \
-		--nbval-current-env --ignore tests/kernels/test_aot.py --ignore tests/test_notebooks_device.py \
-		tests notebooks
+	NETSPACE_PRESET=smoke NETSPACE_SEED=0 NETSPACE_DATA= $(NOTEBOOK_TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -13,8 +13,10 @@ import pooch
 import torch
 from sklearn.datasets import load_digits as sklearn_digits
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from . import store
+from .randomness import own_draws
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "md5:c32a1d4ab5d03f1284b67883e8d87530"
@@ -38,14 +40,32 @@ class Images:
             raise ValueError(f"{given}: each image needs one label, y should be [B]")
         self.y = self.y if self.y.is_floating_point() else self.y.long()
 
+    @classmethod
+    def of(cls, given) -> "Images":
+        """Images themselves, or those of a pair (x, y), or of a data set or loader of such pairs.
+
+        A data set is read to its end, so what it draws at random, such as crops, is drawn once.
+        Raises ValueError for what holds no pairs of tensors and numbers.
+        """
+        if hasattr(given, "x"):
+            return given
+        try:
+            if isinstance(given, Dataset | DataLoader):
+                batches = given if isinstance(given, DataLoader) else DataLoader(given, 1000)
+                with own_draws():  # loaders draw
+                    given = map(torch.cat, zip(*batches, strict=True))
+            x, y = given
+        except Exception as error:  # a data set is the user's code
+            what = f"a {type(given).__name__} gives no images ({error})"
+            cure = "give Images(x, y), such as data.test, or a data set or loader of such pairs"
+            raise ValueError(f"{what}: {cure}") from error
+        return cls(x, y)
+
     def __len__(self) -> int:
         return len(self.x)
 
     def __getitem__(self, index) -> "Images":
         return Images(self.x[index], self.y[index])
-
-    def __getattr__(self, name: str):
-        raise AttributeError(f"Images have .x and .y and no {name!r}: does it take an ImageData?")
 
     def to(self, device) -> "Images":
         """The same images on another device, or of another precision, which labels don't take."""
@@ -58,6 +78,7 @@ class ImageData:
     """A data set split three ways, standardised by the training images' mean and spread.
 
     ``train`` fits nets and the space, ``val`` picks the best state, ``test`` is only reported on.
+    Made of your own, anything that `Images.of` takes will do; standardise it yourself.
     """
 
     name: str
@@ -67,17 +88,14 @@ class ImageData:
     classes: int
 
     def __post_init__(self):
-        for y in (self.train.y, self.val.y, self.test.y):
-            check_labels(y, self.classes)
+        self.train, self.val, self.test = map(Images.of, (self.train, self.val, self.test))
+        for part in (self.train, self.val, self.test):
+            check_labels(part.y, self.classes)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         return tuple(self.train.x.shape[1:])
-
-    def __getattr__(self, name: str):
-        what = f"ImageData has .train, .val and .test, which have .x and .y, and no {name!r}"
-        raise AttributeError(f"{what}: give one of them, or ImageTask(data) where a task is wanted")
 
     def to(self, device) -> "ImageData":
         """The same data on another device; zoos and spaces are trained where their images are."""
@@ -229,8 +247,7 @@ def blends(x: Tensor, seed: int = 0) -> Tensor:
 
 def few_shot(images: Images, per_class: int, seed: int = 0) -> Images:
     """``per_class`` random images of each class, class by class; ValueError if one has fewer."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = []
+    generator, chosen, images = torch.Generator().manual_seed(seed), [], Images.of(images)
     for label in images.y.unique().tolist():
         members = (images.y == label).nonzero()[:, 0]
         if not 1 <= per_class <= len(members):

@@ -37,6 +37,9 @@ def interpolate(start: Tensor, end: Tensor, steps: int = 11) -> Tensor:
 
     Example: ``interpolate(torch.zeros(2), torch.ones(2), 3)`` is [[0, 0], [½, ½], [1, 1]].
     """
+    if not (isinstance(start, Tensor) and isinstance(end, Tensor)):
+        what = f"a line from a {type(start).__name__} to a {type(end).__name__}"
+        raise ValueError(f"{what}: give embeddings, by space.encode; weight_line is between nets")
     if start.shape != end.shape or start.dim() not in (1, 2) or start.numel() == 0:
         found = f"{list(start.shape)} and {list(end.shape)}"
         raise ValueError(f"a line needs two ends of the same shape, [E] or [M, E], not {found}")
@@ -66,7 +69,7 @@ class ImageLoss:
     """How far nets are from answering labelled images well (paper section III-E).
 
     Args:
-        images: x [S, C, H, W] and y [S]; mini-batches are drawn from them.
+        images: x [S, C, H, W] and y [S], see `Images.of`; mini-batches are drawn from them.
         teacher: a net (`Nets` of one, or a module) whose softened answers are distilled, or None.
         distil: weight of the teacher's KL, the rest is ``loss``; 0.9 as in the paper's
             several-architecture experiments, 1 for distillation alone.
@@ -81,6 +84,7 @@ class ImageLoss:
     def __init__(
         self, images: Images, teacher=None, *, distil=0.9, loss=None, temperature=4.0, samples=256
     ):
+        images = Images.of(images)
         if min(samples, len(images.x)) < 1:
             given = f"{samples} of {len(images.x)}"
             raise ValueError(f"a loss on images needs some to draw, not {given}")
@@ -234,7 +238,7 @@ def _start_points(space: NetSpace, starts, prior, seed: int) -> Tensor:
         if prior is None:
             raise ValueError("random starts need prior=, such as Gaussian(space.encode(zoo))")
         starts = prior.sample(starts, seed)
-    if len(starts) == 0:
+    if not isinstance(starts, nn.Module) and len(starts) == 0:
         raise ValueError("no starts: give at least one embedding or net to start from")
     z = space.check(starts if isinstance(starts, Tensor) else space.encode(starts))
     check_finite(z, "starts")
@@ -247,6 +251,8 @@ def _descend(decode, start, loss, validate, goal, config, progress) -> Search:
 
     ``goal`` says of z what is added to its loss, and whether it is what was wanted, [N] each.
     """
+    if not callable(loss):
+        raise ValueError(f"a loss of nets is a function, as ImageLoss(images), not {loss!r:.99}")
     z, stopped = start.detach().clone().requires_grad_(), ""
     adam, generator = torch.optim.Adam([z], config.lr), torch.Generator().manual_seed(config.seed)
     path, losses = [], []  # states (z, score, whether it is what was wanted), losses of steps

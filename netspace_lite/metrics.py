@@ -11,6 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from .data import Images
 from .nets import Nets, classes, correct
 from .space import NetSpace
 
@@ -37,7 +38,7 @@ def compare(predicted: Tensor, target: Tensor, y: Tensor) -> dict[str, float]:
 
 def scores(space: NetSpace, nets: Nets, images) -> dict[str, float]:
     """`compare` the nets with what the space decodes from their embeddings, on ``images``."""
-    decoded = space.decode(space.encode(nets), space.index(nets))
+    decoded, images = space.decode(space.encode(nets), space.index(nets)), Images.of(images)
     return compare(decoded.outputs(images.x), nets.outputs(images.x), images.y)
 
 

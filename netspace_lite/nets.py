@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import store
 from .architectures import describe, name_of
 from .batching import BLOCK, Batched, check_inputs
-from .data import check_labels
+from .data import Images, check_labels
 from .fingerprint import fingerprint
 from .layout import check_rows, fill
 
@@ -70,11 +70,12 @@ class Nets:
         return torch.cat(blocks)
 
     def accuracy(self, images) -> Tensor:
-        """Accuracy in percent of each net on ``images`` (``.x`` [B, C, H, W], ``.y`` [B]): [N].
+        """Accuracy in percent of each net on ``images`` (or what `Images.of` takes): [N].
 
         The result is on the CPU, wherever the nets are. Raises ValueError for labels that are no
         whole numbers 0..K-1.
         """
+        images = Images.of(images)
         return correct(self.outputs(images.x), images.y).cpu()
 
     def finite(self) -> Tensor:

@@ -51,6 +51,10 @@ class SpaceConfig:
             sizes = type(getattr(type(self), name)) is int
             if sizes and not (type(size) is int and size >= least):
                 raise ValueError(f"SpaceConfig.{name} is a number from {least}, not {size!r}")
+        known = {"parts": ("ours", "paper"), "weights": (True, False, "invariants")}
+        for name, kinds in known.items():
+            if (given := getattr(self, name)) not in kinds:
+                raise ValueError(f"{name} should be one of {kinds}, not {given!r}")
 
 
 @dataclass
@@ -169,16 +173,13 @@ class NetSpace(nn.Module):
         super().__init__()
         self.config, self.seed = config or SpaceConfig(), int(seed)
         config, answers = self.config, 0
-        if not (inputs.is_floating_point() or inputs.dtype in TOKENS):
-            raise ValueError(f"inputs should be floats, as load_images makes them: {inputs.dtype}")
+        kind = getattr(inputs, "dtype", type(inputs).__name__)
+        if not isinstance(inputs, Tensor) or not (kind.is_floating_point or kind in TOKENS):
+            raise ValueError(f"inputs should be floats in a tensor, as data.train.x, not {kind}")
         if config.probes:
             check_finite(inputs, "inputs")
         if not (config.weights or config.probes):
             raise ValueError("an encoder needs weights=True, or probes > 0, to read anything")
-        known = {"parts": ("ours", "paper"), "weights": (True, False, "invariants")}
-        for name, kinds in known.items():
-            if (given := getattr(config, name)) not in kinds:
-                raise ValueError(f"{name} should be one of {kinds}, not {given!r}")
         modules = listed(modules)
         reads = len(modules), config.weights, config.probes
         if config.parts == "paper" and reads != (1, True, 0):

@@ -387,11 +387,8 @@ def fit(
     Raises ValueError naming the step whose loss is not finite, and what differs if ``folder`` holds
     another fit. What changes itself, such as a validation that fills a list, is another each time.
     """
-    if min(steps, epoch) < 1 or not lr > 0:
-        raise ValueError(f"steps, epoch and lr should be over 0, not {steps}, {epoch} and {lr}")
+    plan = _plan(space, objective, validate, steps, lr, epoch)
     optimiser = Muon(space, lr)
-    plan = {"steps": int(steps), "lr": float(lr), "epoch": int(epoch)}  # of NumPy's, too
-    plan |= {"seed": int(getattr(space, "seed", 0)), "optimiser": type(optimiser).__name__}
     generator, history, best = torch.Generator().manual_seed(plan["seed"]), [], {}
     folder = None if folder is None else Path(folder).resolve()
     if folder is not None:
@@ -421,6 +418,17 @@ def fit(
             _checkpoint(folder, plan, space, optimiser, generator, history, best)
     space._begun = None
     return history
+
+
+def _plan(space, objective, validate, steps, lr, epoch) -> dict[str, float | str]:
+    """The numbers that a fit is recognised by; ValueError for arguments that make none."""
+    if min(steps, epoch) < 1 or not lr > 0:
+        raise ValueError(f"steps, epoch and lr should be over 0, not {steps}, {epoch} and {lr}")
+    if not (callable(objective) and callable(validate)):
+        example = "such as a Distillation, and lambda space: scores(space, val, data.val)"
+        raise ValueError(f"a fit calls an objective and a validation, {example}")
+    plan = {"steps": int(steps), "lr": float(lr), "epoch": int(epoch)}  # of NumPy's, too
+    return plan | {"seed": int(getattr(space, "seed", 0)), "optimiser": Muon.__name__}
 
 
 def _scored(space, validate) -> dict[str, float]:

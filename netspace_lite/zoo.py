@@ -126,6 +126,9 @@ class ImageTask:
     """Classify images: mini-batches of ``batch`` training images, cross-entropy."""
 
     def __init__(self, data: ImageData, batch: int = 64):
+        if not hasattr(data, "train"):
+            what = f"an ImageTask wants ImageData, not a {type(data).__name__}"
+            raise ValueError(f"{what}: ImageData(name, train, val, test, classes) makes one")
         self.data, self.batch_size = data, min(batch, len(data.train))
         if batch < 1:
             raise ValueError(f"a batch is at least one image, not {batch}")
@@ -328,5 +331,7 @@ def diverged_at(losses: Tensor) -> list[int]:
 
 
 def device_of(task: Task) -> torch.device:
-    """Nets are trained where the data of their task is."""
+    """Nets are trained where the data of their task is. ValueError for what is no task."""
+    if not hasattr(task, "batch"):
+        raise ValueError(f"a {type(task).__name__} is no task: ImageTask(data) is one, see Task")
     return torch.device(getattr(task, "device", "cpu"))

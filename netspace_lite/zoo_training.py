@@ -222,7 +222,7 @@ def train_zoo(
     Raises ValueError if ``folder`` holds another zoo, naming what differs, and if several processes
     are given none.
     """
-    if not recipes or (block is not None and block < 1):
+    if not (isinstance(recipes, Sequence) and recipes) or (block is not None and block < 1):
         raise ValueError("no recipes, or none in a block: give one per net, as draw_recipes(500)")
     if folder is None and world() > 1:
         raise ValueError("no folder: several processes train a zoo in one that all of them see")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits as sklearn_digits
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from toy import random_nets
 
 from netspace_lite import data as data_module
@@ -19,6 +20,7 @@ from netspace_lite.data import (
     load_digits,
     load_images,
 )
+from netspace_lite.fingerprint import fingerprint
 from netspace_lite.zoo import ImageTask
 
 
@@ -257,14 +259,54 @@ def test_a_class_that_would_only_be_validated_on_is_refused(tmp_path):
     assert found == {(0, 1, 2), lost}
 
 
-def test_a_data_set_says_where_its_images_are():
+class Pairs(Dataset):
+    """A data set as PyTorch's users have them: an image and a whole number at a time."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, n):
+        return self.images.x[n], int(self.images.y[n])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda images: images,
+        lambda images: (images.x, images.y),
+        Pairs,
+        lambda images: TensorDataset(images.x, images.y),
+        lambda images: DataLoader(Pairs(images), batch_size=100),
+    ],
+    ids=["images", "pair", "data set", "tensors", "loader"],
+)
+def test_images_are_read_of_whatever_holds_them(given):
+    data, before = load_digits(), torch.get_rng_state()
+    found = Images.of(given(data.test))
+    assert torch.equal(found.x, data.test.x)
+    assert torch.equal(found.y, data.test.y)
+    assert torch.equal(torch.get_rng_state(), before)  # loaders draw, even in order
+    nets = random_nets(lite_net("LeNetLike", data.shape, data.classes), 2)
+    assert torch.equal(nets.accuracy(given(data.test)), nets.accuracy(data.test))
+    own = ImageData("own", given(data.train), given(data.val), given(data.test), 10)
+    assert fingerprint(ImageTask(own)) != fingerprint(ImageTask(data))  # of another name
+    own.name = data.name
+    assert fingerprint(ImageTask(own)) == fingerprint(ImageTask(data))
+
+
+def test_what_holds_no_images_says_so():
     """Seen before: an attribute that it lacks, and no word on what to give instead."""
     data = load_digits()
     nets = random_nets(lite_net("LeNetLike", data.shape, data.classes), 2)
-    with pytest.raises(AttributeError, match=r"ImageData has .train, .val and .test.* no 'x'"):
-        nets.accuracy(data)
-    with pytest.raises(AttributeError, match="Images have .x and .y and no 'train'.*ImageData"):
-        ImageTask(data.train)
+    for given in (data, data.test.x, None, [str(n) for n in range(9)], Pairs(data)):
+        with pytest.raises(ValueError, match=r"gives no images .*: give Images\(x, y\)"):
+            nets.accuracy(given)
+    for given in (data.train, DataLoader(Pairs(data.train)), None):
+        with pytest.raises(ValueError, match=r"wants ImageData, not .*: ImageData\(name"):
+            ImageTask(given)
 
 
 def test_images_lie_in_order_so_that_modules_can_view_them(tmp_path):

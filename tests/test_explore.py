@@ -243,9 +243,9 @@ def test_bad_losses_are_refused_at_once(space, images):
 def test_whole_data_are_no_images(space, images):
     """Seen before: "object of type 'ImageData' has no len()", and "is not callable"."""
     data = toy_data()
-    with pytest.raises(AttributeError, match="ImageData has .train, .val and .test"):
+    with pytest.raises(ValueError, match="ImageData gives no images .*such as data.test"):
         ImageLoss(data)
-    with pytest.raises(AttributeError, match="ImageData has .train, .val and .test"):
+    with pytest.raises(ValueError, match="ImageData gives no images .*such as data.test"):
         optimise(space, torch.zeros(2, 6), ImageLoss(images), data, **QUIET)
 
 
