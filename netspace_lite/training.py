@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import store
 from .fingerprint import fingerprint
 from .kernels import distillation_loss
-from .nets import MixedNets, Nets
+from .nets import MixedNets, Nets, classes
 from .optimiser import Muon
 from .processes import agreed, average, rank, share, wait
 from .progress import progress_bar
@@ -29,6 +29,7 @@ from .space import NetSpace, check_finite, logit_scale
 
 Objective = Callable[[NetSpace, torch.Generator], Tensor]
 NetsLoss = Callable[[Nets, torch.Generator], Tensor]
+SHARP = 10.0  # logits in units of their spread times this make a softmax that nearly is a choice
 
 
 def kl_divergence(outputs: Tensor, targets: Tensor, temperature) -> Tensor:
@@ -67,17 +68,25 @@ class LikenessLoss:
         inputs: [S, ...] shared, or with ``per_net`` [N, S, ...], each net's own.
         loss: (outputs, targets, scale) -> [N], as in `Distillation`.
         samples: B, inputs drawn in each step.
+        consensus: weight of a second term: how often a net sides with what most of ``nets`` say,
+            less how often its like does, squared. What an encoder is unsure of is decoded to an
+            average of nets, which is right more often than each; this makes it as good as they are.
 
     Call it with nets and a generator: the loss of each net, [N]. ``like`` [N] says which of the
     nets each should be like, all in their order unless given; ``analogy``, (far, p, q) of [N]
     each, that it should answer as its net does and, by a share ``far``, as nets p do and q do not.
     """
 
-    def __init__(self, nets, inputs: Tensor, *, per_net=False, loss=kl_divergence, samples=64):
+    def __init__(
+        self, nets, inputs: Tensor, *, per_net=False, loss=kl_divergence, samples=64, consensus=0.0
+    ):
         self.inputs, self.per_net, self.loss, self.samples = inputs, per_net, loss, samples
         self.targets = nets.outputs(inputs, True) if per_net else nets.outputs(inputs)
         check_finite(self.targets, "the answers of nets")
-        self.scale = logit_scale(self.targets)
+        self.scale, self.consensus = logit_scale(self.targets), consensus
+        if consensus and per_net:
+            raise ValueError("nets that are asked different things have no consensus: consensus=0")
+        self.majority = classes(self.targets).mode(0).values if consensus else None  # [S]
 
     def __call__(self, nets: Nets, generator: torch.Generator, like=None, analogy=None) -> Tensor:
         s = torch.randint(self.targets.shape[1], (self.samples,), generator=generator)
@@ -91,7 +100,19 @@ class LikenessLoss:
             up, down = (self.targets[m[:, None], s] / self.scale[m] for m in (p, q))
             own, scale = targets / scale, scale * (self.scale[p] / self.scale[q]) ** far
             targets = scale * (own + far * (up - down))
-        return self.loss(outputs, targets, scale)
+        losses = self.loss(outputs, targets, scale)
+        if self.consensus:
+            own, wanted = (self._sides(x / scale, self.majority[s]) for x in (outputs, targets))
+            losses = losses + self.consensus * (own - wanted).square()
+        return losses
+
+    def _sides(self, logits: Tensor, majority: Tensor) -> Tensor:
+        """How often nets' logits [N, B, K] in their own scale are largest for classes [B]: [N].
+
+        Softly, so that there is a gradient.
+        """
+        sure, at = (SHARP * logits).softmax(-1), majority[None, :, None]
+        return sure.gather(-1, at.expand(len(sure), -1, 1)).mean((1, 2))
 
 
 def combine(*objectives: Objective, weights: Sequence[float] | None = None) -> Objective:
@@ -211,14 +232,17 @@ class Distillation:
         inputs: [S, ...] shared by all nets, or with ``per_net`` (one zoo only) [N, S, ...].
         loss: (outputs, targets, scale) -> [N]; ``kl_divergence`` for logits with the scale as
             temperature, or ``squared_error`` for values.
+        consensus: see `LikenessLoss`.
         draw: what else a step depends on, such as ``nets=48``: the fields of `Draw`.
     """
 
     def __init__(
-        self, space: NetSpace, zoos, inputs: Tensor, *, per_net=False, loss=kl_divergence, **draw
-    ):
+        self, space: NetSpace, zoos, inputs: Tensor, *, per_net=False, loss=kl_divergence,
+        consensus=0.0, **draw,
+    ):  # fmt: skip
         self.pool, self.draw = MixedZoo(space, zoos), Draw(**draw)
-        self.inputs, self.options, zoos = inputs, {"per_net": per_net, "loss": loss}, self.pool.zoos
+        self.options = {"per_net": per_net, "loss": loss, "consensus": consensus}
+        self.inputs, zoos = inputs, self.pool.zoos
         self._asked = self._like = None
         if per_net and len(zoos) > 1:
             raise ValueError(f"inputs per net need one zoo, not {len(zoos)}: share the inputs")

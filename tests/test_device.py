@@ -167,7 +167,8 @@ def saved_space(w):
 
 
 def distilled(w):
-    return w.fitted(lambda space: ns.Distillation(space, w.zoos, w.seen, nets=6, samples=5))
+    draw = {"nets": 6, "samples": 5, "consensus": 2.0}
+    return w.fitted(lambda space: ns.Distillation(space, w.zoos, w.seen, **draw))
 
 
 def resumed(w):

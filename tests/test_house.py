@@ -56,8 +56,9 @@ def test_lines_are_counted_as_said():
         # axes alike for any number of threads 2,
         # channels innermost 7, zoos and their training in a file each 12, threads 43,
         # PyTorch's data sets and loaders, and sentences for what is none of these, 34,
+        # how often nets side with most of the zoo 15,
         # what gave wrong answers without a word 350
-        (list(LIBRARY.glob("*.py")), 3110),
+        (list(LIBRARY.glob("*.py")), 3125),
         (list((LIBRARY / "shapes").rglob("*.py")), 464),
         (list((LIBRARY / "tutorial").rglob("*.py")), 398),
         ([p for p in KERNELS.glob("*.py") if p.stem not in STUDIES], 1200),

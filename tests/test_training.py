@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.special import softmax
 from torch import nn
 from toy import (
     Interrupted,
@@ -38,6 +39,7 @@ from netspace_lite.training import (
     kl_divergence,
     learning_rate,
     logit_scale,
+    squared_error,
 )
 from netspace_lite.zoo import ImageTask, draw_recipes
 from netspace_lite.zoo_training import initial_rows, train_zoo
@@ -159,6 +161,32 @@ def test_an_analogy_asks_for_answers_moved_as_two_nets_differ(zoo, data):
         assert seen["scale"][i].item() == pytest.approx(level.item(), rel=1e-4)
         for found in seen["targets"][i].double():  # both samples are the only input
             torch.testing.assert_close(found, moved * level, rtol=1e-4, atol=1e-5)
+
+
+def test_a_consensus_compares_how_often_nets_side_with_most(zoo, data):
+    """With SciPy's softmax and a vote counted by hand; nets that side alike lose nothing."""
+    votes = zoo.outputs(data.train.x).argmax(-1).T.numpy()  # [S, N]
+    split = min(range(len(votes)), key=lambda s: np.bincount(votes[s]).max())  # most divided on it
+    x, like = data.train.x[split : split + 1], torch.tensor([3, 0, 5])
+    answers, winner = zoo.outputs(x)[:, 0].double().numpy(), np.bincount(votes[split]).argmax()
+    level = np.sqrt(np.square(answers - answers.mean(1, keepdims=True)).mean(1, keepdims=True))
+    plain, more = (LikenessLoss(zoo, x, samples=2, consensus=c) for c in (0.0, 2.0))
+    nets = torch.tensor([1, 2, 5])
+    found = more(zoo[nets], generator(), like) - plain(zoo[nets], generator(), like)
+    for i, (net, other) in enumerate(zip(nets, like, strict=True)):  # both in the target's scale
+        own, wanted = (softmax(10 * answers[n] / level[other])[winner] for n in (net, other))
+        assert found[i].item() == pytest.approx(2 * (own - wanted) ** 2, abs=1e-5)
+    assert found[2] == 0
+    assert found[:2].max() > 0.01
+
+
+def test_a_consensus_is_of_classes_that_all_were_asked_for(zoo, data):
+    own = data.train.x[:5].expand(len(zoo), 5, *data.shape)
+    with pytest.raises(ValueError, match="asked different things have no consensus"):
+        LikenessLoss(zoo, own, per_net=True, consensus=1.0)
+    values = random_nets(nn.Sequential(nn.Linear(4, 1)), 2)
+    with pytest.raises(ValueError, match="no logits"):
+        LikenessLoss(values, torch.randn(5, 4), loss=squared_error, consensus=1.0)
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
