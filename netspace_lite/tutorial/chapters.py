@@ -50,8 +50,7 @@ def single_space(settings: Settings, data, name="space", blind=False, **config) 
     probes = noise(data, settings.seed, size.probes) if blind else data.train.x
     space = ns.NetSpace.for_zoos(train, probes, ns.SpaceConfig(**own | config), settings.seed)
     kept = {"epoch": size.epoch, "folder": settings.folder(name + blind * "-blind")}
-    draw = {"consensus": size.consensus if space.config.probes else size.consensus_unasked}
-    draw |= {"analogies": 0} if blind or not space.config.probes else {"nets": size.batch}
+    draw = size.blind if blind else size.asked if space.config.probes else size.unasked
     objective = ns.Distillation(space, train, ns.blends(data.train.x[: size.images]), **draw)
     history = ns.fit(space, objective, lambda s: ns.scores(s, val, data.val), size.steps, **kept)
     return Chapter(space, train, val, test, history)
