@@ -61,7 +61,7 @@ bench: $(READY)
 
 gpu: $(READY)  # a table of each: build/gpu/bench.txt, build/gpu/notebooks.txt
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu needs a GPU that PyTorch can use, and there is none.")'
-	$(BIN)/python -m pytest tests
+	$(TESTS)
 	mkdir -p build/gpu
 	set -o pipefail; $(BIN)/python -m netspace_lite.kernels.bench --compile | tee build/gpu/bench.txt
 	set -o pipefail; $(BIN)/python -m netspace_lite.tutorial | tee build/gpu/notebooks.txt
