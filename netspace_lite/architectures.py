@@ -8,7 +8,6 @@ saved zoo can build it again from its JSON file.
 import copy
 import inspect
 import math
-from collections.abc import Sequence
 from functools import partial, wraps
 
 import torch
@@ -284,7 +283,7 @@ def lite_net(name: str, image, classes: int) -> nn.Module:
     Args:
         name: "LeNetLike", "VanillaCNN", "ResNet8" or "ResNet14".
     """
-    if not (isinstance(image, Sequence) and len(image) == 3):
+    if not hasattr(image, "__len__") or len(image) != 3:
         raise ValueError(f"an image is (channels, height, width), as data.shape, not {image!r}")
     return _find(LITE_NETS, name)(image, classes)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from . import store
-from .randomness import own_draws
+from .randomness import own_randomness
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "md5:c32a1d4ab5d03f1284b67883e8d87530"
@@ -44,19 +44,21 @@ class Images:
     def of(cls, given) -> "Images":
         """Images themselves, or those of a pair (x, y), or of a data set or loader of such pairs.
 
-        A data set is read to its end, so what it draws at random, such as crops, is drawn once.
-        Raises ValueError for what holds no pairs of tensors and numbers.
+        Data sets are read to their ends: what they draw at random, such as crops, is drawn once. Of
+        a loader it is what it gives, in its order: give the data set in place of one that shuffles
+        or drops. Raises ValueError for what holds no pairs of tensors and numbers.
         """
-        if hasattr(given, "x"):
-            return given
+        pairs = given
         try:
             if isinstance(given, Dataset | DataLoader):
                 batches = given if isinstance(given, DataLoader) else DataLoader(given, 1000)
-                with own_draws():  # loaders draw
-                    given = map(torch.cat, zip(*batches, strict=True))
-            x, y = given
+                with own_randomness():
+                    pairs = map(torch.cat, zip(*batches, strict=True))
+            elif hasattr(given, "x"):
+                return given
+            x, y = pairs
         except Exception as error:  # a data set is the user's code
-            what = f"a {type(given).__name__} gives no images ({error})"
+            what = f"a {type(given).__name__} gives no images ({str(error) or repr(error)})"
             cure = "give Images(x, y), such as data.test, or a data set or loader of such pairs"
             raise ValueError(f"{what}: {cure}") from error
         return cls(x, y)
@@ -66,6 +68,9 @@ class Images:
 
     def __getitem__(self, index) -> "Images":
         return Images(self.x[index], self.y[index])
+
+    def __getattr__(self, name: str):
+        raise AttributeError(f"Images have .x and .y and no {name!r}: does it take an ImageData?")
 
     def to(self, device) -> "Images":
         """The same images on another device, or of another precision, which labels don't take."""
@@ -96,6 +101,10 @@ class ImageData:
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         return tuple(self.train.x.shape[1:])
+
+    def __getattr__(self, name: str):
+        what = f"ImageData has .train, .val and .test, which have .x and .y, and no {name!r}"
+        raise AttributeError(f"{what}: give one of them, or ImageTask(data) where a task is wanted")
 
     def to(self, device) -> "ImageData":
         """The same data on another device; zoos and spaces are trained where their images are."""
@@ -247,7 +256,8 @@ def blends(x: Tensor, seed: int = 0) -> Tensor:
 
 def few_shot(images: Images, per_class: int, seed: int = 0) -> Images:
     """``per_class`` random images of each class, class by class; ValueError if one has fewer."""
-    generator, chosen, images = torch.Generator().manual_seed(seed), [], Images.of(images)
+    images = Images.of(images)
+    generator, chosen = torch.Generator().manual_seed(seed), []
     for label in images.y.unique().tolist():
         members = (images.y == label).nonzero()[:, 0]
         if not 1 <= per_class <= len(members):

@@ -168,12 +168,12 @@ def optimise(
     Every embedding is an independent search, all run as one batch. Ctrl-C returns the best so far.
 
     Args:
-        starts: embeddings [N, E] or [E]; nets, which are encoded; or a whole number of random
-            points drawn from ``prior``.
+        starts: embeddings [N, E] or [E]; nets or a module, which are encoded; or a whole number of
+            random points drawn from ``prior``.
         loss: (nets, generator) -> loss of each net [N], or their mean; such as `ImageLoss`, or your
             own ``lambda nets, generator: my_loss(nets(x))`` on logits [N, B, K].
-        validate: images to measure accuracy on, or (nets) -> score [N], higher is better. The best
-            state of each start is kept, the later one of equals. None: the last state.
+        validate: images (see `Images.of`) to measure accuracy on, or (nets) -> score [N], higher is
+            better. The best state of each start is kept, the later one of equals. None: the last.
         architecture: name or index of the one wanted, in a space of several: its decoder is used
             and the classifier's cross-entropy added, so that the embedding comes to stand for it.
             None: whatever each embedding stands for.
@@ -251,8 +251,7 @@ def _descend(decode, start, loss, validate, goal, config, progress) -> Search:
 
     ``goal`` says of z what is added to its loss, and whether it is what was wanted, [N] each.
     """
-    if not callable(loss):
-        raise ValueError(f"a loss of nets is a function, as ImageLoss(images), not {loss!r:.99}")
+    validate = _validation(loss, validate)
     z, stopped = start.detach().clone().requires_grad_(), ""
     adam, generator = torch.optim.Adam([z], config.lr), torch.Generator().manual_seed(config.seed)
     path, losses = [], []  # states (z, score, whether it is what was wanted), losses of steps
@@ -293,6 +292,14 @@ def _descend(decode, start, loss, validate, goal, config, progress) -> Search:
         nets = decode(kept)
     losses = torch.stack(losses) if losses else z.new_empty(0, len(start))
     return Search(kept, score, there.any(0), nets, z, scores, losses, stopped)
+
+
+def _validation(loss, validate) -> Validation:
+    """What to validate on, images read once; ValueError for a loss that is none."""
+    if not callable(loss):
+        given = type(loss).__name__
+        raise ValueError(f"a loss of nets is a function, as ImageLoss(images), not a {given}")
+    return validate if validate is None or callable(validate) else Images.of(validate)
 
 
 class LossError(ValueError):

@@ -38,7 +38,8 @@ def compare(predicted: Tensor, target: Tensor, y: Tensor) -> dict[str, float]:
 
 def scores(space: NetSpace, nets: Nets, images) -> dict[str, float]:
     """`compare` the nets with what the space decodes from their embeddings, on ``images``."""
-    decoded, images = space.decode(space.encode(nets), space.index(nets)), Images.of(images)
+    images = Images.of(images)
+    decoded = space.decode(space.encode(nets), space.index(nets))
     return compare(decoded.outputs(images.x), nets.outputs(images.x), images.y)
 
 

@@ -198,6 +198,7 @@ class MixedNets:
 
     def accuracy(self, images) -> Tensor:
         """Accuracy in percent of each net on ``images``: [N]."""
+        images = Images.of(images)
         return self.join([group.accuracy(images) for group in self.groups])
 
 

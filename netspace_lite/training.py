@@ -68,9 +68,10 @@ class LikenessLoss:
         inputs: [S, ...] shared, or with ``per_net`` [N, S, ...], each net's own.
         loss: (outputs, targets, scale) -> [N], as in `Distillation`.
         samples: B, inputs drawn in each step.
-        consensus: weight of a second term: how often a net sides with what most of ``nets`` say,
-            less how often its like does, squared. What an encoder is unsure of is decoded to an
-            average of nets, which is right more often than each; this makes it as good as they are.
+        consensus: weight of a second term: how often a net chooses the class that ``nets`` choose
+            most, less how often its like does, squared. What an encoder is unsure of is decoded to
+            an average of nets, which is right more often than each; this makes it as good as they.
+            Shares are of the inputs drawn, so the weight that is best depends on ``samples``.
 
     Call it with nets and a generator: the loss of each net, [N]. ``like`` [N] says which of the
     nets each should be like, all in their order unless given; ``analogy``, (far, p, q) of [N]
@@ -80,13 +81,15 @@ class LikenessLoss:
     def __init__(
         self, nets, inputs: Tensor, *, per_net=False, loss=kl_divergence, samples=64, consensus=0.0
     ):
+        self.consensus = _consensus(consensus, per_net)
         self.inputs, self.per_net, self.loss, self.samples = inputs, per_net, loss, samples
         self.targets = nets.outputs(inputs, True) if per_net else nets.outputs(inputs)
         check_finite(self.targets, "the answers of nets")
-        self.scale, self.consensus = logit_scale(self.targets), consensus
-        if consensus and per_net:
-            raise ValueError("nets that are asked different things have no consensus: consensus=0")
-        self.majority = classes(self.targets).mode(0).values if consensus else None  # [S]
+        self.scale = logit_scale(self.targets)
+        if self.consensus:
+            chosen, count = classes(self.targets), self.targets.shape[-1]
+            votes = torch.stack([(chosen == k).sum(0) for k in range(count)])
+            self.choice = votes.argmax(0)  # [S], of equals the first
 
     def __call__(self, nets: Nets, generator: torch.Generator, like=None, analogy=None) -> Tensor:
         s = torch.randint(self.targets.shape[1], (self.samples,), generator=generator)
@@ -102,17 +105,27 @@ class LikenessLoss:
             targets = scale * (own + far * (up - down))
         losses = self.loss(outputs, targets, scale)
         if self.consensus:
-            own, wanted = (self._sides(x / scale, self.majority[s]) for x in (outputs, targets))
+            own, wanted = (_sides(x / scale, self.choice[s]) for x in (outputs, targets))
             losses = losses + self.consensus * (own - wanted).square()
         return losses
 
-    def _sides(self, logits: Tensor, majority: Tensor) -> Tensor:
-        """How often nets' logits [N, B, K] in their own scale are largest for classes [B]: [N].
 
-        Softly, so that there is a gradient.
-        """
-        sure, at = (SHARP * logits).softmax(-1), majority[None, :, None]
-        return sure.gather(-1, at.expand(len(sure), -1, 1)).mean((1, 2))
+def _sides(logits: Tensor, choice: Tensor) -> Tensor:
+    """How often nets' logits [N, B, K] in their own scale are largest for the classes [B]: [N].
+
+    Softly, so that there is a gradient: of inputs where another class is not far ahead.
+    """
+    sure, at = (SHARP * logits).softmax(-1), choice[None, :, None]
+    return sure.gather(-1, at.expand(len(sure), -1, 1)).mean((1, 2))
+
+
+def _consensus(weight, per_net: bool) -> float:
+    """The weight of a consensus as a number; ValueError where there can be none."""
+    if not 0 <= weight < inf:
+        raise ValueError(f"consensus is a weight from 0, not {weight}")
+    if weight and per_net:
+        raise ValueError("nets that are asked different things have no consensus: consensus=0")
+    return float(weight)
 
 
 def combine(*objectives: Objective, weights: Sequence[float] | None = None) -> Objective:
@@ -241,7 +254,8 @@ class Distillation:
         consensus=0.0, **draw,
     ):  # fmt: skip
         self.pool, self.draw = MixedZoo(space, zoos), Draw(**draw)
-        self.options = {"per_net": per_net, "loss": loss, "consensus": consensus}
+        self.options, weight = {"per_net": per_net, "loss": loss}, _consensus(consensus, per_net)
+        self.options |= {"consensus": weight} if weight else {}  # or older fits would be others
         self.inputs, zoos = inputs, self.pool.zoos
         self._asked = self._like = None
         if per_net and len(zoos) > 1:

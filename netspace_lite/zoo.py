@@ -126,7 +126,7 @@ class ImageTask:
     """Classify images: mini-batches of ``batch`` training images, cross-entropy."""
 
     def __init__(self, data: ImageData, batch: int = 64):
-        if not hasattr(data, "train"):
+        if not hasattr(getattr(data, "train", None), "x"):
             what = f"an ImageTask wants ImageData, not a {type(data).__name__}"
             raise ValueError(f"{what}: ImageData(name, train, val, test, classes) makes one")
         self.data, self.batch_size = data, min(batch, len(data.train))
@@ -332,6 +332,6 @@ def diverged_at(losses: Tensor) -> list[int]:
 
 def device_of(task: Task) -> torch.device:
     """Nets are trained where the data of their task is. ValueError for what is no task."""
-    if not hasattr(task, "batch"):
+    if not (hasattr(task, "batch") or hasattr(task, "scores")):
         raise ValueError(f"a {type(task).__name__} is no task: ImageTask(data) is one, see Task")
     return torch.device(getattr(task, "device", "cpu"))

@@ -9,6 +9,14 @@ from sklearn.datasets import load_digits as sklearn_digits
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from toy import random_nets
 
+from netspace_lite import (
+    Descent,
+    ImageLoss,
+    MixedNets,
+    NetSpace,
+    SpaceConfig,
+    optimise,
+)
 from netspace_lite import data as data_module
 from netspace_lite.architectures import lite_net
 from netspace_lite.data import (
@@ -260,16 +268,27 @@ def test_a_class_that_would_only_be_validated_on_is_refused(tmp_path):
 
 
 class Pairs(Dataset):
-    """A data set as PyTorch's users have them: an image and a whole number at a time."""
+    """A data set as PyTorch's users have them: x as it is stored, transformed when it is read."""
 
     def __init__(self, images):
-        self.images = images
+        self.x, self.y = images.x * 2, images.y
 
     def __len__(self):
-        return len(self.images)
+        return len(self.x)
 
     def __getitem__(self, n):
-        return self.images.x[n], int(self.images.y[n])
+        return self.x[n] / 2, int(self.y[n])
+
+
+class Augmented(Pairs):
+    """One that draws, and counts how often it is read."""
+
+    read = 0
+
+    def __getitem__(self, n):
+        self.read += 1
+        x, y = super().__getitem__(n)
+        return x + np.random.standard_normal(), y
 
 
 @pytest.mark.parametrize(
@@ -297,14 +316,29 @@ def test_images_are_read_of_whatever_holds_them(given):
     assert fingerprint(ImageTask(own)) == fingerprint(ImageTask(data))
 
 
+def test_images_that_are_drawn_are_drawn_once_and_leave_randomness_alone():
+    data, before = load_digits(), np.random.get_state()[1].tolist()
+    given, moved = Augmented(data.val), random_nets(lite_net("LeNetLike", data.shape, 10), 2)
+    space = NetSpace.for_zoos(moved, data.train.x, SpaceConfig(probes=4))
+    config = Descent(steps=4, every=1)
+    optimise(space, moved, ImageLoss(data.train), given, config=config, progress=False)
+    MixedNets([moved, moved]).accuracy(given)
+    assert given.read == 2 * len(data.val)
+    assert np.random.get_state()[1].tolist() == before
+
+
 def test_what_holds_no_images_says_so():
     """Seen before: an attribute that it lacks, and no word on what to give instead."""
     data = load_digits()
     nets = random_nets(lite_net("LeNetLike", data.shape, data.classes), 2)
-    for given in (data, data.test.x, None, [str(n) for n in range(9)], Pairs(data)):
-        with pytest.raises(ValueError, match=r"gives no images .*: give Images\(x, y\)"):
+    pictures = [({"image": 0}, 1), ({"image": 1}, 0)]
+    for given in (data, data.test.x, None, [str(n) for n in range(9)], DataLoader(pictures)):
+        kind = type(given).__name__
+        with pytest.raises(ValueError, match=rf"a {kind} gives no images .*: give Images\(x, y\)"):
             nets.accuracy(given)
-    for given in (data.train, DataLoader(Pairs(data.train)), None):
+    downloaded = Pairs(data.train)
+    downloaded.train = True  # as torchvision's say which part they are
+    for given in (data.train, downloaded, DataLoader(downloaded), nets.module, None):
         with pytest.raises(ValueError, match=r"wants ImageData, not .*: ImageData\(name"):
             ImageTask(given)
 

@@ -3,48 +3,83 @@
 Each of these was an AttributeError or a TypeError from somewhere inside.
 """
 
+from types import SimpleNamespace
+
 import pytest
 from toy import random_nets
 
 import netspace_lite as ns
 
-DATA = ns.load_digits()
-NET = ns.lite_net("LeNetLike", DATA.shape, DATA.classes)
-NETS = random_nets(NET, 4)
-SPACE = ns.NetSpace.for_zoos(NETS, DATA.train.x, ns.SpaceConfig(probes=8))
-OBJECTIVE = ns.Distillation(SPACE, NETS, DATA.train.x)
 
-
-def validate(space):
-    return ns.scores(space, NETS, DATA.val)
+@pytest.fixture(scope="module")
+def w():
+    data = ns.load_digits()
+    nets = random_nets(ns.lite_net("LeNetLike", data.shape, data.classes), 4)
+    space = ns.NetSpace.for_zoos(nets, data.train.x, ns.SpaceConfig(probes=8))
+    objective = ns.Distillation(space, nets, data.train.x)
+    parts = {"data": data, "nets": nets, "net": nets.module, "space": space, "fit": objective}
+    return SimpleNamespace(**parts, validate=lambda s: ns.scores(s, nets, data.val))
 
 
 FIRST_TRIES = {
-    "nets have no line": (lambda: ns.interpolate(NETS[0], NETS[1]), "by space.encode; weight_line"),
-    "a module is no point": (lambda: ns.interpolate(NET, NET), "by space.encode; weight_line"),
-    "no validation": (lambda: ns.fit(SPACE, OBJECTIVE, None, 2), "lambda space: scores"),
-    "no objective": (lambda: ns.fit(SPACE, None, validate, 2), "such as a Distillation"),
-    "no loss": (lambda: ns.optimise(SPACE, NETS, None), r"as ImageLoss\(images\), not None"),
-    "images for a loss": (lambda: ns.refine(SPACE, NETS, DATA.train), r"not Images\(x="),
-    "data for inputs": (lambda: ns.NetSpace.for_zoos(NETS, DATA), "data.train.x, not ImageData"),
-    "images for inputs": (lambda: ns.NetSpace.for_zoos(NETS, DATA.train), "not Images"),
-    "data for a task": (lambda: ns.train_zoo(NET, DATA, ns.draw_recipes(2)), r"ImageTask\(data\)"),
-    "a number of recipes": (lambda: ns.train_zoo(NET, ns.ImageTask(DATA), 12), "draw_recipes"),
-    "data for a loss": (lambda: ns.ImageLoss(DATA), "such as data.test"),
-    "data for a few": (lambda: ns.few_shot(DATA, 5), "such as data.test"),
-    "inputs for images": (lambda: ns.scores(SPACE, NETS, DATA.test.x), "such as data.test"),
-    "a side for an image": (lambda: ns.lite_net("VanillaCNN", 28, 10), "as data.shape, not 28"),
-    "no channels": (lambda: ns.lite_net("ResNet8", (28, 28), 10), "channels, height, width"),
+    "nets have no line": (
+        lambda w: ns.interpolate(w.nets[0], w.nets[1]),
+        "by space.encode; weight_line",
+    ),
+    "a module is no point": (lambda w: ns.interpolate(w.net, w.net), "by space.encode"),
+    "no validation": (lambda w: ns.fit(w.space, w.fit, None, 2), "lambda space: scores"),
+    "no objective": (lambda w: ns.fit(w.space, None, w.validate, 2), "such as a Distillation"),
+    "no loss": (
+        lambda w: ns.optimise(w.space, w.nets, None),
+        r"as ImageLoss\(images\), not a None",
+    ),
+    "images for a loss": (lambda w: ns.refine(w.space, w.nets, w.data.train), "not a Images"),
+    "data for inputs": (
+        lambda w: ns.NetSpace.for_zoos(w.nets, w.data),
+        "data.train.x, not ImageData",
+    ),
+    "images for inputs": (lambda w: ns.NetSpace.for_zoos(w.nets, w.data.train), "not Images"),
+    "data for a task": (
+        lambda w: ns.train_zoo(w.net, w.data, ns.draw_recipes(2)),
+        r"ImageData is no task: ImageTask\(data\)",
+    ),
+    "a number of recipes": (
+        lambda w: ns.train_zoo(w.net, ns.ImageTask(w.data), 12),
+        "one per net, as draw_recipes",
+    ),
+    "data for a loss": (lambda w: ns.ImageLoss(w.data), "such as data.test"),
+    "data for a few": (lambda w: ns.few_shot(w.data, 5), "such as data.test"),
+    "inputs for images": (
+        lambda w: ns.scores(w.space, w.nets, w.data.test.x),
+        "such as data.test",
+    ),
+    "a side for an image": (
+        lambda w: ns.lite_net("VanillaCNN", 28, 10),
+        "as data.shape, not 28",
+    ),
+    "no channels": (
+        lambda w: ns.lite_net("ResNet8", (28, 28), 10),
+        r"\(channels, height, width\), as data.shape",
+    ),
 }
 
 
 @pytest.mark.parametrize(("attempt", "sentence"), FIRST_TRIES.values(), ids=FIRST_TRIES)
-def test_it_says_what_to_give(attempt, sentence):
+def test_it_says_what_to_give(w, attempt, sentence):
     with pytest.raises(ValueError, match=sentence):
-        attempt()
+        attempt(w)
 
 
-def test_a_search_may_start_from_a_module():
-    config = ns.Descent(steps=1)
-    found = ns.optimise(SPACE, NETS.to_module(0), ns.ImageLoss(DATA.train), config=config)
+def test_a_search_may_start_from_a_module(w):
+    start, config = w.nets.to_module(0), ns.Descent(steps=1)
+    found = ns.optimise(w.space, start, ns.ImageLoss(w.data.train), config=config, progress=False)
     assert found.best.shape == (1, 128)
+
+
+def test_a_task_that_only_scores_will_do_for_nets_that_are_trained(w):
+    class Scoring:
+        def scores(self, nets, members):
+            return {"val_accuracy": nets.accuracy(w.data.val)}
+
+    zoo = ns.Zoo.from_modules([w.nets.to_module(n) for n in range(3)], Scoring())
+    assert zoo.scores["val_accuracy"].tolist() == w.nets[:3].accuracy(w.data.val).tolist()

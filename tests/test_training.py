@@ -180,10 +180,47 @@ def test_a_consensus_compares_how_often_nets_side_with_most(zoo, data):
     assert found[:2].max() > 0.01
 
 
+def test_a_consensus_moves_nets_and_is_part_of_what_an_objective_is(zoo, data):
+    """Down its gradient alone a net of middling accuracy comes to side like a good one."""
+    order = zoo.scores["val_accuracy"].argsort()
+    one, best = zoo[order[len(order) // 2]], order[-1:]
+    like = LikenessLoss(zoo, data.train.x, loss=lambda *_: 0.0, samples=200, consensus=1.0)
+    rows, losses = one.rows.clone().requires_grad_(), []
+    adam = torch.optim.Adam([rows], 3e-3)
+    for _ in range(40):
+        (loss,) = like(Nets(zoo.batched, rows), generator(), best)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 4
+    found = {}
+    for weight in (0, 0.0, 1, np.float32(1), 2.0):
+        space = NetSpace.for_zoos(zoo, data.train.x, SMALL)
+        objective = Distillation(space, zoo, data.train.x, consensus=weight, analogies=0)
+        found[fingerprint(objective, known=[space])] = objective(space, generator()).item()
+    assert len(found) == 3
+    none, once, twice = found.values()
+    assert twice - once == pytest.approx(once - none, rel=1e-3)
+    assert once > none
+
+
+def test_a_consensus_of_several_zoos_is_that_of_all_their_nets(zoos, data):
+    space = NetSpace.for_zoos(zoos, data.train.x, CONFIG)
+    objective = Distillation(space, zoos, data.train.x, nets=6, analogies=0, consensus=1.0)
+    assert objective(space, generator()).isfinite()
+    answers = torch.cat([zoo.outputs(data.train.x).argmax(-1) for zoo in zoos])
+    votes = [np.bincount(answers[:, s].numpy()).argmax() for s in range(len(data.train))]
+    assert objective._likeness().choice.tolist() == votes
+
+
 def test_a_consensus_is_of_classes_that_all_were_asked_for(zoo, data):
+    for weight in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="consensus is a weight from 0, not"):
+            LikenessLoss(zoo, data.train.x, consensus=weight)
     own = data.train.x[:5].expand(len(zoo), 5, *data.shape)
     with pytest.raises(ValueError, match="asked different things have no consensus"):
-        LikenessLoss(zoo, own, per_net=True, consensus=1.0)
+        Distillation(NetSpace.for_zoos(zoo, own[0], SMALL), zoo, own, per_net=True, consensus=1.0)
     values = random_nets(nn.Sequential(nn.Linear(4, 1)), 2)
     with pytest.raises(ValueError, match="no logits"):
         LikenessLoss(values, torch.randn(5, 4), loss=squared_error, consensus=1.0)
