@@ -406,10 +406,11 @@ def test_files_of_ones_own_count_wherever_they_lie(name, tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setitem(sys.modules, name, None)  # afterwards what was there, or nothing
     found = []
     for factor in (2, 3):
         (folder / f"{name}.py").write_text(f"def loss(x):\n    return {factor} * x\n")
-        monkeypatch.delitem(sys.modules, name, raising=False)
+        sys.modules.pop(name)
         importlib.invalidate_caches()
         found.append(fingerprint(importlib.import_module(name).loss))
     assert found[0] != found[1]
