@@ -53,9 +53,13 @@ def test_a_space_of_them_fits_saves_and_loads(zoo, tmp_path):
         (ns.SpaceConfig(parts="paper", embedding=4096, chunk=64), "probes=0"),
         (ns.SpaceConfig(parts="paper", embedding=128, chunk=64, probes=0), "4096"),
         (ns.SpaceConfig(parts="paper", embedding=4096, chunk=60, probes=0), "eights"),
-        (ns.SpaceConfig(parts="theirs"), "theirs"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(zoo, config, said):
     with pytest.raises(ValueError, match=said):
         ns.NetSpace.for_zoos(zoo, torch.randn(16, 1, 8, 8), config)
+
+
+def test_parts_of_nobodys_are_refused():
+    with pytest.raises(ValueError, match="parts should be one of .*, not 'theirs'"):
+        ns.SpaceConfig(parts="theirs")
