@@ -173,8 +173,8 @@ class NetSpace(nn.Module):
         super().__init__()
         self.config, self.seed = config or SpaceConfig(), int(seed)
         config, answers = self.config, 0
-        kind = getattr(inputs, "dtype", type(inputs).__name__)
-        if not isinstance(inputs, Tensor) or not (kind.is_floating_point or kind in TOKENS):
+        kind = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
+        if isinstance(kind, str) or not (kind.is_floating_point or kind in TOKENS):
             raise ValueError(f"inputs should be floats in a tensor, as data.train.x, not {kind}")
         if config.probes:
             check_finite(inputs, "inputs")

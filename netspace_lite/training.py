@@ -254,9 +254,9 @@ class Distillation:
         consensus=0.0, **draw,
     ):  # fmt: skip
         self.pool, self.draw = MixedZoo(space, zoos), Draw(**draw)
-        self.options, weight = {"per_net": per_net, "loss": loss}, _consensus(consensus, per_net)
-        self.options |= {"consensus": weight} if weight else {}  # or older fits would be others
-        self.inputs, zoos = inputs, self.pool.zoos
+        self.inputs, self.options, zoos = inputs, {"per_net": per_net, "loss": loss}, self.pool.zoos
+        if weight := _consensus(consensus, per_net):  # without one it is the objective of before
+            self.options["consensus"] = weight
         self._asked = self._like = None
         if per_net and len(zoos) > 1:
             raise ValueError(f"inputs per net need one zoo, not {len(zoos)}: share the inputs")

@@ -9,14 +9,7 @@ from sklearn.datasets import load_digits as sklearn_digits
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from toy import random_nets
 
-from netspace_lite import (
-    Descent,
-    ImageLoss,
-    MixedNets,
-    NetSpace,
-    SpaceConfig,
-    optimise,
-)
+from netspace_lite import Descent, ImageLoss, MixedNets, NetSpace, SpaceConfig, optimise
 from netspace_lite import data as data_module
 from netspace_lite.architectures import lite_net
 from netspace_lite.data import (

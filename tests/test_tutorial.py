@@ -74,7 +74,7 @@ def test_presets_change_sizes_of_lite_and_add_none(preset):
 def test_a_preset_trains_with_as_many_chances_as_architectures():
     for preset in PRESETS:
         several = Settings(preset=preset).sizes.several
-        assert len(several.draw["chances"]) == len(several.nets)
+        assert len(several.chances) == len(several.nets)
         assert all(sum(several.held_out) < count for count in several.nets.values())
 
 

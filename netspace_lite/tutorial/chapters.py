@@ -85,8 +85,7 @@ def several_space(settings: Settings, data: ns.ImageData, blind: bool = False) -
     probes = noise(data, settings.seed, config.probes) if blind else data.train.x
     space = ns.NetSpace.for_zoos(train, probes, config, settings.seed)
     inputs = ns.blends(data.train.x[: size.images])
-    # Analogies gain nothing here, and searches for another architecture end 1 to 2 points lower.
-    instances = ns.Distillation(space, train, inputs, **size.draw)
+    instances = ns.Distillation(space, train, inputs, chances=size.chances, **size.draw)
     naming = ns.ArchitectureClassification(space, train, translated=not blind)
     objective = ns.combine(instances, naming, weights=(1, 0.1))
     kept = {"epoch": size.epoch, "folder": settings.folder("mixed/space" + blind * "-blind")}
