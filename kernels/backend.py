@@ -17,7 +17,8 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # Triton is published for Linux; elsewhere the PyTorch references do the work
-    triton = tl = SimpleNamespace(jit=lambda fn: fn, constexpr=int)  # so that files import anywhere
+    # so that files import anywhere
+    triton = tl = SimpleNamespace(jit=lambda *fn, **how: fn[0] if fn else triton.jit, constexpr=int)
 
 HAS_TRITON = hasattr(triton, "compile")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")

@@ -81,7 +81,8 @@ def _met(x, pixel, k, end, xb, step: tl.constexpr):
     return tl.load(of_pixel[:, None] + of_window[None, :], mask=inside, other=0)
 
 
-@triton.jit
+# Sizes of layers are the compiler's, those of batches not: code for each would take as long again.
+@triton.jit(do_not_specialize=["nets", "B"])
 def forward_kernel(
     x, w, bias, y, saved, nets, B, xb, xn, wn, bn, step: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, index=None,
@@ -107,7 +108,7 @@ def forward_kernel(
     put(y + at, act_forward(acc, step), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nets", "B"])
 def input_grad_kernel(
     g, saved, w, dx, nets, summed, B, wn, step: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ADD: tl.constexpr = False, index=None,
@@ -153,7 +154,7 @@ def input_grad_kernel(
     put(dx + at, acc, in_image[:, None] & (col[None, :] < step.C), ADD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nets", "B"])
 def weight_grad_kernel(
     g, saved, x, dw, db, nets, part, B, xb, xn, step: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, index=None,

@@ -145,18 +145,18 @@ def _backward_step(row, values, grads, parts, b, i, PLAN: tl.constexpr, PRECISIO
                 put(_at(step.other, grads, b) + at, z, at < size, step.add_other)
 
 
-@triton.jit
+# A whole net takes seconds to compile: no other code for other numbers of nets and samples.
+@triton.jit(do_not_specialize=["B", "part", "few", "keep"])
 def _forward_kernel(
-    x, rows, out, scratch, B, part, few, xn, rn,
-    PLAN: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    x, rows, out, scratch, B, part, few, keep, xn, rn, PLAN: tl.constexpr, PRECISION: tl.constexpr
+):
     """Grid (N·⌈B/part⌉,): the answers of one net to `part` samples, `few` of them at a time."""
     splits = tl.cdiv(B, part)
     n, begin = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits * part
     end = tl.minimum(begin + part, B)
     for start in range(begin, end, few):
         b, sample = tl.minimum(few, end - start), n * B + start
-        kept = sample if KEEP else tl.program_id(0).to(tl.int64) * few
+        kept = tl.where(keep > 0, sample, tl.program_id(0).to(tl.int64) * few)
         inputs = x + n * xn + tl.cast(start, tl.int64) * PLAN.inputs
         values = scratch + kept * PLAN.values, out + sample * PLAN.outputs, inputs
         for i in tl.static_range(len(PLAN.steps)):
@@ -164,7 +164,7 @@ def _forward_kernel(
             tl.debug_barrier()  # what this step wrote is there before the next one reads it
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nets", "B", "part"])
 def _backward_kernel(
     g, x, rows, out, scratch, grads, parts, nets, B, part, xn, rn,
     PLAN: tl.constexpr, PRECISION: tl.constexpr,
@@ -204,8 +204,8 @@ def launch_forward(
     out, scratch = _empty(x, rows, plan, keep, precision)
     (nets, samples, _), part = out.shape, _part(len(rows), x.shape[-2])
     few = part if keep else min(part, SAMPLES)
-    known = {"PLAN": plan_of(plan), "KEEP": keep, "PRECISION": precision, **HOW}
-    given = x, rows, out, scratch, samples, part, few, x.expand(nets, -1, -1).stride(0)
+    known = {"PLAN": plan_of(plan), "PRECISION": precision, **HOW}
+    given = x, rows, out, scratch, samples, part, few, int(keep), x.expand(nets, -1, -1).stride(0)
     _forward_kernel[(nets * cdiv(samples, part),)](*given, rows.stride(0), **known)
     return out, scratch
 

@@ -147,7 +147,7 @@ def _forward_kernel(
     put(out + n * B + m, y, m < B)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nets", "splits"])
 def _backward_kernel(
     g, points, rows, parts, B, h, nets, splits, pn, pb, pi, rn, omega,
     PRECISION: tl.constexpr, HP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
@@ -189,7 +189,7 @@ def _backward_kernel(
     tl.store(part + size - 1, tl.sum(db3, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nets", "splits"])
 def _w2_grad_kernel(
     g, points, rows, parts, B, h, nets, splits, pn, pb, pi, rn, omega,
     PRECISION: tl.constexpr, HP: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr,

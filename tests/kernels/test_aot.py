@@ -195,3 +195,51 @@ def test_more_shared_memory_where_there_is_more():
         assert SHARED_LIMIT[86] * 1024 < report["shared"] <= SHARED_LIMIT[report["arch"]] * 1024
         assert report["spill_stores"] == report["spill_loads"] == report["stack"] == 0
         assert report["tensor_core"]
+
+
+KNOWN = """
+import json
+import torch
+from netspace_lite import lite_net
+from netspace_lite.batching import Batched
+from netspace_lite.kernels import aot
+batched, image = Batched(lite_net("LeNetLike", (1, 8, 8), 10)), torch.Size([1, 8, 8])
+plan = batched._mode(torch.zeros(1), False).plan(batched.layout, image)
+def net(nets, samples, keep):
+    given = aot.meta(nets, samples, 64), aot.meta(nets, plan.parameters), plan.text, keep, "tf32"
+    out, scratch = aot.net.launch_forward(*given)
+    if keep:
+        aot.net.launch_backward(out, (False, True), *given, out, scratch)
+def layer(nets, samples):
+    weight, options = aot.meta(32, 16, 3, 3), (1, 1, 1)
+    aot.launch_layer(samples, weight, 8, options, True, False, "tf32", nets=nets)
+def siren(nets, points):
+    rows, points = aot.meta(nets, aot.siren.siren_params(64)), aot.meta(nets, points, 3)
+    out = aot.siren.launch_forward(points, rows, 64, 30.0, "tf32")
+    aot.siren.launch_backward(out, (False, True), points, rows, 64, 30.0, "tf32", out)
+def known(case, *sizes):
+    with aot.recorded_launches() as launches, aot._pretended(90):
+        case(*sizes)
+        for each in launches:
+            *_, bind = each.kernel.create_binder()
+            print(json.dumps([case.__name__, each.name, repr(bind(**each.args)[1:])]))
+for sizes in ((8, 128, True), (1, 100, True), (3, 7, False), (8, 449, False)):
+    known(net, *sizes)
+for sizes in ((8, 128), (2, 128), (3, 50)):
+    known(layer, *sizes)
+for nets in (8, 3, 1):
+    known(siren, nets, 1024)
+"""
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton isn't published for this platform")
+def test_other_numbers_of_nets_and_samples_run_the_same_code():
+    """Or a notebook would wait for the compiler at each; a layer's sizes are what it knows."""
+    found = {}
+    for case, kernel, how in python("-c", KNOWN):
+        found.setdefault((case, kernel), []).append(how)
+    kernels = {name for names in MATRIX.values() for name in names}
+    assert {kernel for _, kernel in found} == kernels
+    assert {len(ways) for ways in found.values()} == {2, 3, 4}
+    several = {name for name, ways in found.items() if len(set(ways)) > 1}
+    assert several <= {("layer", "weight_grad_kernel")}  # reads more at once of parts of 16
