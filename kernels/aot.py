@@ -171,17 +171,16 @@ def _siren(hidden, bias, shared, mode):
 
 
 def _net(name, bias, shared, mode):
-    """A lite net on digits: inputs per net and a gradient to come, or neither; ResNets in tf32."""
-    if name != "LeNetLike" and (mode, shared) != ("tf32", False):
+    """A lite net on digits, inputs shared or per net alike; ResNets in tf32."""
+    if shared or (name != "LeNetLike" and mode != "tf32"):
         return
     (dtype, precision), image = MODES[mode], (1, 8, 8)
     batched = Batched(lite_net(name, image, 10))
     plan = batched._mode(torch.zeros(1), False).plan(batched.layout, torch.Size(image))
     x, rows = meta(8, 128, plan.inputs, dtype=dtype), meta(8, plan.parameters, dtype=dtype)
-    given = x[0] if shared else x, rows, plan.text, not shared, precision
+    given = x, rows, plan.text, True, precision
     out, scratch = net.launch_forward(*given)
-    if not shared:
-        net.launch_backward(out, (False, True), *given, out, scratch)
+    net.launch_backward(out, (False, True), *given, out, scratch)
 
 
 def _loss(classes, bias, shared, mode):

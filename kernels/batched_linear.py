@@ -42,7 +42,7 @@ def batched_linear(
         pixels = (x if x.ndim == 2 else x.transpose(0, 1))[..., None, None]
         how = act, float(slope), float(omega), fp32_precision(precision)
         y = layer(pixels, weight[..., None, None], bias, [1, 1], [0, 0], *how)[0]
-        return y[..., 0, 0].transpose(0, 1)
+        return y.flatten(2).transpose(0, 1)
     return batched_linear_reference(x, weight, bias, activation, slope, omega)
 
 

@@ -146,11 +146,14 @@ def register_differentiable(name, launch, empty, launch_backward):
     def keep(ctx, inputs, output):
         values = *inputs, *(output if isinstance(output, tuple) else (output,))
         ctx.mark_non_differentiable(*values[len(inputs) + 1 :])
+        ctx.set_materialize_grads(False)  # or each backward fills zeros as large as those
         ctx.save_for_backward(*(v if isinstance(v, torch.Tensor) else None for v in values))
         ctx.options = [None if isinstance(v, torch.Tensor) else v for v in values]
 
     def differentiate(ctx, g, *_, run=backward):
         kept, needs = zip(ctx.saved_tensors, ctx.options, strict=True), ctx.needs_input_grad
+        if g is None:
+            return (None,) * len(needs)
         grads = iter(run(g, list(needs), *(o if t is None else t for t, o in kept)))
         return tuple(next(grads) if need else None for need in needs)
 

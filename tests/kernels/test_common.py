@@ -200,6 +200,34 @@ def test_launched_directly_or_as_an_op(named_op):
     assert torch.equal(found[1], found[3])
 
 
+class Unmoved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return None
+
+
+@pytest.mark.parametrize("watch", [contextlib.nullcontext, lambda: Seen()], ids=["direct", "op"])
+@pytest.mark.parametrize("named_op", ["linear", "conv2d", "loss"], indirect=True)
+def test_no_zeros_for_results_without_a_gradient(named_op, watch):
+    """They can be as large as all of a net's values, and would be filled in each backward."""
+    _, op, x = named_op
+    with backend("triton"), watch():
+        y = op(x.requires_grad_())
+        with torch.profiler.profile() as profile:
+            y.backward(torch.ones_like(y))
+    made = {event.name for event in profile.events()}
+    assert any("backward" in name.lower() for name in made)
+    assert not [name for name in made if name.startswith("aten::zero")]
+    x.grad = None
+    with backend("triton"), watch():
+        Unmoved.apply(op(x)).sum().backward()
+    assert x.grad is None
+
+
 def test_memory_that_is_not_what_it_says(device):
     """A tensor may be the negative of what lies in its memory, and yet count as contiguous."""
     x, w = torch.randn(2, 4, 1, device=device), torch.randn(2, 5, 1, device=device)
