@@ -152,10 +152,10 @@ def register_differentiable(name, launch, empty, launch_backward):
 
     def differentiate(ctx, g, *_, run=backward):
         kept, needs = zip(ctx.saved_tensors, ctx.options, strict=True), ctx.needs_input_grad
-        if g is None:
-            return (None,) * len(needs)
-        grads = iter(run(g, list(needs), *(o if t is None else t for t, o in kept)))
-        return tuple(next(grads) if need else None for need in needs)
+        grads = iter(
+            () if g is None else run(g, [*needs], *(o if t is None else t for t, o in kept))
+        )
+        return tuple(next(grads, None) if need else None for need in needs)
 
     op.register_autograd(differentiate, setup_context=keep)
 

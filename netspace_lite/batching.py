@@ -139,8 +139,12 @@ class Batched:
             return way
         with own_randomness(devices=[x.device] * x.is_cuda), backend("torch"), NoDropout():
             trial = trial.exact()
-            trial.watch()
-            expected, before = trial.plain(), drawn()
+            try:
+                trial.watch()
+                expected, before = trial.plain(), drawn()
+            except Exception as error:  # of the user's module, or of inputs that it can't take
+                error.add_note(f"{name_of(self.module)} was given {list(x.shape)} of {x.dtype}")
+                raise
             if not expected[0].isfinite().all():
                 return way
             random = not trial.close(trial.plain(), expected) or drawn() != before
@@ -183,7 +187,7 @@ def check_inputs(rows: Tensor, x: Tensor, per_net: bool) -> None:
         raise ValueError(f"inputs are {given}, nets are {nets}: convert one of them with .to()")
     if per_net and len(x) != len(rows):
         raise ValueError(f"per-net inputs {list(x.shape)} should start with {len(rows)} nets")
-    if x.numel() == 0:
+    if x.dim() < 1 + per_net or x.numel() == 0:
         raise ValueError(f"inputs {list(x.shape)} hold no samples: give at least one")
 
 

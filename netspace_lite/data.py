@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from . import store
+from .checks import check_finite, check_kind, check_pick, whole
 from .randomness import own_randomness
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -33,9 +34,9 @@ class Images:
     y: Tensor
 
     def __post_init__(self):
-        if not (isinstance(self.x, Tensor) and isinstance(self.y, Tensor)):
-            raise ValueError("images and labels should be tensors: torch.from_numpy(array)")
-        if self.y.dim() and self.y.shape != self.x.shape[:1]:
+        check_kind(Tensor, "images and labels are tensors: torch.from_numpy(a)", self.x, self.y)
+        one = self.y.dim() == 0 and self.x.dim() < 4  # an image and its label
+        if not one and self.y.shape != self.x.shape[:1]:
             given = f"images {list(self.x.shape)} with labels {list(self.y.shape)}"
             raise ValueError(f"{given}: each image needs one label, y should be [B]")
         self.y = self.y if self.y.is_floating_point() else self.y.long()
@@ -67,7 +68,7 @@ class Images:
         return len(self.x)
 
     def __getitem__(self, index) -> "Images":
-        return Images(self.x[index], self.y[index])
+        return Images(self.x[check_pick(index)], self.y[index])
 
     def __getattr__(self, name: str):
         raise AttributeError(f"Images have .x and .y and no {name!r}: does it take an ImageData?")
@@ -94,8 +95,14 @@ class ImageData:
 
     def __post_init__(self):
         self.train, self.val, self.test = map(Images.of, (self.train, self.val, self.test))
-        for part in (self.train, self.val, self.test):
+        self.classes = whole(self.classes, "the number of classes")
+        for name in ("train", "val", "test"):
+            part = getattr(self, name)
+            if len(part) == 0 or part.x.shape[1:] != self.train.x.shape[1:]:
+                given = f"{name} images are {list(part.x.shape)}, those to train {[*self.shape]}"
+                raise ValueError(f"{given}: each part needs some, all of one size")
             check_labels(part.y, self.classes)
+            check_finite(part.x, f"{name} images")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -248,6 +255,7 @@ def blends(x: Tensor, seed: int = 0) -> Tensor:
     For comparing what nets answer, which takes no labels, on more than their training images
     (mixup, Zhang et al. 2018, without its mixed labels).
     """
+    check_kind(Tensor, "inputs to blend are a tensor, as data.train.x", x)
     generator = torch.Generator().manual_seed(seed)
     others = torch.randperm(len(x), generator=generator)
     share = torch.rand(len(x), *[1] * (x.dim() - 1), generator=generator).to(x)
@@ -256,7 +264,7 @@ def blends(x: Tensor, seed: int = 0) -> Tensor:
 
 def few_shot(images: Images, per_class: int, seed: int = 0) -> Images:
     """``per_class`` random images of each class, class by class; ValueError if one has fewer."""
-    images = Images.of(images)
+    images, per_class = Images.of(images), whole(per_class, "images a class")
     generator, chosen = torch.Generator().manual_seed(seed), []
     for label in images.y.unique().tolist():
         members = (images.y == label).nonzero()[:, 0]

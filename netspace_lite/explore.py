@@ -17,10 +17,11 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import KernelDensity
 from torch import Tensor, nn
 
-from .data import Images
+from .checks import check_finite, check_kind, whole
+from .data import Images, check_labels
 from .nets import MixedNets, Nets, cross_entropy
 from .progress import progress_bar
-from .space import NetSpace, check_finite
+from .space import NetSpace
 from .training import LikenessLoss, NetsLoss, kl_divergence, learning_rate
 
 Validation = Images | Callable[[Nets], Tensor] | None
@@ -37,13 +38,15 @@ def interpolate(start: Tensor, end: Tensor, steps: int = 11) -> Tensor:
 
     Example: ``interpolate(torch.zeros(2), torch.ones(2), 3)`` is [[0, 0], [½, ½], [1, 1]].
     """
-    if not (isinstance(start, Tensor) and isinstance(end, Tensor)):
-        what = f"a line from a {type(start).__name__} to a {type(end).__name__}"
-        raise ValueError(f"{what}: give embeddings, by space.encode; weight_line is between nets")
+    check_kind(
+        Tensor, "a line is one of embeddings, by space.encode; weight_line of nets", start, end
+    )
+    if start.dtype != end.dtype or not start.is_floating_point():
+        raise ValueError(f"ends of a line are floats alike, not {start.dtype} and {end.dtype}")
     if start.shape != end.shape or start.dim() not in (1, 2) or start.numel() == 0:
         found = f"{list(start.shape)} and {list(end.shape)}"
         raise ValueError(f"a line needs two ends of the same shape, [E] or [M, E], not {found}")
-    if steps < 2:
+    if whole(steps, "points of a line") < 2:
         raise ValueError(f"a line has at least 2 points, its ends, not {steps}")
     way = torch.linspace(0, 1, steps, dtype=start.dtype, device=start.device)[:, None]  # [S, 1]
     return torch.lerp(start.unsqueeze(-2), end.unsqueeze(-2), way)
@@ -60,6 +63,7 @@ def weight_line(start: Nets, end: Nets, steps: int = 11) -> Nets:
 
     Returns M·S nets, line by line: ``accuracy(images).view(M, S)``.
     """
+    check_kind(Nets, "this line is between nets (interpolate: between embeddings)", start, end)
     if start.batched.fingerprint != end.batched.fingerprint:
         raise ValueError(f"{start!r} and {end!r} have no line between their weights: they differ")
     return Nets(start.batched, interpolate(start.rows, end.rows, steps).flatten(0, 1))
@@ -84,7 +88,7 @@ class ImageLoss:
     def __init__(
         self, images: Images, teacher=None, *, distil=0.9, loss=None, temperature=4.0, samples=256
     ):
-        images = Images.of(images)
+        images, samples = Images.of(images), whole(samples, "samples")
         if min(samples, len(images.x)) < 1:
             given = f"{samples} of {len(images.x)}"
             raise ValueError(f"a loss on images needs some to draw, not {given}")
@@ -92,7 +96,7 @@ class ImageLoss:
             raise ValueError(f"distil is a share of the loss, from 0 to 1, not {distil}")
         self.images, self.loss = images, loss or cross_entropy
         self.distil, self.temperature = (distil if teacher is not None else 0.0), temperature
-        self.samples = min(samples, len(images))
+        self.samples, self._checked = min(samples, len(images)), False
         if isinstance(teacher, nn.Module):
             teacher = copy.deepcopy(teacher).eval()
             with torch.no_grad():  # in parts, or a deep teacher's activations fill the memory
@@ -106,6 +110,9 @@ class ImageLoss:
         s = torch.randperm(len(self.images), generator=generator)[: self.samples]
         s = s.to(self.images.x.device)
         logits, total = nets(self.images.x[s]), 0
+        if self.loss is cross_entropy and not self._checked:  # once: a GPU would wait
+            check_labels(self.images.y, logits.shape[-1])
+            self._checked = True
         if self.distil < 1:
             total = (1 - self.distil) * self.loss(logits, self.images.y[s])
         if self.distil > 0:
@@ -155,6 +162,8 @@ class Descent:
     architecture_weight: float = 1.0
 
     def __post_init__(self):
+        for name in ("steps", "every", "seed"):
+            object.__setattr__(self, name, whole(getattr(self, name), name))
         if self.steps < 0 or self.every < 1:
             raise ValueError(f"no search of {self.steps} steps validates every {self.every}")
 
@@ -184,6 +193,7 @@ def optimise(
     the search warns, stops and returns the best so far.
     """
     config, several = config or Descent(), len(space.batched) > 1
+    check_kind(Descent, "a config is a Descent, as Descent(steps=50)", config)
     decode = partial(space.decode, architecture=architecture)
     start = _start_points(space, starts, prior, config.seed)
     wanted = space.index(architecture) if several and architecture is not None else None
@@ -207,7 +217,7 @@ def optimise_weights(
 
     Arguments and result as in `optimise`; from freshly initialised nets it is training.
     """
-    nets.batched.check_trainable()
+    check_kind(Nets, "nets are trained, as zoo[n]", nets).batched.check_trainable()
     decode, config = partial(Nets, nets.batched), config or Descent(lr=3e-3)
     return _descend(decode, nets.rows, loss, validate, lambda rows: (0.0, True), config, progress)
 
@@ -348,6 +358,7 @@ class Gaussian:
 
     @torch.inference_mode(False)  # or searches could not have gradients
     def __init__(self, embeddings: Tensor):
+        check_kind(Tensor, "embeddings are a tensor, as space.encode(zoo)", embeddings)
         if embeddings.dim() != 2 or not (embeddings != embeddings[:1]).any():
             raise ValueError(f"give at least 2 embeddings that differ, not {[*embeddings.shape]}")
         check_finite(embeddings, "embeddings")
@@ -379,7 +390,8 @@ def sample(embeddings: Tensor, n: int, density=None, bandwidth=0.5, seed: int = 
             around every embedding: small values copy, large ones wander.
         seed: of the draws, and of an estimator whose ``random_state`` is None.
     """
-    if n < 1 or embeddings.dim() != 2 or not (embeddings != embeddings[:1]).any():
+    check_kind(Tensor, "embeddings are a tensor, as space.encode(zoo)", embeddings)
+    if whole(n, "n") < 1 or embeddings.dim() != 2 or not (embeddings != embeddings[:1]).any():
         found = f"n = {n} and {list(embeddings.shape)}"
         raise ValueError(f"sampling needs n ≥ 1 and 2 embeddings [N, E] that differ, not {found}")
     model = KernelDensity(bandwidth=bandwidth) if density is None else copy.copy(density)

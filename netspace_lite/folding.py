@@ -40,11 +40,15 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module in what compiles it or trains it on several devices. ValueError for no module."""
-    module = getattr(module, "_orig_mod", module)  # of torch.compile
-    module = module.module if isinstance(module, WRAPPERS) else module
+    inner = None
+    while inner is not module:
+        inner, module = module, getattr(module, "_orig_mod", module)  # of torch.compile
+        module = module.module if isinstance(module, WRAPPERS) else module
     if not isinstance(module, nn.Module):
         given = module if isinstance(module, type) else f"a {type(module).__name__}"
         raise ValueError(f"{given} is no module: make one, as MyNet(...) does of a class")
+    if any(map(nn.parameter.is_lazy, (*module.parameters(), *module.buffers()))):
+        raise ValueError(f"{type(module).__name__} has lazy layers: call it on an example first")
     return module
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_kind
 from .folding import statistics
 from .kernels import chunk_pack
 
@@ -134,6 +135,7 @@ def invariants(layout: Layout, rows: Tensor) -> Tensor:
 
 def check_rows(rows: Tensor, size: int) -> None:
     """Raise ValueError unless ``rows`` is a matrix [N, size] of floating values with N > 0."""
+    check_kind(Tensor, f"rows are a tensor [N, {size}]", rows)
     matrix = rows.dim() == 2 and rows.shape[1] == size and len(rows) > 0
     if not matrix or not rows.is_floating_point():
         given = f"{list(rows.shape)} of {rows.dtype}"

@@ -11,6 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from .checks import check_kind
 from .data import Images
 from .nets import Nets, classes, correct
 from .space import NetSpace
@@ -22,8 +23,9 @@ def compare(predicted: Tensor, target: Tensor, y: Tensor) -> dict[str, float]:
     Returns ``agreement`` (share of samples both put in the same class), ``mae`` and ``r`` (mean
     absolute error and Pearson correlation of the nets' accuracies).
     """
-    if predicted.shape != target.shape or len(y) != target.shape[1]:
-        given = f"{[*predicted.shape]}, {[*target.shape]} and {len(y)} labels"
+    check_kind(Tensor, "logits are compared, as nets.outputs(x), and labels", predicted, target, y)
+    if predicted.shape != target.shape or y.shape != target.shape[1:2]:
+        given = f"{[*predicted.shape]}, {[*target.shape]} and {[*y.shape]} labels"
         raise ValueError(f"answers are [N, B, K] of as many nets each and B labels, not {given}")
     accuracies = [correct(outputs, y) for outputs in (predicted, target)]
     found, wanted = classes(predicted), classes(target)
@@ -38,6 +40,7 @@ def compare(predicted: Tensor, target: Tensor, y: Tensor) -> dict[str, float]:
 
 def scores(space: NetSpace, nets: Nets, images) -> dict[str, float]:
     """`compare` the nets with what the space decodes from their embeddings, on ``images``."""
+    check_kind(Nets, "nets of one architecture are scored, as zoo[n]", nets)
     images = Images.of(images)
     decoded = space.decode(space.encode(nets), space.index(nets))
     return compare(decoded.outputs(images.x), nets.outputs(images.x), images.y)
@@ -66,6 +69,10 @@ def nearest_by_answers(zoo_answers: Tensor, answers: Tensor, zoo: Nets) -> Nets:
 
     It reads the very same as the encoder, and can only give back a net of the zoo.
     """
+    alike = zoo_answers.dim() == 2 and answers.shape[1:] == zoo_answers.shape[1:]
+    if not alike or len(zoo_answers) != len(zoo):
+        given = f"{[*zoo_answers.shape]} and {[*answers.shape]}"
+        raise ValueError(f"answers [N, F] of the zoo's {len(zoo)} nets come first, not {given}")
     distances = torch.cdist(answers.double(), zoo_answers.double())
     return Nets(zoo.batched, zoo.rows[distances.argmin(1)])
 
@@ -93,6 +100,8 @@ def line_drop(line: Tensor, ends: Tensor | None = None) -> Tensor:
     falls under the weaker one.
     """
     ends = line[:, [0, -1]] if ends is None else ends
+    if ends.shape != (len(line), 2):
+        raise ValueError(f"ends of {len(line)} lines are [{len(line)}, 2], not {[*ends.shape]}")
     weaker = ends.min(1).values
     return (weaker - line.min(1).values).clamp_min(0)
 
@@ -105,6 +114,10 @@ def disagreement(a: Tensor, b: Tensor) -> Tensor:
 
     Returns [N, M].
     """
+    check_kind(Tensor, "logits are compared, as nets.outputs(x)", a, b)
+    if a.shape[1:] != b.shape[1:]:
+        given = f"{[*a.shape]} and {[*b.shape]}"
+        raise ValueError(f"logits are of the same samples and classes, not {given}")
     a, b = classes(a), classes(b)
     return torch.stack([((net != b) | (net < 0)).float().mean(1) * 100 for net in a])
 
@@ -149,8 +162,12 @@ def readout(x: Tensor, y: Tensor, held_x: Tensor, held_y: Tensor) -> tuple[Tenso
     The penalty is chosen by leave-one-out on the N nets.
     """
     model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-3, 5, 17)))
+    check_kind(Tensor, "tensors are read, as z and zoo.scores[name]", x, y, held_x, held_y)
     x, y, held_x, held_y = (t.detach().cpu().double() for t in (x, y, held_x, held_y))
     y, held_y = y.flatten(), held_y.flatten()
+    if (len(x), len(held_x)) != (len(y), len(held_y)):
+        given = f"{len(y)} and {len(held_y)} for features of {len(x)} and {len(held_x)}"
+        raise ValueError(f"a property is one number a net, not {given}")
     model.fit(x.numpy(), y.numpy())
     predicted = torch.from_numpy(model.predict(held_x.numpy()))
     error = (predicted - held_y).square().sum() / (held_y - held_y.mean()).square().sum()

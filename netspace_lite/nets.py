@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import store
 from .architectures import describe, name_of
 from .batching import BLOCK, Batched, check_inputs
+from .checks import check_pick
 from .data import Images, check_labels
 from .fingerprint import fingerprint
 from .layout import check_rows, fill
@@ -127,7 +128,8 @@ class Nets:
 
 def _places(index, count: int) -> Tensor:
     """What an index picks of ``count`` places: of a number one, else a list of them."""
-    index = index.cpu() if isinstance(index, Tensor) else index
+    index = check_pick(index).cpu() if isinstance(index, Tensor) else check_pick(index)
+    index = list(range(count)[index]) if isinstance(index, slice) else index  # backwards, too
     if getattr(index, "dtype", None) in (torch.uint8, np.uint8):  # places, no mask
         index = torch.as_tensor(index).long()
     return torch.arange(count)[index]

@@ -7,7 +7,7 @@ never seen: chunks share one linear layer, and the answers' principal components
 single linear map.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import store
 from .architectures import build, describe, listed, name_of
 from .batching import BLOCK, TOKENS, Batched
+from .checks import check_finite, check_kind
 from .fingerprint import structure
 from .folding import fold_batchnorm
 from .kernels import chunk_pack
@@ -52,6 +53,7 @@ class SpaceConfig:
             if sizes and not (type(size) is int and size >= least):
                 raise ValueError(f"SpaceConfig.{name} is a number from {least}, not {size!r}")
         known = {"parts": ("ours", "paper"), "weights": (True, False, "invariants")}
+        known |= {"told": (True, False), "learn_probes": (True, False)}
         for name, kinds in known.items():
             if (given := getattr(self, name)) not in kinds:
                 raise ValueError(f"{name} should be one of {kinds}, not {given!r}")
@@ -173,6 +175,7 @@ class NetSpace(nn.Module):
         super().__init__()
         self.config, self.seed = config or SpaceConfig(), int(seed)
         config, answers = self.config, 0
+        check_kind(SpaceConfig, "a config is a SpaceConfig, as SpaceConfig(embedding=64)", config)
         kind = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
         if isinstance(kind, str) or not (kind.is_floating_point or kind in TOKENS):
             raise ValueError(f"inputs should be floats in a tensor, as data.train.x, not {kind}")
@@ -231,7 +234,8 @@ class NetSpace(nn.Module):
                 without a zoo are *unseen* (paper section IV-D) and start at the module's own
                 values. None: the architectures of the zoos.
         """
-        zoos = [zoos] if isinstance(zoos, Nets) else list(zoos)
+        zoos = [zoos] if isinstance(zoos, Nets | nn.Module | Tensor) else list(zoos)
+        check_kind(Nets, "a space is built for zoos, as Zoo.from_modules(modules)", *zoos)
         space = cls([z.module for z in zoos] if modules is None else modules, inputs, config, seed)
         index = [space.index(zoo) for zoo in zoos]
         if len(set(index)) < len(zoos):
@@ -322,7 +326,9 @@ class NetSpace(nn.Module):
         """
         if isinstance(nets, MixedNets):
             return nets.join([self.encode(group, architecture) for group in nets.groups])
-        nets = [nets] if isinstance(nets, nn.Module | dict | Nets | Tensor) else list(nets)
+        many = isinstance(nets, Iterable) and not isinstance(nets, nn.Module | dict | Tensor)
+        nets = list(nets) if many else [nets]
+        check_kind(nn.Module | dict | Nets | Tensor, "nets, rows or modules are encoded", *nets)
         if len(nets) > 1 and isinstance(nets[0], Nets | Tensor):
             return torch.cat([self.encode(group, architecture) for group in nets])
         known = [net for net in nets if isinstance(net, Nets | nn.Module)]
@@ -384,8 +390,7 @@ class NetSpace(nn.Module):
 
     def check(self, z: Tensor) -> Tensor:
         """Embeddings [N, E], or one of them, [E] -> [N, E]; ValueError if z is neither."""
-        if not isinstance(z, Tensor):
-            raise ValueError(f"embeddings are a {type(z).__name__}: space.encode(nets) gives them")
+        check_kind(Tensor, "embeddings are a tensor, as space.encode(nets)", z)
         z, size = torch.atleast_2d(z), self.config.embedding
         if z.dim() != 2 or z.shape[1] != size or len(z) == 0 or not z.is_floating_point():
             given = f"{list(z.shape)} of {z.dtype}"
@@ -424,14 +429,6 @@ class NetSpace(nn.Module):
 def _spread(row: Tensor) -> float:
     """Standard deviation of a net's values; 1 if it has only one, or the same everywhere."""
     return float(row.std(correction=int(len(row) > 1))) or 1.0
-
-
-def check_finite(values: Tensor, what: str = "nets") -> None:
-    """Raise ValueError naming those of N, [N, ...], with NaN or infinity: they would spoil all."""
-    bad = (~values.detach().flatten(1).isfinite().all(1)).nonzero()[:, 0].tolist()
-    if bad:
-        bad = bad if len(bad) < 50 else f"{bad[:50]} and {len(bad) - 50} more"
-        raise ValueError(f"{what} {bad} are not finite: leave them out, by zoo[mask] or a list")
 
 
 def _centred(outputs: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import store
+from .checks import check_finite, check_kind, whole
 from .fingerprint import fingerprint
 from .kernels import distillation_loss
 from .nets import MixedNets, Nets, classes
@@ -25,10 +26,11 @@ from .optimiser import Muon
 from .processes import agreed, average, rank, share, wait
 from .progress import progress_bar
 from .randomness import own_randomness
-from .space import NetSpace, check_finite, logit_scale
+from .space import NetSpace, logit_scale
 
 Objective = Callable[[NetSpace, torch.Generator], Tensor]
 NetsLoss = Callable[[Nets, torch.Generator], Tensor]
+INPUTS = "inputs are a tensor, as data.train.x"
 SHARP = 10.0  # logits in units of their spread times this make a softmax that nearly is a choice
 
 
@@ -41,9 +43,9 @@ def kl_divergence(outputs: Tensor, targets: Tensor, temperature) -> Tensor:
     if outputs.shape[-1] == 1:
         cure = "pass loss=squared_error to Distillation or LikenessLoss"
         raise ValueError(f"answers of one value have no softmax to compare: {cure}")
-    if targets.shape[-1] != outputs.shape[-1] or len(targets) not in (1, len(outputs)):
+    if targets.shape[1:] != outputs.shape[1:] or len(targets) not in (1, len(outputs)):
         given = f"answers {list(outputs.shape)} and targets {list(targets.shape)}"
-        raise ValueError(f"{given} differ in nets or classes: they can't be compared")
+        raise ValueError(f"{given} differ in nets, samples or classes: they can't be compared")
     targets = targets.expand_as(outputs)
     if isinstance(temperature, Tensor):
         temperature = temperature.flatten().expand(len(outputs))
@@ -82,6 +84,8 @@ class LikenessLoss:
         self, nets, inputs: Tensor, *, per_net=False, loss=kl_divergence, samples=64, consensus=0.0
     ):
         self.consensus = _consensus(consensus, per_net)
+        check_kind(Nets | MixedNets, "a loss of likeness is to nets, as zoo[n]", nets)
+        check_finite(check_kind(Tensor, INPUTS, inputs), "inputs")
         self.inputs, self.per_net, self.loss, self.samples = inputs, per_net, loss, samples
         self.targets = nets.outputs(inputs, True) if per_net else nets.outputs(inputs)
         check_finite(self.targets, "the answers of nets")
@@ -157,7 +161,10 @@ class MixedZoo:
     """
 
     def __init__(self, space: NetSpace, zoos):
-        self.zoos = [zoos] if isinstance(zoos, Nets) else list(zoos)
+        self.zoos = list(zoos) if isinstance(zoos, list | tuple) else [zoos]
+        wanted = "objectives are of a space and zoos, as Zoo.from_modules(modules)"
+        check_kind(Nets, wanted, *self.zoos or [None])
+        check_kind(NetSpace, wanted, space)
         self.present = [space.index(zoo) for zoo in self.zoos]
         self.sizes = torch.tensor([len(zoo) for zoo in self.zoos])
         self.group = torch.arange(len(self.sizes)).repeat_interleave(self.sizes)
@@ -226,7 +233,7 @@ class Draw:
     analogies: float = 0.7
 
     def __post_init__(self):
-        if min(self.nets, self.samples) < 1:
+        if min(whole(self.nets, "nets"), whole(self.samples, "samples")) < 1:
             raise ValueError(f"a step needs nets and samples, not {self.nets} and {self.samples}")
         if not (0 <= self.crossing <= 1 and 0 <= self.analogies <= 1):
             raise ValueError(f"crossing and analogies are shares, 0 to 1, not as in {self}")
@@ -254,6 +261,7 @@ class Distillation:
         consensus=0.0, **draw,
     ):  # fmt: skip
         self.pool, self.draw = MixedZoo(space, zoos), Draw(**draw)
+        check_kind(Tensor, INPUTS, inputs)
         self.inputs, self.options, zoos = inputs, {"per_net": per_net, "loss": loss}, self.pool.zoos
         if weight := _consensus(consensus, per_net):  # without one it is the objective of before
             self.options["consensus"] = weight
@@ -460,7 +468,8 @@ def fit(
 
 def _plan(space, objective, validate, steps, lr, epoch) -> dict[str, float | str]:
     """The numbers that a fit is recognised by; ValueError for arguments that make none."""
-    if min(steps, epoch) < 1 or not lr > 0:
+    check_kind(nn.Module, "a fit trains a space, or another module", space)
+    if min(whole(steps, "steps"), whole(epoch, "epoch")) < 1 or not lr > 0:
         raise ValueError(f"steps, epoch and lr should be over 0, not {steps}, {epoch} and {lr}")
     if not (callable(objective) and callable(validate)):
         example = "such as a Distillation, and lambda space: scores(space, val, data.val)"
@@ -486,6 +495,8 @@ def _descend(space, objective, generator, optimiser, step: int) -> float:
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.isfinite():
             given = getattr(loss, "tolist", lambda: loss)()
             raise ValueError(f"the loss is {given}, where a tensor of one finite number is needed")
+        if not loss.requires_grad:
+            raise ValueError("the loss does not depend on what is trained: it has no gradient")
     except ValueError as error:
         raise ValueError(f"step {step}: {error}") from error
     optimiser.zero_grad()

@@ -11,7 +11,6 @@ import warnings
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from operator import index
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Protocol
@@ -25,9 +24,10 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from . import store
 from .architectures import build, listed, name_of
 from .batching import Batched
+from .checks import check_kind, whole
 from .data import ImageData
 from .fingerprint import difference, fingerprint, structure
-from .folding import fold_batchnorm
+from .folding import fold_batchnorm, unwrapped
 from .nets import Nets, cross_entropy
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
@@ -47,9 +47,10 @@ class Recipe:
     weight_decay: float = 1e-2
 
     def __post_init__(self):  # NumPy's numbers, too
-        kinds = {"seed": index, "steps": index, "lr": float, "weight_decay": float}
-        for name, kind in kinds.items():
-            object.__setattr__(self, name, kind(getattr(self, name)))
+        for name in ("seed", "steps"):
+            object.__setattr__(self, name, whole(getattr(self, name), name))
+        for name in ("lr", "weight_decay"):
+            object.__setattr__(self, name, float(getattr(self, name)))
         if self.steps < 1 or not (self.lr >= 0 and self.weight_decay >= 0):
             raise ValueError(f"steps are at least 1, rates and decay at least 0, not as in {self}")
 
@@ -129,7 +130,7 @@ class ImageTask:
         if not hasattr(getattr(data, "train", None), "x"):
             what = f"an ImageTask wants ImageData, not a {type(data).__name__}"
             raise ValueError(f"{what}: ImageData(name, train, val, test, classes) makes one")
-        self.data, self.batch_size = data, min(batch, len(data.train))
+        self.data, self.batch_size = data, min(whole(batch, "batch"), len(data.train))
         if batch < 1:
             raise ValueError(f"a batch is at least one image, not {batch}")
         self._orders = Orders(len(data.train))
@@ -182,8 +183,9 @@ class Zoo(Nets):
     ):  # fmt: skip
         super().__init__(module, rows)
         self.scores = {name: torch.as_tensor(of).float() for name, of in (scores or {}).items()}
-        self.losses, self.recipes = losses, recipes
-        self.members = torch.arange(len(rows)) if members is None else members
+        self.losses = losses if losses is None else torch.as_tensor(losses)
+        self.recipes = recipes
+        self.members = torch.arange(len(rows)) if members is None else torch.as_tensor(members)
         self.about = about or {}
         parts = *self.scores.values(), recipes, losses, members
         if any(part is not None and len(part) != len(rows) for part in parts):
@@ -216,8 +218,9 @@ class Zoo(Nets):
     def scored(self, task: Task) -> "Zoo":
         """The same nets, where the task's data is, with the scores that ``task`` gives them."""
         zoo = self.to(device_of(task))
-        scores = dict(task.scores(zoo, zoo.members)).items()
-        scores = {name: torch.atleast_1d(torch.as_tensor(of)).cpu() for name, of in scores}
+        scores = task.scores(zoo, zoo.members)
+        check_kind(dict, "a task's scores are a dict of [N] each, as {'val_accuracy': ...}", scores)
+        scores = {n: torch.atleast_1d(torch.as_tensor(of)).cpu() for n, of in scores.items()}
         about = zoo.about | ({"task": fingerprint(task)} if "task" in zoo.about else {})
         return Zoo(zoo.batched, zoo.rows, scores, zoo.recipes, zoo.losses, zoo.members, about)
 
@@ -281,6 +284,7 @@ class Zoo(Nets):
 
         Raises FileNotFoundError, or ValueError naming the file and why it doesn't fit.
         """
+        unwrapped(module)  # says so if it is none
         if isinstance(files, str | Path):
             folder = Path(files)
             files = sorted((f for f in folder.glob("*") if f.suffix in SUFFIXES), key=_in_numbers)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import store
 from .architectures import build, describe, is_registered, name_of
 from .batching import BLOCK, Batched
+from .checks import whole
 from .fingerprint import fingerprint, structure
 from .folding import fold_batchnorm, statistics, unwrapped
 from .layout import Layout, fill
@@ -80,6 +81,9 @@ def _unlike(given: Tensor, found: Tensor) -> bool:
 def _make(make: Make, seed: int) -> nn.Module:
     """A net of its own, initialised by ``seed``."""
     follow(seed)
+    if not callable(make):
+        what = f"a {type(make).__name__} makes no net"
+        raise ValueError(f"{what}: give a module, or a factory such as lambda: MyNet(...)")
     made = unwrapped(make if isinstance(make, nn.Module) else make())
     if any(p._backward_hooks for p in made.parameters()):
         raise ValueError(f"hooks on gradients of a {name_of(made)}'s parameters would be lost")
@@ -219,10 +223,11 @@ def train_zoo(
         progress: show a bar that counts training steps.
         log: called with ``block``, ``step``, ``nets``, ``loss`` and ``seconds`` every 50 steps.
 
-    Raises ValueError if ``folder`` holds another zoo, naming what differs, and if several processes
-    are given none.
+    Raises ValueError saying what differs if ``folder`` holds another zoo; processes need one.
     """
-    if not (isinstance(recipes, Sequence) and recipes) or (block is not None and block < 1):
+    known = isinstance(recipes, Sequence) and all(isinstance(r, Recipe) for r in recipes)
+    block = block and whole(block, "a block")
+    if not (known and recipes) or (block is not None and block < 1):
         raise ValueError("no recipes, or none in a block: give one per net, as draw_recipes(500)")
     if folder is None and world() > 1:
         raise ValueError("no folder: several processes train a zoo in one that all of them see")

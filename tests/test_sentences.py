@@ -1,11 +1,13 @@
 """What is given in another's place on a first try is answered by a sentence that says what to do.
 
-Each of these was an AttributeError or a TypeError from somewhere inside.
+Each of these was an AttributeError, a TypeError or worse from somewhere inside.
 """
 
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 from toy import random_nets
 
 import netspace_lite as ns
@@ -57,6 +59,61 @@ FIRST_TRIES = {
         lambda w: ns.lite_net("VanillaCNN", 28, 10),
         "as data.shape, not 28",
     ),
+    "a net for an index": (lambda w: w.nets[w.nets[1]], "not a Nets"),  # Python died of it
+    "a net in a list": (lambda w: w.nets[[w.nets[1]]], "not a Nets"),
+    "nets for images": (lambda w: w.data.test[w.nets], "not a Nets"),
+    "a module to score": (lambda w: ns.scores(w.space, w.net, w.data.val), "as zoo.n."),
+    "a module to refine": (lambda w: ns.refine(w.space, w.net, w.data.train.x), "as zoo.n."),
+    "a module for a zoo": (lambda w: ns.NetSpace.for_zoos(w.net, w.data.train.x), "Zoo.from_mod"),
+    "modules for zoos": (
+        lambda w: ns.Distillation(w.space, [w.net], w.data.train.x),
+        "Zoo.from_modules",
+    ),
+    "a zoo for a space": (
+        lambda w: ns.Distillation(w.nets, w.space, w.data.train.x),
+        "a space and zoos",
+    ),
+    "no zoo": (lambda w: ns.Distillation(w.space, [], w.data.train.x), "of a space and zoos"),
+    "images to answer": (lambda w: ns.Distillation(w.space, w.nets, w.data.train), "data.train.x"),
+    "images to blend": (lambda w: ns.blends(w.data.train), "data.train.x"),
+    "a dict for a config": (
+        lambda w: ns.NetSpace.for_zoos(w.nets, w.data.train.x, {"embedding": 8}),
+        r"SpaceConfig\(embedding=64\)",
+    ),
+    "a dict for a descent": (
+        lambda w: ns.optimise(w.space, w.nets, ns.ImageLoss(w.data.val), config={"steps": 2}),
+        r"Descent\(steps=50\)",
+    ),
+    "yes for True": (lambda w: ns.SpaceConfig(told="no"), r"\(True, False\), not 'no'"),
+    "nets to compare": (lambda w: ns.compare(w.nets, w.nets, w.data.val), "nets.outputs"),
+    "nets to disagree": (lambda w: ns.disagreement(w.nets, w.nets), "nets.outputs"),
+    "scores to read": (lambda w: ns.readout({}, {}, {}, {}), "zoo.scores.name."),
+    "an array to encode": (lambda w: w.space.encode(w.nets.rows.numpy()), "not a ndarray"),
+    "an array of nets": (lambda w: ns.Nets(w.net, w.nets.rows.numpy()), "not a ndarray"),
+    "an array to sample": (
+        lambda w: ns.sample(w.space.encode(w.nets).numpy(), 3),
+        "space.encode",
+    ),
+    "half a step": (lambda w: ns.fit(w.space, w.fit, w.validate, 2.5), "whole number, not 2.5"),
+    "half a batch": (lambda w: ns.ImageTask(w.data, 8.5), "whole number, not 8.5"),
+    "half a net": (lambda w: ns.Distillation(w.space, w.nets, w.data.train.x, nets=2.5), "whole"),
+    "half a point": (lambda w: ns.interpolate(*w.space.encode(w.nets[:2]), 2.5), "whole number"),
+    "a name for a net": (
+        lambda w: ns.train_zoo("LeNetLike", ns.ImageTask(w.data), ns.draw_recipes(2)),
+        "a str makes no net",
+    ),
+    "a factory for a module": (
+        lambda w: ns.Zoo.from_files(".", lambda: w.net),
+        "a function is no module",
+    ),
+    "a layer that is lazy": (
+        lambda w: ns.Zoo.from_modules([nn.Sequential(nn.Flatten(), nn.LazyLinear(3))]),
+        "call it on an example first",
+    ),
+    "an objective that nothing moves": (
+        lambda w: ns.fit(w.space, lambda s, g: torch.ones(()), w.validate, 2),
+        "no gradient",
+    ),
     "no channels": (
         lambda w: ns.lite_net("ResNet8", (28, 28), 10),
         r"\(channels, height, width\), as data.shape",
@@ -83,3 +140,9 @@ def test_a_task_that_only_scores_will_do_for_nets_that_are_trained(w):
 
     zoo = ns.Zoo.from_modules([w.nets.to_module(n) for n in range(3)], Scoring())
     assert zoo.scores["val_accuracy"].tolist() == w.nets[:3].accuracy(w.data.val).tolist()
+
+
+def test_what_a_module_says_of_its_inputs_comes_with_what_they_were(w):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as said:
+        ns.Nets(w.nets.module, w.nets.rows).outputs(torch.zeros(3, 1, 9, 9))
+    assert said.value.__notes__ == ["LeNetLike was given [3, 1, 9, 9] of torch.float32"]

@@ -14,12 +14,14 @@ from netspace_lite import (
     Descent,
     Distillation,
     Gaussian,
+    ImageData,
     ImageLoss,
     Images,
     ImageTask,
     Interpolation,
     Layout,
     LeNetLike,
+    LikenessLoss,
     Nets,
     NetSpace,
     Recipe,
@@ -32,9 +34,12 @@ from netspace_lite import (
     draw_recipes,
     fit,
     initial_rows,
+    kl_divergence,
+    line_drop,
     lite_net,
     load_digits,
     load_images,
+    nearest_by_answers,
     novelty,
     optimise_weights,
     readout,
@@ -625,3 +630,88 @@ def test_a_space_that_reads_weights_only_names_its_precision(zoo):
     space = NetSpace.for_zoos(zoo, DATA.train.x, SpaceConfig(probes=0, chunk=32)).double()
     with pytest.raises(ValueError, match="nets are torch.float32, the space is torch.float64"):
         space.encode(zoo)
+
+
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+def test_images_that_are_not_finite_are_named(zoo, part):
+    """Seen before: nets that diverged were told to learn more slowly, and accuracies fell."""
+    parts = {name: getattr(DATA, name) for name in ("train", "val", "test")}
+    x = parts[part].x.clone()
+    x[3, 0, 0, 0] = nan
+    parts[part] = Images(x, parts[part].y)
+    with pytest.raises(ValueError, match=rf"{part} images \[3\] are not finite"):
+        ImageData("toy", **parts, classes=DATA.classes)
+    with pytest.raises(ValueError, match=r"inputs \[3\] are not finite"):
+        LikenessLoss(zoo, x)
+
+
+def test_one_label_is_not_that_of_many_images(zoo):
+    with pytest.raises(ValueError, match="each image needs one label"):
+        zoo.accuracy((DATA.val.x, torch.tensor(1)))
+    one = DATA.val[0]
+    assert (one.x.shape, one.y.shape) == (DATA.shape, ())
+
+
+@pytest.mark.parametrize("wrong", [-100, 1])
+def test_labels_that_are_no_classes_have_no_loss(zoo, wrong):
+    """Seen before: PyTorch leaves −100 out of the mean, and of nothing but that the loss was 0."""
+    pair = Images(DATA.val.x, DATA.val.y * (wrong > 0) + wrong)
+    with pytest.raises(ValueError, match="labels of 3 classes are numbers 0..2"):
+        ImageLoss(pair)(zoo, generator())
+    own = ImageLoss(pair, loss=lambda logits, y: logits.square().mean((1, 2)))
+    assert own(zoo, generator()).shape == (len(zoo),)  # a loss of your own reads them as it likes
+
+
+def test_answers_in_each_others_place_have_no_nearest_net(zoo):
+    answers = zoo.outputs(DATA.val.x).flatten(1)
+    asked = answers[[2, 1]]
+    assert torch.equal(nearest_by_answers(answers, asked, zoo).rows, zoo.rows[[2, 1]])
+    for swapped in ((asked, answers), (answers, asked[:, 1:]), (answers[None], asked[None])):
+        with pytest.raises(ValueError, match="of the zoo's 4 nets come first"):
+            nearest_by_answers(*swapped, zoo)
+
+
+def test_what_does_not_belong_together_is_not_compared(zoo):
+    logits = zoo.outputs(DATA.val.x)
+    for other in (logits[..., :2], logits[:, :3], logits[:, :1]):
+        with pytest.raises(ValueError, match="same samples and classes"):
+            disagreement(logits, other)
+        with pytest.raises(ValueError, match="differ in nets, samples or classes"):
+            kl_divergence(logits, other, 1.0)
+    with pytest.raises(ValueError, match=r"ends of 2 lines are \[2, 2\]"):
+        line_drop(torch.rand(2, 9), torch.rand(2, 5))
+
+
+def test_a_property_is_one_number_a_net():
+    """Seen before: one prediction was compared with the values of eight nets."""
+    z, y = torch.randn(8, 4), torch.randn(8)
+    for wrong in ((z, y, z[:1], y), (z, y, z, y[:1]), (z, y[:3], z, y)):
+        with pytest.raises(ValueError, match="one number a net"):
+            readout(*wrong)
+
+
+def test_parts_of_other_sizes_are_no_data_set():
+    with pytest.raises(ValueError, match="val images are .* all of one size"):
+        ImageData("toy", DATA.train, Images(DATA.val.x[..., 1:], DATA.val.y), DATA.test, 3)
+    with pytest.raises(ValueError, match="test images are .* each part needs some"):
+        ImageData("toy", DATA.train, DATA.val, DATA.test[:0], 3)
+
+
+def test_places_run_backwards_as_in_a_list(zoo):
+    assert torch.equal(zoo[::-1].rows, zoo.rows.flip(0))
+    assert torch.equal(zoo[2:0:-1].rows, zoo.rows[[2, 1]])
+
+
+def test_numbers_of_numpy_are_sizes(zoo):
+    """Seen before: a batch of np.int64(8) overflowed in the data's order."""
+    two = np.int64(2)
+    found = train_zoo(flat(nn.ReLU()), ImageTask(DATA, np.int64(8)), RECIPES[:3], block=two)
+    expected = train_zoo(flat(nn.ReLU()), ImageTask(DATA, 8), RECIPES[:3], block=2)
+    assert torch.equal(found.rows, expected.rows)
+    assert Descent(steps=two, seed=two).seed == 2
+
+
+def test_wrappers_in_wrappers_are_taken_off():
+    net = mlp(nn.ReLU())
+    wrapped = nn.DataParallel(torch.compile(nn.DataParallel(net), backend="eager"))
+    assert torch.equal(Zoo.from_modules([wrapped]).rows, Zoo.from_modules([net]).rows)

@@ -1,0 +1,43 @@
+"""What functions say of arguments that they can't take: the same sentences everywhere."""
+
+import operator
+
+import numpy as np
+from torch import Tensor
+
+PICKS = (int, np.generic, np.ndarray, slice, range, list, tuple, Tensor)  # what indexes samples
+
+
+def check_kind(kinds, wanted: str, *given):
+    """The first of those given; ValueError saying what is wanted unless all are of the kinds."""
+    for one in given:
+        if not isinstance(one, kinds):
+            kind = one.__name__ if isinstance(one, type) else f"a {type(one).__name__}"
+            raise ValueError(f"{wanted}, not {kind}")
+    return given[0] if given else None
+
+
+def whole(given, what: str) -> int:
+    """A whole number, NumPy's too, as Python's; ValueError for any other."""
+    try:
+        return operator.index(given)
+    except TypeError:
+        raise ValueError(f"{what} should be a whole number, not {given!r}") from None
+
+
+def check_pick(index):
+    """An index of samples or nets; ValueError for anything else, of which PyTorch makes its own.
+
+    It takes a net for a sequence of sequences without an end.
+    """
+    parts = index if isinstance(index, list | tuple) else ()
+    return check_kind(PICKS, "an index is a number, a slice, a mask or a list", index, *parts)
+
+
+def check_finite(values: Tensor, what: str = "nets") -> None:
+    """Raise ValueError naming those of N, [N, ...], with NaN or infinity: they would spoil all."""
+    good = values.detach().isfinite().reshape(len(values), -1).all(1)
+    bad = (~good).nonzero()[:, 0].tolist()
+    if bad:
+        bad = bad if len(bad) < 50 else f"{bad[:50]} and {len(bad) - 50} more"
+        raise ValueError(f"{what} {bad} are not finite: leave them out, by zoo[mask] or a list")
