@@ -151,10 +151,8 @@ def register_differentiable(name, launch, empty, launch_backward):
         ctx.options = [None if isinstance(v, torch.Tensor) else v for v in values]
 
     def differentiate(ctx, g, *_, run=backward):
-        kept, needs = zip(ctx.saved_tensors, ctx.options, strict=True), ctx.needs_input_grad
-        grads = iter(
-            () if g is None else run(g, [*needs], *(o if t is None else t for t, o in kept))
-        )
+        kept, needs = zip(ctx.saved_tensors, ctx.options, strict=True), [*ctx.needs_input_grad]
+        grads = iter(() if g is None else run(g, needs, *(o if t is None else t for t, o in kept)))
         return tuple(next(grads, None) if need else None for need in needs)
 
     op.register_autograd(differentiate, setup_context=keep)

@@ -34,6 +34,7 @@ from .randomness import drawn, own_randomness
 from .trial import NoDropout, Trial, may_lie_innermost, plain_operations
 
 BLOCK = 32  # nets evaluated together: on a CPU, blocks of 16 to 80 nets fit the caches best
+NEAR = 1 << 18  # values of inputs whose activations, a few times as many, stay in the caches
 VMAPPED = 1 << 20  # input values of all nets that vmap takes at a time: attention makes much of few
 TOKENS = (torch.int32, torch.int64)  # inputs which a module may look up
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -189,6 +190,15 @@ def check_inputs(rows: Tensor, x: Tensor, per_net: bool) -> None:
         raise ValueError(f"per-net inputs {list(x.shape)} should start with {len(rows)} nets")
     if x.dim() < 1 + per_net or x.numel() == 0:
         raise ValueError(f"inputs {list(x.shape)} hold no samples: give at least one")
+
+
+def samples_per_block(inputs: Tensor) -> int:
+    """How many of one net's inputs [B, ...] to evaluate together where no gradient is wanted.
+
+    ResNet8 answers 85 CIFAR images at a time twice as fast as 4,096, on a CPU.
+    """
+    near = NEAR // inputs[0].numel() if inputs.device.type == "cpu" else 4096
+    return min(4096, max(32, near))
 
 
 def _statistics_layout(module: nn.Module) -> Layout:

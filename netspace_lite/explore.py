@@ -17,6 +17,7 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import KernelDensity
 from torch import Tensor, nn
 
+from .batching import samples_per_block
 from .checks import check_finite, check_kind, whole
 from .data import Images, check_labels
 from .nets import MixedNets, Nets, cross_entropy
@@ -100,7 +101,8 @@ class ImageLoss:
         if isinstance(teacher, nn.Module):
             teacher = copy.deepcopy(teacher).eval()
             with torch.no_grad():  # in parts, or a deep teacher's activations fill the memory
-                self.targets = torch.cat([teacher(x.clone()) for x in images.x.split(4096)])[None]
+                parts = images.x.split(samples_per_block(images.x))
+                self.targets = torch.cat([teacher(x.clone()) for x in parts])[None]
         elif teacher is not None:
             if not isinstance(teacher, Nets | MixedNets) or len(teacher) != 1:
                 raise ValueError(f"a teacher is one net, zoo[n] or a module, not {teacher!r}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import store
 from .architectures import describe, name_of
-from .batching import BLOCK, Batched, check_inputs
+from .batching import BLOCK, Batched, check_inputs, samples_per_block
 from .checks import check_pick
 from .data import Images, check_labels
 from .fingerprint import fingerprint
@@ -61,9 +61,10 @@ class Nets:
         return self.batched(self.rows, x, per_net)
 
     @torch.no_grad()
-    def outputs(self, x: Tensor, per_net: bool = False, samples: int = 4096) -> Tensor:
-        """Outputs [N, B, ...] without gradients, in blocks of nets and of samples."""
+    def outputs(self, x: Tensor, per_net: bool = False, samples: int | None = None) -> Tensor:
+        """Outputs [N, B, ...] without gradients, in blocks of nets and of ``samples``."""
         check_inputs(self.rows, x, per_net)
+        samples = samples or samples_per_block(x[0] if per_net else x)
         inputs, blocks = x.split(BLOCK) if per_net else itertools.repeat(x), []
         for rows, own in zip(self.rows.split(BLOCK), inputs, strict=False):
             parts = own.split(samples, dim=int(per_net))

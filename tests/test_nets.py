@@ -8,6 +8,7 @@ from torch import nn
 from toy import generator, mlp, random_nets, small_nets, toy_data
 
 from netspace_lite.architectures import lite_net
+from netspace_lite.batching import samples_per_block
 from netspace_lite.nets import MixedNets, Nets, classes
 
 
@@ -207,3 +208,15 @@ def test_answers_that_are_not_finite_are_wrong_answers(nets):
     given = overflowing.outputs(data.test.x).isfinite().all(-1)
     assert (classes(overflowing.outputs(data.test.x))[~given] == -1).all()
     assert (overflowing.accuracy(data.test) <= 100 * given.float().mean(1)).all()
+
+
+def test_answers_come_in_blocks_that_fit_the_caches():
+    """Digits all at once, as far as 4,096 of them; large images by the dozen; the same answers."""
+    sizes = {(1, 8, 8): 4096, (3,): 4096, (3, 32, 32): 85, (3, 512, 512): 32}
+    for shape, expected in sizes.items():
+        assert samples_per_block(torch.empty(1).expand(2, *shape)) == expected
+    nets = random_nets(nn.Sequential(nn.Flatten(), nn.Linear(3072, 3)), 3)
+    x = torch.randn(200, 3, 32, 32, generator=generator())
+    torch.testing.assert_close(nets.outputs(x), nets.outputs(x, samples=1000))
+    own = torch.stack([x, -x, x / 2])
+    torch.testing.assert_close(nets.outputs(own, per_net=True), nets(own, per_net=True))
