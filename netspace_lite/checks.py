@@ -36,8 +36,8 @@ def check_pick(index):
 
 def check_finite(values: Tensor, what: str = "nets") -> None:
     """Raise ValueError naming those of N, [N, ...], with NaN or infinity: they would spoil all."""
-    good = values.detach().isfinite().reshape(len(values), -1).all(1)
-    bad = (~good).nonzero()[:, 0].tolist()
+    bad = ~values.detach().isfinite()
+    bad = (bad.flatten(1).any(1) if bad.dim() > 1 else bad).nonzero()[:, 0].tolist()
     if bad:
         bad = bad if len(bad) < 50 else f"{bad[:50]} and {len(bad) - 50} more"
         raise ValueError(f"{what} {bad} are not finite: leave them out, by zoo[mask] or a list")

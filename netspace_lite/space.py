@@ -390,7 +390,8 @@ class NetSpace(nn.Module):
 
     def check(self, z: Tensor) -> Tensor:
         """Embeddings [N, E], or one of them, [E] -> [N, E]; ValueError if z is neither."""
-        check_kind(Tensor, "embeddings are a tensor, as space.encode(nets)", z)
+        if not isinstance(z, Tensor):
+            raise ValueError(f"embeddings are a {type(z).__name__}: space.encode(nets) gives them")
         z, size = torch.atleast_2d(z), self.config.embedding
         if z.dim() != 2 or z.shape[1] != size or len(z) == 0 or not z.is_floating_point():
             given = f"{list(z.shape)} of {z.dtype}"

@@ -45,7 +45,7 @@ def kl_divergence(outputs: Tensor, targets: Tensor, temperature) -> Tensor:
         raise ValueError(f"answers of one value have no softmax to compare: {cure}")
     if targets.shape[1:] != outputs.shape[1:] or len(targets) not in (1, len(outputs)):
         given = f"answers {list(outputs.shape)} and targets {list(targets.shape)}"
-        raise ValueError(f"{given} differ in nets, samples or classes: they can't be compared")
+        raise ValueError(f"{given} differ in nets or classes, or in samples: can't be compared")
     targets = targets.expand_as(outputs)
     if isinstance(temperature, Tensor):
         temperature = temperature.flatten().expand(len(outputs))

@@ -59,7 +59,7 @@ def test_lines_are_counted_as_said():
         # nets choose what most of the zoo do 28, arguments in each other's place, and what was
         # compared though it doesn't belong together, 94,
         # what gave wrong answers without a word 350
-        (list(LIBRARY.glob("*.py")), 3247),
+        (list(LIBRARY.glob("*.py")), 3248),
         (list((LIBRARY / "shapes").rglob("*.py")), 464),
         (list((LIBRARY / "tutorial").rglob("*.py")), 398),
         ([p for p in KERNELS.glob("*.py") if p.stem not in STUDIES], 1200),

@@ -676,7 +676,7 @@ def test_what_does_not_belong_together_is_not_compared(zoo):
     for other in (logits[..., :2], logits[:, :3], logits[:, :1]):
         with pytest.raises(ValueError, match="same samples and classes"):
             disagreement(logits, other)
-        with pytest.raises(ValueError, match="differ in nets, samples or classes"):
+        with pytest.raises(ValueError, match="differ in nets or classes, or in samples"):
             kl_divergence(logits, other, 1.0)
     with pytest.raises(ValueError, match=r"ends of 2 lines are \[2, 2\]"):
         line_drop(torch.rand(2, 9), torch.rand(2, 5))

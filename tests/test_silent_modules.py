@@ -234,7 +234,7 @@ def test_numbers_of_numpy_and_keys_that_are_numbers_come_back(tmp_path):
     assert found.recipes == recipes
     assert found.about == {"steps": {str(key): 0 for key in range(12)}}
     assert torch.equal(found.rows, zoo.rows)
-    with pytest.raises(TypeError, match="integer"):
+    with pytest.raises(ValueError, match=r"steps should be a whole number, not 3\.5"):
         Recipe(0, 3.5)
 
 
