@@ -57,7 +57,7 @@ def test_lines_are_counted_as_said():
         # channels innermost 7, zoos and their training in a file each 12, threads 43,
         # PyTorch's data sets and loaders, and sentences for what is none of these, 42, how often
         # nets choose what most of the zoo do 28, arguments in each other's place, and what was
-        # compared though it doesn't belong together, 94,
+        # compared though it doesn't belong together, 94, samples in blocks 8,
         # what gave wrong answers without a word 350
         (list(LIBRARY.glob("*.py")), 3248),
         (list((LIBRARY / "shapes").rglob("*.py")), 464),
