@@ -129,7 +129,7 @@ class Nets:
 
 def _places(index, count: int) -> Tensor:
     """What an index picks of ``count`` places: of a number one, else a list of them."""
-    index = check_pick(index).cpu() if isinstance(index, Tensor) else check_pick(index)
+    index = index.cpu() if isinstance(check_pick(index), Tensor) else index
     index = list(range(count)[index]) if isinstance(index, slice) else index  # backwards, too
     if getattr(index, "dtype", None) in (torch.uint8, np.uint8):  # places, no mask
         index = torch.as_tensor(index).long()

@@ -223,7 +223,7 @@ def train_zoo(
         progress: show a bar that counts training steps.
         log: called with ``block``, ``step``, ``nets``, ``loss`` and ``seconds`` every 50 steps.
 
-    Raises ValueError saying what differs if ``folder`` holds another zoo; processes need one.
+    Raises ValueError if ``folder`` holds another zoo (and how), or several processes have none.
     """
     known = isinstance(recipes, Sequence) and all(isinstance(r, Recipe) for r in recipes)
     block = block and whole(block, "a block")
