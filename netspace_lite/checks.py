@@ -3,6 +3,7 @@
 import operator
 
 import numpy as np
+import torch
 from torch import Tensor
 
 PICKS = (int, np.generic, np.ndarray, slice, range, list, tuple, Tensor)  # what indexes samples
@@ -34,10 +35,17 @@ def check_pick(index):
     return check_kind(PICKS, "an index is a number, a slice, a mask or a list", index, *parts)
 
 
+def finite(values: Tensor) -> Tensor:
+    """Which of values [..., M] have no NaN and no infinity among their M, without a copy: [...]."""
+    if values.shape[-1] == 0:
+        return torch.ones(values.shape[:-1], dtype=torch.bool, device=values.device)
+    low, high = values.aminmax(dim=-1)  # of NaN they are NaN
+    return low.isfinite() & high.isfinite()
+
+
 def check_finite(values: Tensor, what: str = "nets") -> None:
     """Raise ValueError naming those of N, [N, ...], with NaN or infinity: they would spoil all."""
-    bad = ~values.detach().isfinite()
-    bad = (bad.flatten(1).any(1) if bad.dim() > 1 else bad).nonzero()[:, 0].tolist()
-    if bad:
+    values = values.detach().flatten(1) if values.dim() > 1 else values.detach()[..., None]
+    if bad := (~finite(values)).nonzero()[:, 0].tolist():
         bad = bad if len(bad) < 50 else f"{bad[:50]} and {len(bad) - 50} more"
         raise ValueError(f"{what} {bad} are not finite: leave them out, by zoo[mask] or a list")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import store
 from .architectures import describe, name_of
 from .batching import BLOCK, Batched, check_inputs, samples_per_block
-from .checks import check_pick
+from .checks import check_pick, finite
 from .data import Images, check_labels
 from .fingerprint import fingerprint
 from .layout import check_rows, fill
@@ -65,11 +65,14 @@ class Nets:
         """Outputs [N, B, ...] without gradients, in blocks of nets and of ``samples``."""
         check_inputs(self.rows, x, per_net)
         samples = samples or samples_per_block(x[0] if per_net else x)
-        inputs, blocks = x.split(BLOCK) if per_net else itertools.repeat(x), []
+        inputs, out, first = x.split(BLOCK) if per_net else itertools.repeat(x), None, 0
         for rows, own in zip(self.rows.split(BLOCK), inputs, strict=False):
             parts = own.split(samples, dim=int(per_net))
-            blocks.append(torch.cat([self.batched(rows, part, per_net) for part in parts], dim=1))
-        return torch.cat(blocks)
+            block = torch.cat([self.batched(rows, part, per_net) for part in parts], dim=1)
+            if out is None:  # all of it at once: a zoo's answers may be a gigabyte
+                out = block.new_empty(len(self), *block.shape[1:])
+            out[first : first + len(rows)], first = block, first + len(rows)
+        return out
 
     def accuracy(self, images) -> Tensor:
         """Accuracy in percent of each net on ``images`` (or what `Images.of` takes): [N].
@@ -82,7 +85,7 @@ class Nets:
 
     def finite(self) -> Tensor:
         """Which nets hold no NaN and no infinite value: [N], on the CPU."""
-        return self.rows.isfinite().all(1).cpu()
+        return finite(self.rows).cpu()
 
     def to(self, device) -> "Nets":
         """The same nets on another device."""
@@ -214,7 +217,7 @@ def classes(outputs: Tensor) -> Tensor:
     if outputs.dim() != 3 or outputs.shape[-1] < 2:
         given = f"answers of shape {list(outputs.shape)}"
         raise ValueError(f"{given} are no logits [N, B, K] of K ≥ 2 classes: measure them yourself")
-    return outputs.argmax(-1).where(outputs.isfinite().all(-1), -1)  # or NaN would be class 0
+    return outputs.argmax(-1).where(finite(outputs), -1)  # or NaN would be class 0
 
 
 def correct(outputs: Tensor, y: Tensor) -> Tensor:

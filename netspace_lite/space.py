@@ -450,7 +450,8 @@ def logit_scale(outputs: Tensor) -> Tensor:
     their own scale, all nets weigh the same in the loss. For K = 1 the values aren't centred. 1 for
     nets whose answers say nothing: in a scale of nearly 0 they would weigh more than all others.
     """
-    scale = _centred(outputs).square().mean((1, 2), keepdim=True).sqrt()
+    blocks = outputs.split(BLOCK)  # few at a time: a zoo's answers may be a gigabyte
+    scale = torch.cat([_centred(own).square().mean((1, 2), keepdim=True).sqrt() for own in blocks])
     return scale.where(scale > 1e-6, 1.0)
 
 

@@ -11,7 +11,16 @@ from argparse import ArgumentParser
 from .processes import rank, together, wait
 from .tutorial import Settings, chapters
 
+
+def _zoos(settings: Settings, data) -> list:
+    """The zoos of notebooks 1 and 3, whose blocks processes train side by side; no spaces."""
+    chapters.single_zoo(settings, data)
+    chapters.several_zoos(settings, data)
+    return []
+
+
 SPACES = {
+    "zoos": _zoos,
     "single": lambda *given: [chapters.single_space(*given, blind=b) for b in (False, True)],
     "several": lambda *given: [chapters.several_space(*given, b) for b in (False, True)],
     "shapes": lambda settings, _: [chapters.shape_space(settings)],
@@ -19,7 +28,7 @@ SPACES = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Train the zoo and the spaces of notebook 1 and 2, of the mixed zoo, or of shapes."""
+    """Train the zoos of notebooks 1 to 4, or the zoo and the spaces of one chapter."""
     parser = ArgumentParser("python -m netspace_lite.train", description=main.__doc__)
     parser.add_argument("what", choices=SPACES)
     what = parser.parse_args(arguments).what

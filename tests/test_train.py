@@ -229,6 +229,16 @@ def test_the_command_trains_once_what_notebooks_load(checkout, monkeypatch, caps
     assert len(Zoo.load(build / "zoo")) == 48
 
 
+def test_the_command_trains_the_zoos_alone(checkout, monkeypatch):
+    run(checkout, "-m", "netspace_lite.train", "zoos")
+    build = checkout / "build" / "smoke-digits-seed0"
+    names = "zoo", *(f"mixed/{name}" for name in ("LeNetLike", "VanillaCNN", "ResNet8", "ResNet14"))
+    assert {p.parent for p in build.rglob("zoo.json")} == {build / name for name in names}
+    assert not list(build.rglob("fit.json"))
+    monkeypatch.setattr(ImageTask, "batch", None)
+    train.main(["zoos"])  # loads them
+
+
 def test_the_shapes_notebook_loads_what_the_command_trained(checkout, monkeypatch):
     train.main(["shapes"])
     monkeypatch.setattr("netspace_lite.shapes.ShapeTask.batch", None)
