@@ -30,7 +30,7 @@ from .fingerprint import difference, fingerprint, structure
 from .folding import fold_batchnorm, unwrapped
 from .nets import Nets, cross_entropy
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -275,8 +275,8 @@ class Zoo(Nets):
         """A zoo of checkpoints: state dicts of ``module``, one file a net.
 
         Args:
-            files: a folder, a file, or a list of .safetensors, .pt, .pth or .ckpt files; in order
-                of their names for a folder, net-2 before net-10. Only tensors are read, with
+            files: a folder, a file, or a list of .safetensors, .pt, .pth, .th or .ckpt files; in
+                order of their names for a folder, net-2 before net-10. Only tensors are read, with
                 ``weights_only=True``.
             module: a module that every file fits, once what all its names begin with is left out
                 ("module.", "_orig_mod.", "model."), as trained or as `Nets.export` leaves it.
