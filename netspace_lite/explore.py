@@ -39,9 +39,8 @@ def interpolate(start: Tensor, end: Tensor, steps: int = 11) -> Tensor:
 
     Example: ``interpolate(torch.zeros(2), torch.ones(2), 3)`` is [[0, 0], [½, ½], [1, 1]].
     """
-    check_kind(
-        Tensor, "a line is one of embeddings, by space.encode; weight_line of nets", start, end
-    )
+    wanted = "a line is one of embeddings, by space.encode; weight_line of nets"
+    check_kind(Tensor, wanted, start, end)
     if start.dtype != end.dtype or not start.is_floating_point():
         raise ValueError(f"ends of a line are floats alike, not {start.dtype} and {end.dtype}")
     if start.shape != end.shape or start.dim() not in (1, 2) or start.numel() == 0:

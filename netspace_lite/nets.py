@@ -64,7 +64,7 @@ class Nets:
     def outputs(self, x: Tensor, per_net: bool = False, samples: int | None = None) -> Tensor:
         """Outputs [N, B, ...] without gradients, in blocks of nets and of ``samples``."""
         check_inputs(self.rows, x, per_net)
-        samples = samples or samples_per_block(x[0] if per_net else x)
+        samples = samples_per_block(x[0] if per_net else x) if samples is None else samples
         inputs, out, first = x.split(BLOCK) if per_net else itertools.repeat(x), None, 0
         for rows, own in zip(self.rows.split(BLOCK), inputs, strict=False):
             parts = own.split(samples, dim=int(per_net))

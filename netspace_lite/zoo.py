@@ -308,7 +308,7 @@ def _read_checkpoint(path: Path, module: nn.Module) -> nn.Module:
     try:
         safe = path.suffix == ".safetensors"
         state = load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
-        for key in ("state_dict", "model_state_dict", "model"):  # how training scripts wrap it
+        for key in ("state_dict", "model_state_dict", "model", "net"):  # how scripts wrap it
             state = state[key] if isinstance(state.get(key), dict) else state
         wrapped = (k.removesuffix(first) for k in state if k.endswith(f".{first}"))
         wrapper = "" if first in state else next(wrapped, "")  # "module.", "module._orig_mod."
@@ -318,7 +318,10 @@ def _read_checkpoint(path: Path, module: nn.Module) -> nn.Module:
             state.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
         if not any("running_" in k for k in state):
             loaded = fold_batchnorm(loaded)
-        loaded.load_state_dict(state)
+        loaded.load_state_dict(state)  # which takes the whole numbers of quantised nets as they are
+        floats = [name for name, own in loaded.state_dict().items() if own.is_floating_point()]
+        if quantised := [name for name in floats if not state[name].is_floating_point()]:
+            raise ValueError(f"{quantised[0]} holds whole numbers: dequantise it")
     except Exception as error:  # readers and modules fail in many ways, each on its own terms
         pickled = isinstance(error, UnpicklingError)  # PyTorch's own advice would be to load it
         why = str(error) or repr(error)

@@ -548,6 +548,15 @@ def test_checkpoints_of_wrapped_modules_are_read(tmp_path, wrapper):
     assert torch.equal(zoo.rows, Layout.of(net).pack([net]))
 
 
+def test_checkpoints_of_quantised_nets_are_refused(tmp_path):
+    """Seen before: whole numbers became weights without their scale."""
+    state = mlp(nn.ReLU()).state_dict()
+    state["2.weight"] = (100 * state["2.weight"]).round().to(torch.int8)
+    torch.save(state, tmp_path / "net.th")
+    with pytest.raises(ValueError, match=r"net.th is no state dict .*2.weight holds whole numbers"):
+        Zoo.from_files(tmp_path, mlp(nn.ReLU()))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inside torch.compile
 def test_modules_are_taken_out_of_their_wrappers():
     nets = [mlp(nn.ReLU()) for _ in range(2)]
