@@ -16,6 +16,7 @@ import hashlib
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pooch
 import torch
 import torch.nn.functional as F
@@ -24,10 +25,11 @@ from torch import nn
 import netspace_lite as ns
 from netspace_lite.data import _read_cifar10
 from netspace_lite.processes import rank, together
+from netspace_lite.tutorial import figures
 
 SOURCE = "https://raw.githubusercontent.com"
 STEPS, EPOCH, REFINE = 2500, 250, 100  # of a fit on our zoo; of a refinement
-ALONE = 1500  # steps of a fit on strangers' nets, who are few
+ALONE = 800  # steps of a fit on strangers' nets, who are few
 NETS, VAL, TEST = 480, 40, 40
 
 
@@ -82,8 +84,11 @@ def told(kind: str, found: dict[str, float]) -> None:
     print(f"| {kind} | {numbers} |", flush=True)
 
 
-def judge(space: ns.NetSpace, known: ns.Zoo, nets: ns.Zoo, data: ns.ImageData, who: str) -> None:
-    """How ``nets`` come back from a space of the nets ``known``, beside the baselines."""
+def judge(space: ns.NetSpace, known: ns.Zoo, nets: ns.Zoo, data: ns.ImageData, who: str) -> dict:
+    """How ``nets`` come back from a space of the nets ``known``, beside the baselines.
+
+    Returns the agreement of each net in percent, [N], by kind.
+    """
     own, y = nets.outputs(data.test.x), data.test.y
     z = space.encode(nets)
     refined = ns.refine(space, nets, data.train.x, REFINE)
@@ -98,8 +103,24 @@ def judge(space: ns.NetSpace, known: ns.Zoo, nets: ns.Zoo, data: ns.ImageData, w
         "PCA of weights, as many values": ns.pca_nets(known, nets, z.shape[1]),
         "mean net": ns.mean_net(known, nets),
     }
+    agreement = {}
     for kind, decoded in rows.items():
-        told(f"{who}: {kind}", ns.compare(decoded.outputs(data.test.x), own, y))
+        outputs = decoded.outputs(data.test.x)
+        told(f"{who}: {kind}", ns.compare(outputs, own, y))
+        agreement[kind.strip("*")] = 100 * (outputs.argmax(-1) == own.argmax(-1)).float().mean(1)
+    return agreement
+
+
+def picture(accuracy: torch.Tensor, agreement: dict, path: Path) -> None:
+    """How much of each stranger's net came back, over how good it is."""
+    figures.use_style()
+    _, ax = plt.subplots(figsize=(6.5, 4))
+    kinds = {"refined": "D", "encoded": "o", "nearest net by answers": "s"}
+    for (kind, mark), colour in zip(kinds.items(), figures.KINDS, strict=False):
+        ax.scatter(accuracy, agreement[kind], 16, colour, mark, label=kind)
+    ax.set(xlabel="test accuracy of a stranger's net (%)", ylabel="agreement with it (%)")
+    ax.legend(loc="lower right")
+    plt.savefig(path, dpi=160)
 
 
 def lines(space: ns.NetSpace, nets: ns.Zoo, data: ns.ImageData) -> None:
@@ -114,8 +135,11 @@ def lines(space: ns.NetSpace, nets: ns.Zoo, data: ns.ImageData) -> None:
 
 
 def fitted(known: ns.Zoo, val: ns.Zoo, data: ns.ImageData, folder: Path, steps: int, seed=0):
-    """A space of the nets ``known``, as notebook 2 fits it at the paper's sizes."""
-    config = ns.SpaceConfig(chunk=500, probes=256, components=256 * (len(known) > 256))
+    """A space of the nets ``known``, as notebook 2 fits it, that reads answers only.
+
+    Strangers' weights are of other optimisers, rates and batches than those it would know.
+    """
+    config = ns.SpaceConfig(weights=False, probes=256, components=256 * (len(known) > 256))
     space = ns.NetSpace.for_zoos(known, data.train.x, config, seed)
     inputs = ns.blends(data.train.x[:12_000])
     objective = ns.Distillation(space, known, inputs, nets=48, consensus=0.5)
@@ -138,13 +162,15 @@ def main(cifar10: str, folder: str) -> None:
     for who, accuracy in zip(("ours", "theirs"), ours, strict=True):
         low, middle, high = accuracy.quantile(torch.tensor([0.0, 0.5, 1.0])).tolist()
         print(f"{len(accuracy)} nets, {who}: {low:.1f} to {high:.1f}% right, median {middle:.1f}")
-    apart = ns.novelty(theirs, data.test.x[:2000])
-    print(f"the nearest two strangers' nets differ on {apart['function'].min():.1f}% of images")
+    answers = theirs.outputs(data.test.x)
+    alike = 100 - ns.disagreement(answers, answers)[~torch.eye(len(theirs), dtype=torch.bool)]
+    print(f"two strangers' nets agree on {alike.mean():.1f}% of images, at most {alike.max():.1f}%")
     known, val, test = zoo.split(VAL, TEST)
     space = fitted(known, val, data, folder / "space", STEPS)
     print("| | agreement (%) | MAE of accuracy (points) | correlation r |\n|---|---|---|---|")
     judge(space, known, test, data, "our nets held out")
-    judge(space, known, theirs, data, "strangers' nets")
+    agreement = judge(space, known, theirs, data, "strangers' nets")
+    picture(theirs.scores["test_accuracy"], agreement, folder / "strangers.png")
     lines(space, theirs, data)
     for seed in range(3):
         known, val, test = theirs.split(8, 16, seed)
