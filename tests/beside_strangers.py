@@ -29,6 +29,7 @@ from netspace_lite.tutorial import figures
 
 SOURCE = "https://raw.githubusercontent.com"
 STEPS, EPOCH, REFINE = 2500, 250, 100  # of a fit on our zoo; of a refinement
+ASKED, TESTED = 12_000, 4000  # images to compare answers on, while fitting and after
 ALONE = 800  # steps of a fit on strangers' nets, who are few
 NETS, VAL, TEST = 480, 40, 40
 
@@ -89,9 +90,9 @@ def judge(space: ns.NetSpace, known: ns.Zoo, nets: ns.Zoo, data: ns.ImageData, w
 
     Returns the agreement of each net in percent, [N], by kind.
     """
-    own, y = nets.outputs(data.test.x), data.test.y
-    z = space.encode(nets)
-    refined = ns.refine(space, nets, data.train.x, REFINE)
+    test = data.test[:TESTED]
+    own, z = nets.outputs(test.x), space.encode(nets)
+    refined = ns.refine(space, nets, data.train.x[:ASKED], REFINE)
     answers = [space.features(zoo.rows).answers for zoo in (known, nets)]
     best = known.rows[known.scores["val_accuracy"].argmax()].expand(len(nets), -1)
     rows = {
@@ -105,8 +106,8 @@ def judge(space: ns.NetSpace, known: ns.Zoo, nets: ns.Zoo, data: ns.ImageData, w
     }
     agreement = {}
     for kind, decoded in rows.items():
-        outputs = decoded.outputs(data.test.x)
-        told(f"{who}: {kind}", ns.compare(outputs, own, y))
+        outputs = decoded.outputs(test.x)
+        told(f"{who}: {kind}", ns.compare(outputs, own, test.y))
         agreement[kind.strip("*")] = 100 * (outputs.argmax(-1) == own.argmax(-1)).float().mean(1)
     return agreement
 
@@ -117,7 +118,7 @@ def picture(accuracy: torch.Tensor, agreement: dict, path: Path) -> None:
     _, ax = plt.subplots(figsize=(6.5, 4))
     kinds = {"refined": "D", "encoded": "o", "nearest net by answers": "s"}
     for (kind, mark), colour in zip(kinds.items(), figures.KINDS, strict=False):
-        ax.scatter(accuracy, agreement[kind], 16, colour, mark, label=kind)
+        ax.scatter(accuracy, agreement[kind], 16, colour, marker=mark, label=kind)
     ax.set(xlabel="test accuracy of a stranger's net (%)", ylabel="agreement with it (%)")
     ax.legend(loc="lower right")
     plt.savefig(path, dpi=160)
@@ -130,7 +131,7 @@ def lines(space: ns.NetSpace, nets: ns.Zoo, data: ns.ImageData) -> None:
     way = ns.interpolate(space.encode(start), space.encode(end), 11).flatten(0, 1)
     walks = {"embeddings": space.decode(way), "weights": ns.weight_line(start, end, 11)}
     for kind, walk in walks.items():
-        drop = ns.line_drop(walk.accuracy(data.test[:2000]).view(-1, 11))
+        drop = ns.line_drop(walk.accuracy(data.test[:1000]).view(-1, 11))
         print(f"lines between {kind}: {drop.median():.1f} points under the weaker end", flush=True)
 
 
@@ -141,7 +142,7 @@ def fitted(known: ns.Zoo, val: ns.Zoo, data: ns.ImageData, folder: Path, steps: 
     """
     config = ns.SpaceConfig(weights=False, probes=256, components=256 * (len(known) > 256))
     space = ns.NetSpace.for_zoos(known, data.train.x, config, seed)
-    inputs = ns.blends(data.train.x[:12_000])
+    inputs = ns.blends(data.train.x[:ASKED])
     objective = ns.Distillation(space, known, inputs, nets=48, consensus=0.5)
     validate = lambda space: ns.scores(space, val, data.val)  # noqa: E731
     ns.fit(space, objective, validate, steps, epoch=EPOCH, folder=folder)
@@ -162,7 +163,7 @@ def main(cifar10: str, folder: str) -> None:
     for who, accuracy in zip(("ours", "theirs"), ours, strict=True):
         low, middle, high = accuracy.quantile(torch.tensor([0.0, 0.5, 1.0])).tolist()
         print(f"{len(accuracy)} nets, {who}: {low:.1f} to {high:.1f}% right, median {middle:.1f}")
-    answers = theirs.outputs(data.test.x)
+    answers = theirs.outputs(data.test.x[:TESTED])
     alike = 100 - ns.disagreement(answers, answers)[~torch.eye(len(theirs), dtype=torch.bool)]
     print(f"two strangers' nets agree on {alike.mean():.1f}% of images, at most {alike.max():.1f}%")
     known, val, test = zoo.split(VAL, TEST)
@@ -171,6 +172,11 @@ def main(cifar10: str, folder: str) -> None:
     judge(space, known, test, data, "our nets held out")
     agreement = judge(space, known, theirs, data, "strangers' nets")
     picture(theirs.scores["test_accuracy"], agreement, folder / "strangers.png")
+    best = zoo.scores["test_accuracy"].max()
+    beyond = theirs.scores["test_accuracy"] > best
+    for who, some in (("up to", ~beyond), ("beyond", beyond)):
+        medians = (f"{kind} {of[some].median():.1f}" for kind, of in agreement.items())
+        print(f"{int(some.sum())} {who} our best net's {best:.1f}%, medians: {', '.join(medians)}")
     lines(space, theirs, data)
     for seed in range(3):
         known, val, test = theirs.split(8, 16, seed)
