@@ -19,7 +19,7 @@ def _zoos(settings: Settings, data) -> list:
     return []
 
 
-SPACES = {
+WORK = {
     "zoos": _zoos,
     "single": lambda *given: [chapters.single_space(*given, blind=b) for b in (False, True)],
     "several": lambda *given: [chapters.several_space(*given, b) for b in (False, True)],
@@ -30,7 +30,7 @@ SPACES = {
 def main(arguments: list[str] | None = None) -> None:
     """Train the zoos of notebooks 1 to 4, or the zoo and the spaces of one chapter."""
     parser = ArgumentParser("python -m netspace_lite.train", description=main.__doc__)
-    parser.add_argument("what", choices=SPACES)
+    parser.add_argument("what", choices=WORK)
     what = parser.parse_args(arguments).what
     try:
         settings = Settings.from_environment()
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         data = None if what == "shapes" else settings.load_data()
         if not local:
             wait()
-        for space, *_, history in SPACES[what](settings, data):
+        for space, *_, history in WORK[what](settings, data):
             if rank() == 0:
                 scores = ", ".join(f"{name} {value:.4g}" for name, value in history[-1].items())
                 print(f"{space.architectures}: {scores}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .architectures import name_of
+from .checks import finite
 from .fingerprint import fingerprint
 from .layout import fill
 
@@ -86,8 +87,7 @@ class Trial:
     @classmethod
     def of(cls, batched, mode, rows: Tensor, x: Tensor, per_net: bool) -> "Trial | None":
         """The first two nets that are finite, if there are any, and the first samples."""
-        rows = rows.detach()
-        rows = rows[rows.isfinite().all(1)][:2].clone()
+        rows = rows[finite(rows)][:2].detach().clone()
         if len(rows) == 0:
             return None
         if len(rows) == 1 or torch.equal(*rows):
