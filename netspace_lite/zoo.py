@@ -101,7 +101,10 @@ class Task(Protocol):
         """Factor on each net's learning rate at ``progress`` [N], 0 to 1, of its training."""
 
     def scores(self, nets: Nets, members: Tensor) -> dict[str, Tensor]:
-        """Figures of trained nets, each [N] on the CPU; ``val_accuracy`` picks a zoo's best."""
+        """Figures of trained nets, each [N] on the CPU; ``val_accuracy`` picks a zoo's best.
+
+        `train_zoo` asks for those of a block once it is trained, in the process that trained it.
+        """
 
 
 class Orders:

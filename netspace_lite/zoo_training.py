@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import store
 from .architectures import build, describe, is_registered, name_of
 from .batching import BLOCK, Batched
-from .checks import whole
+from .checks import finite, whole
 from .fingerprint import fingerprint, structure
 from .folding import fold_batchnorm, statistics, unwrapped
 from .layout import Layout, fill
@@ -31,6 +31,7 @@ CHECKPOINT_SECONDS = 60  # an interruption loses at most this much training
 ADAM = ("momentum", "variance")  # AdamW's part of a state
 ON_GPU = 1 << 16  # inputs of a step that keep a GPU busy for as long as launching it takes
 LOG_STEPS = 50  # steps between rows of numbers for a logger
+SCORE = "score/"  # begins the names of scores among what is kept of a block
 Make = nn.Module | Callable[[], nn.Module]
 
 
@@ -205,7 +206,7 @@ def train_zoo(
     make: Make, task: Task, recipes: list[Recipe], folder=None, block: int | None = None,
     progress: bool = True, log: Callable[[dict[str, float]], None] | None = None,
 ) -> Zoo:  # fmt: skip
-    """Train a net per recipe, ``block`` at a time, and score them all.
+    """Train a net per recipe and score it, ``block`` of them at a time.
 
     With ``folder`` the work can be interrupted: blocks, the one in training every
     CHECKPOINT_SECONDS, are kept there and the same call goes on, bit for bit. A folder that holds
@@ -237,14 +238,14 @@ def train_zoo(
     first = initial_rows(make, [recipes[0].seed])
     plan |= {"initialisation": fingerprint(first), "recipes": fingerprint(recipes)}
     if folder is None or not store.exists(folder, "zoo"):
-        twice = _folded(batched, first.repeat(2, 1), batched.initial_running(2))
-        Zoo(*twice, members=torch.tensor([0, 0])).scored(task)  # or it fails after all training
         together = plan | {"block": block or _fitting(task, recipes)}
         blocks = _Blocks(make, batched, task, recipes, folder, together, log)
-        states = blocks.train(portion(blocks.costs), progress)
+        twice = {"rows": first.repeat(2, 1), "running": batched.initial_running(2)}
+        blocks.end(_state(batched, twice, 0), torch.tensor([0, 0]))  # or it fails after training
+        ended = blocks.train(portion(blocks.costs), progress)
         wait()  # until every block is in the folder
         if rank() == 0:
-            zoo = blocks.finish(states if world() == 1 else blocks.train(range(len(blocks.costs))))
+            zoo = blocks.finish(ended if world() == 1 else blocks.train(range(len(blocks.costs))))
         wait()  # until the zoo is
         if rank() == 0:
             return zoo
@@ -278,40 +279,54 @@ class _Blocks:
         self.order = steps.argsort(descending=True, stable=True)
         self.members = self.order.split(self.plan["block"])
         self.costs = [int(steps[n].sum()) for n in self.members]
+        module, normed = self.batched.module, self.batched.running.size
+        self.folded = Batched(fold_batchnorm(module)) if normed else self.batched
 
     def train(self, numbers: Sequence[int], progress: bool = False) -> list[dict[str, Tensor]]:
-        """The final states of these blocks, each trained from where it is."""
+        """These blocks as they `end`, each trained from where it is."""
         with progress_bar(sum(self.costs[n] for n in numbers), "training nets", progress) as bar:
             return [self.train_one(number, bar) for number in numbers]
 
     def train_one(self, number: int, bar) -> dict[str, Tensor]:
-        """The final state of a block; after each step the bar, the log, at times a checkpoint."""
+        """A block as it `end`s; after each step the bar, the log, at times a checkpoint."""
         name, members = f"block-{number}", self.members[number]
-        recipes = [self.recipes[n] for n in members]
-        state, saved = self.begin(name, recipes), time.monotonic()
+        recipes, found = [self.recipes[n] for n in members], self.load(name)
+        if found and "running" not in found:  # it has ended, and its norms are folded
+            bar.update(self.costs[number])
+            return found
+        seeds, saved = [recipe.seed for recipe in recipes], time.monotonic()
+        state = self.resumed(found, recipes) if found else {"rows": initial_rows(self.make, seeds)}
         bar.update(sum(min(recipe.steps, int(state.get("step", 0))) for recipe in recipes))
 
         def on_step(state):
             nonlocal saved
             step = int(state["step"])
-            nets, done = sum(recipe.steps >= step for recipe in recipes), step == recipes[0].steps
+            nets = sum(recipe.steps >= step for recipe in recipes)
             bar.update(nets)
-            if self.log is not None and (done or step % LOG_STEPS == 0):
+            if self.log is not None and (step == recipes[0].steps or step % LOG_STEPS == 0):
                 row = {"block": number, "step": step, "nets": nets}
                 row["loss"] = state["losses"][:nets, step - 1].mean().item()
                 self.log(row | {"seconds": state["seconds"].item()})
-            if self.folder and (done or time.monotonic() - saved > CHECKPOINT_SECONDS):
-                store.save(self.folder, name, self.plan, _without_adam(state) if done else state)
+            if self.folder and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                store.save(self.folder, name, self.plan, state)
                 saved = time.monotonic()
 
-        return _without_adam(train_nets(self.batched, self.task, recipes, state, on_step, members))
+        state = train_nets(self.batched, self.task, recipes, state, on_step, members)
+        ended = self.end(state, members)
+        if self.folder:
+            store.save(self.folder, name, self.plan, ended)
+        return ended
 
-    def begin(self, name: str, recipes: list[Recipe]) -> dict[str, Tensor]:
-        """The state that a block starts from: new nets, or its checkpoint."""
+    def load(self, name: str) -> dict[str, Tensor]:
+        """What is kept of a block in training or ended, if anything."""
         if self.folder is None or not store.exists(self.folder, name):
-            return {"rows": initial_rows(self.make, [recipe.seed for recipe in recipes])}
+            return {}
         record, found = store.load(self.folder, name)
         store.check_plan(self.folder, record, self.plan)
+        return found
+
+    def resumed(self, found: dict[str, Tensor], recipes: list[Recipe]) -> dict[str, Tensor]:
+        """The state of a block in training."""
         with store.reading(self.folder):
             rows = found["rows"].view(len(recipes), self.batched.layout.size)
             start = _state(self.batched, {"rows": rows}, recipes[0].steps)
@@ -322,37 +337,39 @@ class _Blocks:
             raise ValueError(f"{what}: delete it")
         return state
 
-    def finish(self, states: list[dict[str, Tensor]]) -> Zoo:
-        """The zoo of all blocks' final states, scored; it takes their place in the folder."""
-        order = self.order.argsort()
-        rows, running = (torch.cat([s[key] for s in states])[order] for key in ("rows", "running"))
-        losses = [net for s in states for net in s["losses"].cpu()]  # of longer and shorter blocks
-        losses = nn.utils.rnn.pad_sequence(losses, True, torch.nan)[order]
-        batched, rows = _folded(self.batched, rows, running)
-        zoo = Zoo(batched, rows, None, self.recipes, losses).scored(self.task)
-        zoo.about = self.plan | {"seconds": sum(state["seconds"].item() for state in states)}
+    def fold(self, rows: Tensor, running: Tensor) -> Tensor:
+        """Rows of nets whose batch norms, if any, are folded away."""
+        if self.folded is self.batched:
+            return rows
+        module, nets = copy.deepcopy(self.batched.module), []
+        states = self.batched.layout.unpack(rows), self.batched.running.unpack(running)
+        for parameters, norms in zip(*states, strict=True):
+            fill(module, parameters)
+            for name, values in norms.items():
+                module.get_buffer(name).copy_(values)
+            nets.append(fold_batchnorm(module))
+        return self.folded.layout.pack(nets)
+
+    def end(self, state: dict[str, Tensor], members: Tensor) -> dict[str, Tensor]:
+        """What is kept of trained nets, on the CPU: folded rows, losses, seconds and scores."""
+        rows = self.fold(state["rows"], state["running"])
+        sound = rows.where(finite(rows)[:, None], 0)  # the others will be left out
+        scores = Zoo(self.folded, sound, members=members).scored(self.task).scores
+        kept = {"rows": rows.cpu(), "losses": state["losses"].cpu(), "seconds": state["seconds"]}
+        return kept | {SCORE + name: values for name, values in scores.items()}
+
+    def finish(self, blocks: list[dict[str, Tensor]]) -> Zoo:
+        """The zoo of blocks that ended; it takes their place in the folder."""
+        order, names = self.order.argsort(), [n for n in blocks[0] if n.startswith(SCORE)]
+        with store.reading(self.folder):
+            losses = [net for block in blocks for net in block["losses"]]  # longer and shorter
+            losses = nn.utils.rnn.pad_sequence(losses, True, torch.nan)[order]
+            rows, *of = (torch.cat([b[n] for b in blocks])[order] for n in ("rows", *names))
+        scores = {name.removeprefix(SCORE): values for name, values in zip(names, of, strict=True)}
+        zoo = Zoo(self.folded, rows.to(device_of(self.task)), scores, self.recipes, losses)
+        zoo.about = self.plan | {"seconds": sum(block["seconds"].item() for block in blocks)}
         if self.folder is not None:
             zoo.save(self.folder)
-            for number in range(len(states)):
+            for number in range(len(blocks)):
                 store.delete(self.folder, f"block-{number}")
         return zoo
-
-
-def _without_adam(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What of a block's state counts once it is trained, a third of the bytes."""
-    return {name: value for name, value in state.items() if name not in ADAM}
-
-
-def _folded(batched: Batched, rows: Tensor, running: Tensor) -> tuple[Batched, Tensor]:
-    """Architecture and rows of nets whose batch norms, if any, are folded away."""
-    if not batched.running.size:
-        return batched, rows
-    module, nets = copy.deepcopy(batched.module), []
-    states = zip(batched.layout.unpack(rows), batched.running.unpack(running), strict=True)
-    for parameters, running in states:
-        fill(module, parameters)
-        for name, values in running.items():
-            module.get_buffer(name).copy_(values)
-        nets.append(fold_batchnorm(module))
-    folded = Batched(nets[0])
-    return folded, folded.layout.pack(nets)

@@ -503,6 +503,19 @@ def test_checkpoints_in_another_dtype_are_gone_on_from(worlds, tmp_path, monkeyp
     assert torch.equal(zoo.rows, w.zoo.rows)
 
 
+def test_blocks_that_were_kept_and_blocks_just_trained_make_one_zoo(worlds, tmp_path, monkeypatch):
+    w = worlds[1]
+    with pretend_cuda(), backend("torch"):
+        with monkeypatch.context() as patch:
+            patch.setattr(ns.ImageTask, "batch", interrupted(ns.ImageTask.batch, 6))
+            with pytest.raises(Interrupted):
+                ns.train_zoo(NETS[0], w.task, RECIPES, tmp_path, block=1, **QUIET)
+        zoo = ns.train_zoo(NETS[0], w.task, RECIPES, tmp_path, block=1, **QUIET)
+        assert zoo.rows.is_cuda
+        assert not w.zoo.losses.is_cuda
+        torch.testing.assert_close(zoo.rows, w.zoo.rows)
+
+
 def test_a_gpu_trains_more_nets_together_and_a_cpu_loads_them(worlds, tmp_path):
     """Launching a step for 32 small nets took an H200 17 times as long as computing it."""
     recipes = ns.draw_recipes(40, steps=(1, 4))

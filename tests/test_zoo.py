@@ -152,6 +152,26 @@ def test_an_interrupted_zoo_resumes_bit_for_bit(zoo, task, at, tmp_path, monkeyp
     assert len(list(tmp_path.iterdir())) == 2  # no checkpoint is left behind
 
 
+def test_a_block_is_scored_once_by_whoever_trained_it(zoo, task, tmp_path, monkeypatch):
+    """Of several processes, too; the first call tries the scores before anything is trained."""
+    asked, scores = [], ImageTask.scores
+
+    def watched(self, nets, members):
+        asked.append(members.tolist())
+        return scores(self, nets, members)
+
+    monkeypatch.setattr(ImageTask, "scores", watched)
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageTask, "batch", interrupted(ImageTask.batch, 8))
+        with pytest.raises(Interrupted):
+            train_zoo(NET, task, RECIPES, tmp_path, block=3, **QUIET)
+    assert asked == [[0, 0], [0, 2, 1]]
+    resumed = train_zoo(NET, task, RECIPES, tmp_path, block=3, **QUIET)
+    assert asked[2:] == [[0, 0], [3]]
+    for name, values in zoo.scores.items():
+        assert torch.equal(resumed.scores[name], values)
+
+
 def test_dropout_and_batch_norm_resume_bit_for_bit_too(tmp_path, monkeypatch):
     """Whatever else draws random numbers in between, and wherever the blocks are cut."""
     monkeypatch.setattr(zoo_training, "CHECKPOINT_SECONDS", 0)
