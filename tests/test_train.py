@@ -112,9 +112,12 @@ def assert_same_zoos(one, other):
 def test_two_processes_train_the_zoo_of_one_bit_for_bit(alone, pair, monkeypatch):
     zoos, *_ = loaded(pair, monkeypatch)
     assert_same_zoos(alone[0], zoos)
-    trained = [json.loads((pair / f"seen-{n}.json").read_text())["batches"] for n in range(2)]
+    seen = [json.loads((pair / f"seen-{n}.json").read_text()) for n in range(2)]
+    trained, scored = ([of[key] for of in seen] for key in ("batches", "scored"))
     longest = [max(recipe.steps for recipe in zoo.recipes) for zoo in zoos]
     assert all(sum(longest) / 2 < steps < 4 * sum(longest) for steps in trained)  # neither idles
+    assert all(len(nets) >= 3 for nets in scored)  # a block, by whoever trained it
+    assert sorted([*scored[0], *scored[1]]) == sorted(2 * [*range(8)])  # each net once
     assert not list(pair.rglob("block-*"))
 
 
@@ -156,9 +159,10 @@ def killing(method, attempt, victim, at):
 
 def main(kind):
     """What each process that the tests start does."""
-    zoo_training.CHECKPOINT_SECONDS, batches, decoded = 0, [], []
-    batch, decode = ImageTask.batch, NetSpace.decode
+    zoo_training.CHECKPOINT_SECONDS, batches, scored, decoded = 0, [], [], []
+    batch, score, decode = ImageTask.batch, ImageTask.scores, NetSpace.decode
     ImageTask.batch = lambda *args: batches.append(args[-1]) or batch(*args)
+    ImageTask.scores = lambda *args: scored.append(args[-1].tolist()) or score(*args)
     NetSpace.decode = lambda space, z, a: decoded.append(len(z)) or decode(space, z, a)
     with together():
         if kind == "killed":
@@ -166,6 +170,7 @@ def main(kind):
             Distillation.__call__ = killing(Distillation.__call__, 1, 0, 6)
         work(Path.cwd())
         seen = {"batches": len(batches), "decoded": [n for n in decoded if n < 8]}  # 8: validation
+        seen["scored"] = [n for nets in scored if nets != [0, 0] for n in nets]  # a try
         Path(f"seen-{rank()}.json").write_text(json.dumps(seen))
 
 

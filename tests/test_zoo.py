@@ -152,8 +152,8 @@ def test_an_interrupted_zoo_resumes_bit_for_bit(zoo, task, at, tmp_path, monkeyp
     assert len(list(tmp_path.iterdir())) == 2  # no checkpoint is left behind
 
 
-def test_a_block_is_scored_once_by_whoever_trained_it(zoo, task, tmp_path, monkeypatch):
-    """Of several processes, too; the first call tries the scores before anything is trained."""
+def test_a_block_is_scored_once_it_is_trained(zoo, task, tmp_path, monkeypatch):
+    """Each call tries the scores before anything is trained."""
     asked, scores = [], ImageTask.scores
 
     def watched(self, nets, members):
