@@ -110,18 +110,15 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
 
 
 class Tracer(fx.Tracer):
-    """Follows the thread that it is made in; modules that others call meanwhile just run.
+    """Follows the thread that traces; modules that others call meanwhile just run.
 
     While PyTorch traces, all calls of modules in the process come to the tracer.
     """
 
-    def __init__(self):
-        super().__init__()
-        self._thread = get_ident()
-
     def trace(self, root: nn.Module) -> fx.Graph:
         """The steps of ``root``."""
         with ALONE:
+            self._thread = get_ident()
             return super().trace(root)
 
     def call_module(self, m, forward, args, kwargs):

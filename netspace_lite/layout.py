@@ -101,9 +101,10 @@ class Layout:
 
 @torch.no_grad()
 def fill(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Give a module's parameters their values by name: buffers stay, what is tied stays tied."""
-    for name, parameter in module.named_parameters():
-        parameter.copy_(state[name])
+    """Give a module's tensors values by name: all others stay, and what is tied stays tied."""
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    for name, value in state.items():
+        tensors[name].copy_(value)
 
 
 def one_by_one(views: dict[str, Tensor]) -> list[dict[str, Tensor]]:

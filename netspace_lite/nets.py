@@ -132,11 +132,13 @@ class Nets:
 
 def _places(index, count: int) -> Tensor:
     """What an index picks of ``count`` places: of a number one, else a list of them."""
-    index = index.cpu() if isinstance(check_pick(index), Tensor) else index
-    index = list(range(count)[index]) if isinstance(index, slice) else index  # backwards, too
-    if getattr(index, "dtype", None) in (torch.uint8, np.uint8):  # places, no mask
-        index = torch.as_tensor(index).long()
-    return torch.arange(count)[index]
+    index = index.numpy(force=True) if isinstance(check_pick(index), Tensor) else index
+    return torch.as_tensor(np.arange(count)[index].copy())  # as NumPy picks: backwards, too
+
+
+def members_of(group: Tensor) -> list[tuple[int, Tensor]]:
+    """The groups that occur in [N], in order, each with the places of its members."""
+    return [(k, (group == k).nonzero()[:, 0]) for k in group.unique().tolist()]
 
 
 class MixedNets:
@@ -177,8 +179,7 @@ class MixedNets:
         group, place = self._group[picked], self._place[picked]
         if picked.dim() == 0:
             return self.groups[group][place]
-        at = [(group == k).nonzero()[:, 0] for k in range(len(self.groups))]
-        parts = [(self.groups[k][place[n]], n) for k, n in enumerate(at) if len(n)]
+        parts = [(self.groups[k][place[n]], n) for k, n in members_of(group)]
         return MixedNets(*zip(*parts, strict=True) if parts else [()])
 
     def to_module(self, n: int = 0) -> nn.Module:

@@ -1,7 +1,7 @@
 """Random numbers that follow a seed and leave everyone else's alone."""
 
 import random
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from threading import RLock
 
 import numpy as np
@@ -28,15 +28,12 @@ def own_draws(seed: int | None = None, devices=()):
 @contextmanager
 def own_randomness(seed: int | None = None, devices=()):
     """`own_draws` of NumPy and Python as well, which takes 0.2 ms."""
-    with own_draws(seed, devices):
-        before = random.getstate(), np.random.get_state()
-        try:
-            if seed is not None:
-                follow(seed)
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
+    with own_draws(seed, devices), ExitStack() as afterwards:
+        afterwards.callback(random.setstate, random.getstate())
+        afterwards.callback(np.random.set_state, np.random.get_state())
+        if seed is not None:
+            follow(seed)
+        yield
 
 
 def follow(seed: int) -> None:

@@ -24,7 +24,7 @@ from .fingerprint import structure
 from .folding import fold_batchnorm
 from .kernels import chunk_pack
 from .layout import Layout, check_rows, invariants
-from .nets import MixedNets, Nets
+from .nets import MixedNets, Nets, members_of
 from .paper import ConvDecoder, ConvEncoder
 from .randomness import ALONE, own_randomness
 
@@ -359,9 +359,7 @@ class NetSpace(nn.Module):
         """
         z = self.check(z)
         if architecture is None and len(self.batched) > 1:
-            predicted = self.predict(z)
-            members = [(predicted == a).nonzero()[:, 0] for a in range(len(self.batched))]
-            groups = [(self.decode(z[n], a), n) for a, n in enumerate(members) if len(n)]
+            groups = [(self.decode(z[n], a), n) for a, n in members_of(self.predict(z))]
             return MixedNets(*zip(*groups, strict=True))
         a = self.index(architecture)
         return Nets(self.batched[a], self.decoder(z, a))

@@ -21,7 +21,7 @@ from . import store
 from .checks import check_finite, check_kind, whole
 from .fingerprint import fingerprint
 from .kernels import distillation_loss
-from .nets import MixedNets, Nets, classes
+from .nets import MixedNets, Nets, classes, members_of
 from .optimiser import Muon
 from .processes import agreed, average, rank, share, wait
 from .progress import progress_bar
@@ -200,10 +200,9 @@ class MixedZoo:
     def encode(self, space: NetSpace, n: Tensor, target: int | None = None) -> Tensor:
         """Embeddings [len(n), E] of nets n, moved to architecture ``target`` if there is one."""
         self._read(space)
-        places = [(self.group[n] == g).nonzero()[:, 0] for g in range(len(self.zoos))]
-        parts = [self._encode(space, g, n[at], target) for g, at in enumerate(places) if len(at)]
-        z = torch.cat(parts)
-        return z[torch.cat(places).argsort().to(z.device)]
+        places = members_of(self.group[n])
+        z = torch.cat([self._encode(space, g, n[at], target) for g, at in places])
+        return z[torch.cat([at for _, at in places]).argsort().to(z.device)]
 
     def _encode(self, space: NetSpace, group: int, n: Tensor, target: int | None) -> Tensor:
         """`encode` for nets of one zoo."""
@@ -304,8 +303,8 @@ class Distillation:
 
 def decoded_loss(space: NetSpace, z: Tensor, architecture: Tensor, loss, generator) -> Tensor:
     """Mean loss of nets decoded from z [N, E], each as its own ``architecture`` [N]."""
-    groups = [(a, (architecture == a).to(z.device)) for a in architecture.unique().tolist()]
-    losses = [loss(space.decode(z[own], a), generator).expand(int(own.sum())) for a, own in groups]
+    groups = [(a, z[n.to(z.device)]) for a, n in members_of(architecture)]
+    losses = [loss(space.decode(own, a), generator).expand(len(own)) for a, own in groups]
     return torch.cat(losses).mean()
 
 

@@ -48,7 +48,11 @@ def plain_operations():
     """
     with _lock:
         if not _inside:
-            _settings.enter_context(_plainly())
+            mha = torch.backends.mha
+            _settings.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+            mha.set_fastpath_enabled(False)
+            _settings.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "There is a performance drop")
         _inside.append(None)
     try:
         yield
@@ -57,18 +61,6 @@ def plain_operations():
             _inside.pop()
             if not _inside:
                 _settings.close()
-
-
-@contextlib.contextmanager
-def _plainly():
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "There is a performance drop")
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @dataclass
@@ -116,8 +108,8 @@ class Trial:
         out, running = self._answer(way, rows, self.x)
         return [out.detach(), _gradient(out, [rows]), running]
 
-    def _answer(self, way: str, rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        running = self.batched.initial_running(2).to(rows) if self.mode.training else None
+    def _answer(self, way: str, rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        running = self.batched.initial_running(2).to(rows)  # of none unless in training
         return getattr(self.mode, way)(self.batched._views(rows, running), x, self.per_net), running
 
     @plain_operations()
@@ -131,21 +123,18 @@ class Trial:
         out, named = torch.stack(outputs), [dict(module.named_parameters()) for module in modules]
         self._check_own(out, [p for of in named for p in of.values()])
         gradient = _gradient(out, [of[name] for of in named for name in layout.names])
-        running = None
-        if self.mode.training and statistics.size:
-            running = statistics.pack([module.state_dict() for module in modules])
+        running = statistics.pack([m.state_dict() for m in modules]) if statistics.size else None
         return [out.detach(), gradient, running]
 
     def _check_own(self, out: Tensor, parameters: list[Tensor]) -> None:
         """Raise ValueError if answers of copies depend on the module that they are copies of."""
-        steps, used = {out.grad_fn} - {None}, {}
+        steps, own = {out.grad_fn} - {None}, set(parameters)
         for step in (todo := [*steps]):  # grows while it is read
-            used |= {id(step.variable): step.variable} if hasattr(step, "variable") else {}
             todo += (more := {before for before, _ in step.next_functions} - steps - {None})
             steps |= more
-        own = {id(p): p for p in parameters}
-        unused = {p.shape for key, p in own.items() if key not in used}
-        if any(p.shape in unused for key, p in used.items() if key not in own):
+        used = {step.variable for step in steps if hasattr(step, "variable")}
+        unused = {p.shape for p in own - used}
+        if any(p.shape in unused for p in used - own):
             what = f"copies of a {name_of(self.mode.module)} use parameters of the first"
             raise ValueError(f"{what}: a function that it holds, such as a lambda, names its parts")
 

@@ -108,7 +108,7 @@ class Task(Protocol):
 
 
 class Orders:
-    """Shuffled orders of ``count`` samples, one per seed and epoch.
+    """Mini-batches of ``count`` samples in shuffled orders, one per seed and epoch.
 
     An order depends on nothing else, so that training can resume; those of the current epoch are
     kept.
@@ -117,8 +117,13 @@ class Orders:
     def __init__(self, count: int):
         self.count, self._kept = count, {}
 
-    def __call__(self, seed: int, epoch: int) -> Tensor:
-        """[count], on the CPU."""
+    def __call__(self, recipes: Sequence[Recipe], step: int, size: int) -> Tensor:
+        """The samples of ``step`` in each net's own epochs of batches: [N, size], on the CPU."""
+        epoch, position = divmod(step, self.count // size)
+        orders = [self._order(recipe.seed, epoch) for recipe in recipes]
+        return torch.stack([order[position * size :][:size] for order in orders])
+
+    def _order(self, seed: int, epoch: int) -> Tensor:
         if (seed, epoch) not in self._kept:
             self._kept = {k: v for k, v in self._kept.items() if k[1] == epoch}
             generator = torch.Generator().manual_seed((seed * 100_003 + epoch) % 2**63)
@@ -145,11 +150,7 @@ class ImageTask:
 
         x is a transposed view of sample-major memory, which is what evaluation wants.
         """
-        epoch, position = divmod(step, len(self.data.train) // self.batch_size)
-        first = position * self.batch_size
-        orders = [self._orders(recipe.seed, epoch) for recipe in recipes]
-        index = torch.stack([o[first : first + self.batch_size] for o in orders], dim=1)
-        index = index.to(self.device)
+        index = self._orders(recipes, step, self.batch_size).T.contiguous().to(self.device)
         return self.data.train.x[index].transpose(0, 1), self.data.train.y[index].T
 
     def schedule(self, progress: Tensor) -> Tensor:
@@ -249,10 +250,9 @@ class Zoo(Nets):
                 what = f"{folder} holds nets of {rows.shape[1]} parameters that compute something"
                 given = f"{name_of(batched.module)} of {batched.layout.size}"
                 raise ValueError(f"{what} else than this {given}: pass the module they are of")
-            scores = {n: torch.tensor(values) for n, values in record.get("scores", {}).items()}
             recipes = record.get("nets") and [Recipe(**net) for net in record["nets"]]
-            history = recipes, tensors.get("losses"), tensors.get("members")
-            return cls(batched, rows, scores, *history, dict(record.get("about", {})))
+            rest = record.get("scores", {}), recipes, tensors.get("losses"), tensors.get("members")
+            return cls(batched, rows, *rest, dict(record.get("about", {})))
 
     @classmethod
     def from_modules(cls, modules: Iterable[nn.Module], task: Task | None = None) -> "Zoo":
@@ -326,9 +326,8 @@ def _read_checkpoint(path: Path, module: nn.Module) -> nn.Module:
         if quantised := [name for name in floats if not state[name].is_floating_point()]:
             raise ValueError(f"{quantised[0]} holds whole numbers: dequantise it")
     except Exception as error:  # readers and modules fail in many ways, each on its own terms
-        pickled = isinstance(error, UnpicklingError)  # PyTorch's own advice would be to load it
         why = str(error) or repr(error)
-        if pickled:
+        if isinstance(error, UnpicklingError):  # PyTorch's own advice would be to load it
             kinds = ", ".join(re.findall(r"GLOBAL (\S+)", why)) or "of some kind"
             why = f"it holds pickled objects, never loaded ({kinds}): save its state dict alone"
         raise ValueError(f"{path} is no state dict of {name_of(module)}: {why}") from error

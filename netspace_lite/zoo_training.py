@@ -8,8 +8,6 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -192,7 +190,7 @@ def fine_tune(nets: Nets, task: Task, recipes: list[Recipe]) -> Nets:
     """
     if len(recipes) != len(nets) or len({recipe.steps for recipe in recipes}) != 1:
         raise ValueError(f"{len(nets)} nets need as many recipes of equal steps: {len(recipes)}")
-    state, members = {"rows": nets.rows.detach().clone()}, getattr(nets, "members", None)
+    state, members = {"rows": nets.rows.detach()}, getattr(nets, "members", None)
     state = train_nets(nets.batched, task, recipes, state, members=members)
     tuned = Nets(nets.batched, state["rows"])
     if not (good := tuned.finite()).all():
@@ -240,8 +238,8 @@ def train_zoo(
     if folder is None or not store.exists(folder, "zoo"):
         together = plan | {"block": block or _fitting(task, recipes)}
         blocks = _Blocks(make, batched, task, recipes, folder, together, log)
-        twice = {"rows": first.repeat(2, 1), "running": batched.initial_running(2)}
-        blocks.end(_state(batched, twice, 0), torch.tensor([0, 0]))  # or it fails after training
+        # two untrained nets are scored first, or it fails after training
+        blocks.end(_state(batched, {"rows": first.repeat(2, 1)}, 0), torch.tensor([0, 0]))
         ended = blocks.train(portion(blocks.costs), progress)
         wait()  # until every block is in the folder
         if rank() == 0:
@@ -262,25 +260,18 @@ def _fitting(task: Task, recipes: list[Recipe]) -> int:
     return BLOCK * min(16, max(1, ON_GPU // inputs))
 
 
-@dataclass
 class _Blocks:
     """The blocks of a zoo, each in training or trained; kept in ``folder`` if there is one."""
 
-    make: Make
-    batched: Batched
-    task: Task
-    recipes: list[Recipe]
-    folder: Path | str | None
-    plan: dict
-    log: Callable | None
-
-    def __post_init__(self):
-        steps = torch.tensor([recipe.steps for recipe in self.recipes])
+    def __init__(self, make: Make, batched: Batched, task: Task, recipes, folder, plan: dict, log):
+        self.make, self.batched, self.task, self.recipes = make, batched, task, recipes
+        self.folder, self.plan, self.log = folder, plan, log
+        steps = torch.tensor([recipe.steps for recipe in recipes])
         self.order = steps.argsort(descending=True, stable=True)
-        self.members = self.order.split(self.plan["block"])
+        self.members = self.order.split(plan["block"])
         self.costs = [int(steps[n].sum()) for n in self.members]
-        module, normed = self.batched.module, self.batched.running.size
-        self.folded = Batched(fold_batchnorm(module)) if normed else self.batched
+        normed = batched.running.size
+        self.folded = Batched(fold_batchnorm(batched.module)) if normed else batched
 
     def train(self, numbers: Sequence[int], progress: bool = False) -> list[dict[str, Tensor]]:
         """These blocks as they `end`, each trained from where it is."""
@@ -344,9 +335,7 @@ class _Blocks:
         module, nets = copy.deepcopy(self.batched.module), []
         states = self.batched.layout.unpack(rows), self.batched.running.unpack(running)
         for parameters, norms in zip(*states, strict=True):
-            fill(module, parameters)
-            for name, values in norms.items():
-                module.get_buffer(name).copy_(values)
+            fill(module, parameters | norms)
             nets.append(fold_batchnorm(module))
         return self.folded.layout.pack(nets)
 

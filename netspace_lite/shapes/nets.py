@@ -69,10 +69,8 @@ class ShapeTask:
         """
         if members.max() >= len(self.samples):
             raise ValueError(f"net {members.max()} has no shape: there are {len(self.samples)}")
-        size = self.batch_size // 2
-        epoch, position = divmod(step, self._half // size)
-        orders = [self._orders(r.seed, epoch)[position * size :][:size] for r in recipes]
-        inside, shape = torch.stack(orders), members.to(self.device)[:, None]
+        inside = self._orders(recipes, step, self.batch_size // 2)
+        shape = members.to(self.device)[:, None]
         index = torch.cat([inside, inside + self._half], dim=1).to(self.device)  # [N, B]
         return self.samples.points[shape, index], self.samples.sdf[shape, index]
 
