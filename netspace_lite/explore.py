@@ -26,6 +26,7 @@ from .space import NetSpace
 from .training import LikenessLoss, NetsLoss, kl_divergence, learning_rate
 
 Validation = Images | Callable[[Nets], Tensor] | None
+CONFIG = "a config is a Descent, as Descent(steps=50)"
 
 
 def interpolate(start: Tensor, end: Tensor, steps: int = 11) -> Tensor:
@@ -193,8 +194,7 @@ def optimise(
     Raises ValueError if the starts or the first loss can't be used. If the loss fails later (NaN),
     the search warns, stops and returns the best so far.
     """
-    config, several = config or Descent(), len(space.batched) > 1
-    check_kind(Descent, "a config is a Descent, as Descent(steps=50)", config)
+    config, several = check_kind(Descent, CONFIG, config or Descent()), len(space.batched) > 1
     decode = partial(space.decode, architecture=architecture)
     start = _start_points(space, starts, prior, config.seed)
     wanted = space.index(architecture) if several and architecture is not None else None
@@ -219,7 +219,8 @@ def optimise_weights(
     Arguments and result as in `optimise`; from freshly initialised nets it is training.
     """
     check_kind(Nets, "nets are trained, as zoo[n]", nets).batched.check_trainable()
-    decode, config = partial(Nets, nets.batched), config or Descent(lr=3e-3)
+    config = check_kind(Descent, CONFIG, config or Descent(lr=3e-3))
+    decode = partial(Nets, nets.batched)
     return _descend(decode, nets.rows, loss, validate, lambda rows: (0.0, True), config, progress)
 
 

@@ -132,7 +132,7 @@ class Nets:
 
 def _places(index, count: int) -> Tensor:
     """What an index picks of ``count`` places: of a number one, else a list of them."""
-    index = index.numpy(force=True) if isinstance(check_pick(index), Tensor) else index
+    index = index.cpu().numpy() if isinstance(check_pick(index), Tensor) else index
     return torch.as_tensor(np.arange(count)[index].copy())  # as NumPy picks: backwards, too
 
 

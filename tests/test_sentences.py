@@ -19,7 +19,17 @@ def w():
     nets = random_nets(ns.lite_net("LeNetLike", data.shape, data.classes), 4)
     space = ns.NetSpace.for_zoos(nets, data.train.x, ns.SpaceConfig(probes=8))
     objective = ns.Distillation(space, nets, data.train.x)
-    parts = {"data": data, "nets": nets, "net": nets.module, "space": space, "fit": objective}
+    others = random_nets(ns.lite_net("VanillaCNN", data.shape, data.classes), 4)
+    two = ns.NetSpace.for_zoos([nets, others], data.train.x, ns.SpaceConfig(probes=8))
+    parts = {
+        "others": others,
+        "two": two,
+        "data": data,
+        "nets": nets,
+        "net": nets.module,
+        "space": space,
+        "fit": objective,
+    }
     return SimpleNamespace(**parts, validate=lambda s: ns.scores(s, nets, data.val))
 
 
@@ -83,6 +93,29 @@ FIRST_TRIES = {
     "a dict for a descent": (
         lambda w: ns.optimise(w.space, w.nets, ns.ImageLoss(w.data.val), config={"steps": 2}),
         r"Descent\(steps=50\)",
+    ),
+    "a space's config for a descent": (
+        lambda w: ns.optimise_weights(w.nets, ns.ImageLoss(w.data.val), config=ns.SpaceConfig()),
+        r"as Descent\(steps=50\), not a SpaceConfig",
+    ),
+    "numbers of two kinds for a line": (
+        lambda w: ns.interpolate(torch.zeros(4), torch.zeros(4).double(), 3),
+        "floats alike, not torch.float32 and torch.float64",
+    ),
+    "percent for a share": (
+        lambda w: ns.ImageLoss(w.data.train, w.net, distil=90),
+        "a share of the loss, from 0 to 1, not 90",
+    ),
+    "inputs of their own for two zoos": (
+        lambda w: ns.Distillation(w.two, [w.nets, w.others], w.data.train.x, per_net=True),
+        "inputs per net need one zoo, not 2",
+    ),
+    "zoos in another order": (
+        lambda w: ns.Distillation(w.two, [w.nets, w.others], w.data.train.x)(
+            ns.NetSpace.for_zoos([w.others, w.nets], w.data.train.x, ns.SpaceConfig(probes=8)),
+            torch.Generator(),
+        ),
+        "has these zoos elsewhere",
     ),
     "yes for True": (lambda w: ns.SpaceConfig(told="no"), r"\(True, False\), not 'no'"),
     "nets to compare": (lambda w: ns.compare(w.nets, w.nets, w.data.val), "nets.outputs"),

@@ -129,6 +129,13 @@ def test_bootstrap_draws_the_same_nets_and_images_of_all_tables():
     assert bootstrap(torch.mean, torch.ones(4, 5), draws=20) == (1, 1)
 
 
+def test_bootstrap_draws_images_also_where_another_table_has_none():
+    of_nets, of_images = torch.zeros(20), torch.randn(5).expand(20, 5)
+    found = bootstrap(lambda a, b: b.mean() - a.mean(), of_nets, of_images)
+    assert found == bootstrap(lambda b, a: b.mean() - a.mean(), of_images, of_nets)
+    assert found[0] < found[1]
+
+
 def test_all_curves_levels_and_panels_are_drawn_however_many():
     """Seen before: there were six colours, and what came after the sixth was left out."""
     ys = {f"net {n}": torch.arange(3.0) + n for n in range(8)}

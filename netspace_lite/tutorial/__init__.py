@@ -124,8 +124,8 @@ def bootstrap(statistic: Callable, *tables: Tensor, draws: int = 1000, seed: int
     generator, found = torch.Generator().manual_seed(seed), []
     for _ in range(draws):
         drawn = [table.cpu() for table in tables]
-        for axis, size in enumerate(tables[0].shape):
+        for axis, size in enumerate(max((table.shape for table in tables), key=len)):
             again = torch.randint(size, (size,), generator=generator)
-            drawn = [table.index_select(axis, again) for table in drawn]
+            drawn = [t.index_select(axis, again) if axis < t.dim() else t for t in drawn]
         found.append(float(statistic(*drawn)))
     return tuple(torch.tensor(found).quantile(torch.tensor([0.025, 0.975])).tolist())
