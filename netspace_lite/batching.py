@@ -23,7 +23,7 @@ from torch.func import functional_call, vmap
 
 from .architectures import Sine, Siren, build, describe, name_of
 from .fingerprint import structure
-from .folding import CONVOLUTIONS, Affine, Tracer, affine, evaluated_copy, statistics
+from .folding import CONVOLUTIONS, Affine, Tracer, affine, evaluated_copy, hooks, statistics
 from .kernels import backend, batched_conv2d, batched_linear, siren_mlp
 from .kernels.backend import use_triton
 from .kernels.cpu import channels_last, nets_per_block
@@ -66,6 +66,7 @@ class Batched:
         self.running = _statistics_layout(self.module)
         self._modes: dict[tuple, _Mode] = {}
         self._ways: dict[tuple[bool, bool], str] = {}
+        self._mixing: set[bool] = set()  # of per_net, see `mixes_samples`
         stock = build(describe(self.module)) if type(self.module) is Siren else None
         self._is_siren = stock is not None and structure(stock) == self.fingerprint
 
@@ -82,6 +83,12 @@ class Batched:
     def way(self, training: bool = False, per_net: bool = False) -> str | None:
         """Either "interpreted", "vmap" or "loop"; None before the first call of that kind."""
         return self._ways.get((training, per_net))
+
+    def mixes_samples(self, rows: Tensor, x: Tensor, per_net: bool = False) -> bool:
+        """Whether answers to a sample depend on the others, as with a batch norm's own batch."""
+        if not (self._is_siren or self.running.size or self.way(False, per_net)):
+            self._choose(self._mode(rows, False), rows, x, per_net)
+        return per_net in self._mixing
 
     def initial_running(self, nets: int) -> Tensor:
         """Running statistics [N, Q] as the module has them, one copy a net."""
@@ -149,6 +156,8 @@ class Batched:
             if not expected[0].isfinite().all():
                 return way
             random = not trial.close(trial.plain(), expected) or drawn() != before
+            if not (random or mode.training) and trial.mixes_samples(expected[0]):
+                self._mixing.add(per_net)
             if not random and not trial.close(trial.run("loop"), expected):
                 what = f"{name_of(self.module)} has other answers or gradients with parameters that"
                 cure = "does it keep some in a list, or compute parts anew for the gradient?"
@@ -228,6 +237,8 @@ class _Mode:
             self.graph = _trace(root)
             if drawn() != before:
                 self.graph = "a trace would keep what it draws at random"
+            if any(map(hooks, self.module.modules())):  # whose layers a graph may never call
+                self.graph = "it has hooks, which take one net's tensors"
         except Exception as error:  # tracing runs the user's code on proxies
             self.graph = f"it can't be traced ({str(error).partition(chr(10))[0]})"
         self.parts, self.plans, first = dict(root.named_modules()), {}, {}
@@ -282,6 +293,8 @@ class _Mode:
         """Through PyTorch's own batching."""
         if any(getattr(part, "padding_idx", None) is not None for part in self.module.modules()):
             raise TypeError("vmap would train the padding of embeddings")
+        if any("backward" in kind for part in self.module.modules() for kind in hooks(part)):
+            raise TypeError("vmap passes over hooks on gradients")
         with self.a_copy() as module:
             one_net, axes = functools.partial(functional_call, module), (0, 0 if per_net else None)
             return vmap(one_net, axes, randomness="different")(views, self._own(x))

@@ -32,6 +32,9 @@ def check_pick(index):
     It takes a net for a sequence of sequences without an end.
     """
     parts = index if isinstance(index, list | tuple) else ()
+    for one in (index, *parts):  # PyTorch would cut an array's numbers to whole ones
+        if isinstance(one, np.ndarray | np.generic) and one.dtype.kind not in "biu":
+            raise ValueError(f"an index is whole numbers or a mask, not {one.dtype}")
     return check_kind(PICKS, "an index is a number, a slice, a mask or a list", index, *parts)
 
 

@@ -25,14 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from .folding import Tracer, statistics
+from .folding import Tracer, hooks, statistics
 from .randomness import own_randomness
 
 PLAIN = (
     type(None), type(...), bool, int, float, complex, str, bytes, slice, range, enum.Enum,
     np.generic, torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
-HOOKS = "_forward_pre_hooks", "_forward_hooks"
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _METHODS = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)
 _WRAPPERS = (staticmethod, classmethod, functools._lru_cache_wrapper)
@@ -73,8 +72,9 @@ def _settings(module: nn.Module) -> dict:
     """Plain attributes of a layer (strides, slopes, numbers of heads) and its functions."""
     kinds = (*PLAIN, *_FUNCTIONS, tuple, list, dict, set, Tensor, np.ndarray)
     found = {k: v for k, v in vars(module).items() if k[0] != "_" and k != "training"}
-    hooks = {k: list(vars(module)[k].values()) for k in HOOKS if vars(module)[k]}
-    return hooks | {k: v for k, v in found.items() if isinstance(v, kinds) or is_dataclass(v)}
+    return hooks(module) | {
+        k: v for k, v in found.items() if isinstance(v, kinds) or is_dataclass(v)
+    }
 
 
 def difference(module: nn.Module, other: nn.Module) -> str:
@@ -198,7 +198,8 @@ def _parts(thing) -> list:
 
 
 def _public(thing) -> dict:
-    return {k: v for k, v in getattr(thing, "__dict__", {}).items() if k[0] != "_"}
+    slots = {k: getattr(thing, k) for k in copyreg._slotnames(type(thing)) if hasattr(thing, k)}
+    return {k: v for k, v in (getattr(thing, "__dict__", {}) | slots).items() if k[0] != "_"}
 
 
 def _parts_of_native(thing) -> list:

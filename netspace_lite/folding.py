@@ -14,6 +14,7 @@ from .randomness import ALONE
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
 
 
 class Affine(nn.Module):
@@ -62,6 +63,11 @@ def evaluated_copy(module: nn.Module) -> nn.Module:
         raise ValueError(f"{type(module).__name__} can't be copied ({error}): {cure}") from error
 
 
+def hooks(module: nn.Module) -> dict[str, list]:
+    """The functions that run before and after this very module, and on its gradients, by kind."""
+    return {kind: [*vars(module)[kind].values()] for kind in HOOKS if vars(module)[kind]}
+
+
 def statistics(module: nn.Module) -> dict[str, nn.Module]:
     """The batch and instance norms of a module that answer with running statistics, by name."""
     norms = {n: m for n, m in module.named_modules() if isinstance(m, _NormBase)}
@@ -83,7 +89,7 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     folded = evaluated_copy(module)
     norms = statistics(folded)
     for name, norm in norms.items():
-        if norm._forward_hooks or norm._forward_pre_hooks:
+        if hooks(norm):
             raise ValueError(f"norm {name!r} has hooks, which folding would lose: take them off")
     graph, names = _trace(folded, norms) if norms else None, [*norms]
     for name, layer in _layers_before(folded, graph, norms).items() if graph else ():
@@ -159,7 +165,6 @@ def _layers_before(module: nn.Module, graph: fx.Graph, norms: dict) -> dict[str,
             before = module.get_submodule(layer.target)
             alone = all(tied.count(id(p)) == 1 for p in before.parameters())
             once = calls.count(norm) == calls.count(layer.target) == 1
-            hooked = before._forward_hooks or before._forward_pre_hooks
-            if type(before) in CONVOLUTIONS and alone and once and not hooked:
+            if type(before) in CONVOLUTIONS and alone and once and not hooks(before):
                 found[norm] = layer.target
     return found

@@ -62,9 +62,14 @@ class Nets:
 
     @torch.no_grad()
     def outputs(self, x: Tensor, per_net: bool = False, samples: int | None = None) -> Tensor:
-        """Outputs [N, B, ...] without gradients, in blocks of nets and of ``samples``."""
+        """Outputs [N, B, ...] without gradients, in blocks of nets and of ``samples``.
+
+        Samples stay together where answers depend on what else is asked.
+        """
         check_inputs(self.rows, x, per_net)
         samples = samples_per_block(x[0] if per_net else x) if samples is None else samples
+        if samples < x.shape[per_net] and self.batched.mixes_samples(self.rows, x, per_net):
+            samples = x.shape[per_net]  # all together, as a call asks them
         inputs, out, first = x.split(BLOCK) if per_net else itertools.repeat(x), None, 0
         for rows, own in zip(self.rows.split(BLOCK), inputs, strict=False):
             parts = own.split(samples, dim=int(per_net))

@@ -138,6 +138,15 @@ class Trial:
             what = f"copies of a {name_of(self.mode.module)} use parameters of the first"
             raise ValueError(f"{what}: a function that it holds, such as a lambda, names its parts")
 
+    def mixes_samples(self, outputs: Tensor) -> bool:
+        """Whether the first samples have other answers alone than among all, ``outputs``."""
+        few = self.x.shape[self.per_net] // 2
+        try:
+            alone, _ = self._answer("loop", self.rows, self.x.narrow(int(self.per_net), 0, few))
+        except Exception:  # the user's code, of which a single sample may have no statistics
+            return True
+        return not self.close([alone.detach()], [outputs[:, :few]])
+
     def close(self, found: list[Tensor | None], expected: list[Tensor | None]) -> bool:
         """Equal up to what the dtype can tell, in units of the largest value; to NaN all is."""
         if found[0].shape != expected[0].shape:

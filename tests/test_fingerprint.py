@@ -230,6 +230,10 @@ class Slotted:
         self.a = a
 
 
+class Extended(Slotted):
+    """Has attributes of its own, too."""
+
+
 class Linked:
     def __init__(self):
         self.self = self
@@ -319,6 +323,7 @@ THINGS = {
     "number and text": (1, "1"),
     "attributes": (Plain(a=1), Plain(a=2)),
     "slots": (Slotted(1), Slotted(2)),
+    "slots of a base": (Extended(1), Extended(2)),
     "names": (Plain(a=1), Plain(b=1)),
     "nested": (Plain(a=[{"x": ONE}]), Plain(a=[{"x": -ONE}])),
     "dataclass": (Settings(3, ONE), Settings(3, ONE + 1)),

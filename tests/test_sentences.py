@@ -5,6 +5,7 @@ Each of these was an AttributeError, a TypeError or worse from somewhere inside.
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -127,6 +128,8 @@ FIRST_TRIES = {
         lambda w: ns.sample(w.space.encode(w.nets).numpy(), 3),
         "space.encode",
     ),
+    "floats for places": (lambda w: w.nets[np.array([0.0, 1.0, 1.0, 0.0])], "not float64"),
+    "floats for images": (lambda w: w.data.test[[np.float32(1)]], "a mask, not float32"),
     "half a step": (lambda w: ns.fit(w.space, w.fit, w.validate, 2.5), "whole number, not 2.5"),
     "half a batch": (lambda w: ns.ImageTask(w.data, 8.5), "whole number, not 8.5"),
     "half a net": (lambda w: ns.Distillation(w.space, w.nets, w.data.train.x, nets=2.5), "whole"),

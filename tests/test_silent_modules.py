@@ -368,3 +368,64 @@ def test_copies_made_in_inference_mode_have_gradients():
     found = nets.batched(rows, x.bfloat16())
     torch.testing.assert_close(found, expected)
     assert torch.autograd.grad(found.sum(), rows)[0].abs().sum() > 0
+
+
+HOOKED = {
+    "linear": (nn.Linear(4, 4), "register_forward_hook"),
+    "activation": (nn.LeakyReLU(), "register_forward_hook"),
+    "flatten": (nn.Flatten(), "register_forward_hook"),
+    "gradient": (nn.Linear(4, 4), "register_full_backward_hook"),
+}
+
+
+@pytest.mark.parametrize(("layer", "kind"), HOOKED.values(), ids=HOOKED)
+def test_hooks_that_seldom_change_anything_are_called(layer, kind):
+    """Seen before: what a hook cuts off was not, where the first inputs were too small for it."""
+    module = nn.Sequential(nn.Linear(4, 4), copy.deepcopy(layer), nn.Linear(4, 1))
+    plain = Batched(module).fingerprint
+    backward = "backward" in kind
+    cut = (lambda m, i, o: (i[0].clamp(-1, 1),)) if backward else lambda m, i, o: o.clamp(-3, 3)
+    getattr(module[1], kind)(cut)
+    batched, rows = Batched(module), random_nets(module, 3).rows
+    assert batched.fingerprint != plain
+    with pytest.warns(match="has hooks"):
+        batched(rows, torch.randn(5, 4) / 100)
+    assert batched.way() == ("loop" if backward else "vmap")
+    x, own = 1e4 * torch.randn(5, 4), rows.clone().requires_grad_()
+    expected = torch.autograd.grad(looped(module, own, x).sum() * 1e4, own)
+    found = batched(rows.requires_grad_(), x)
+    torch.testing.assert_close(found, looped(module, rows, x), rtol=1e-4, atol=1e-4)
+    gradient = torch.autograd.grad(found.sum() * 1e4, rows)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-2)
+
+
+class Standardised(nn.Module):
+    """Norms by the samples that it is asked about, of which one alone has no spread."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.last = nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.last(self.norm(x))
+
+
+class Centred(Standardised):
+    def forward(self, x):
+        return self.last(x - x.mean(0))
+
+
+@pytest.mark.parametrize("kind", [Standardised, Centred])
+@pytest.mark.parametrize("per_net", [False, True])
+def test_samples_that_are_asked_together_stay_together(kind, per_net):
+    """Seen before: answers came in blocks, each normed by itself, and so did accuracies."""
+    nets = random_nets(kind(), 3)
+    x = torch.randn(*[3] * per_net, 90, 4).cumsum(-2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it runs through vmap
+        found = nets.outputs(x, per_net, samples=40)
+        torch.testing.assert_close(found, nets(x, per_net))
+    assert nets.batched.mixes_samples(nets.rows, x, per_net)
+    torch.testing.assert_close(found, looped(nets.module, nets.rows, x, per_net))
+    plain = random_nets(nn.Linear(4, 2), 3)
+    assert not plain.batched.mixes_samples(plain.rows, x, per_net)
