@@ -59,8 +59,8 @@ def test_lines_are_counted_as_said():
         # nets choose what most of the zoo do 28, arguments in each other's place, and what was
         # compared though it doesn't belong together, 94, samples in blocks 8, answers of a whole
         # zoo in half the memory 8, zoos without spaces 5, nets that were quantised 3, scores by
-        # whoever trained the nets 17, hooks, samples asked together and floats for places 26, what gave
-        # wrong answers without a word 350
+        # whoever trained the nets 17, hooks, samples asked together and floats for places 26,
+        # what gave wrong answers without a word 350
         (list(LIBRARY.glob("*.py")), 3277),
         (list((LIBRARY / "shapes").rglob("*.py")), 462),
         (list((LIBRARY / "tutorial").rglob("*.py")), 398),
