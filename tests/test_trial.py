@@ -108,7 +108,9 @@ def test_what_a_trace_does_not_show_is_found(make, way, per_net):
     batched = Batched(make())
     way = way or ("vmap" if per_net else "interpreted")
     if way != "interpreted":
-        with pytest.warns(UserWarning, match="gradients of their own|draw at random"):
+        with pytest.warns(
+            UserWarning, match="hooks on gradients|gradients of their own|draw at random"
+        ):
             batched(rows, x, per_net)
     found = batched(rows, x, per_net)
     (gradient,) = torch.autograd.grad(found.square().sum(), rows)
