@@ -105,8 +105,7 @@ def translate(graph, parts, weights, parameters, image) -> Plan | None:
     for node in nodes:
         part = parts[node.target] if node.op == "call_module" else None
         sources = [values.get(source) for source in node.all_input_nodes]
-        hooked = part is not None and (part._forward_hooks or part._forward_pre_hooks)
-        if not sources or None in sources or hooked:
+        if not sources or None in sources:
             return None
         (source, shape), *others = sources
         if node.op == "output":
