@@ -23,7 +23,16 @@ from torch.func import functional_call, vmap
 
 from .architectures import Sine, Siren, build, describe, name_of
 from .fingerprint import structure
-from .folding import CONVOLUTIONS, Affine, Tracer, affine, evaluated_copy, hooks, statistics
+from .folding import (
+    CONVOLUTIONS,
+    Affine,
+    Tracer,
+    affine,
+    evaluated_copy,
+    hooks,
+    statistics,
+    to_like,
+)
 from .kernels import backend, batched_conv2d, batched_linear, siren_mlp
 from .kernels.backend import use_triton
 from .kernels.cpu import channels_last, nets_per_block
@@ -146,9 +155,9 @@ class Batched:
         if trial is None:  # nets that aren't finite show nothing: the next call looks again
             return way
         with own_randomness(devices=[x.device] * x.is_cuda), backend("torch"), NoDropout():
-            trial = trial.exact()
             try:
                 trial.watch()
+                trial = trial.exact()
                 expected, before = trial.plain(), drawn()
             except Exception as error:  # of the user's module, or of inputs that it can't take
                 error.add_note(f"{name_of(self.module)} was given {list(x.shape)} of {x.dtype}")
@@ -179,7 +188,6 @@ class Batched:
             if way == "interpreted" and may_lie_innermost(self.module):
                 with contextlib.suppress(Exception):  # the user's, who may read memory as it lies
                     mode.may_reorder = trial.close(trial.run("innermost"), expected)
-        mode.changes_inputs = trial.mode.changes_inputs
         if reasons:
             how = "one net after the other" if way == "loop" else "through torch.func.vmap"
             text = f"{name_of(self.module)} runs {how}, which is slower: {'; '.join(reasons)}"
@@ -242,16 +250,17 @@ class _Mode:
         except Exception as error:  # tracing runs the user's code on proxies
             self.graph = f"it can't be traced ({str(error).partition(chr(10))[0]})"
         self.parts, self.plans, first = dict(root.named_modules()), {}, {}
+        own = {p.dtype for p in module.parameters()}
         for part in (*self.parts.values(), *self.module.modules()):
             for name, value in vars(part).items():
                 if isinstance(value, Tensor):  # constants, also those of the trace
-                    dtype = like.dtype if value.is_floating_point() else value.dtype
+                    dtype = like.dtype if value.dtype in own else value.dtype
                     setattr(part, name, value.to(like.device, dtype))
         every = {"remove_duplicate": False}
         tensors = *root.named_parameters(**every), *root.named_buffers(**every)
         # A tensor that is tied has several names in the module, and the first of them in the views.
         self.names = {n: first.setdefault(id(t), n.removeprefix("0.")) for n, t in tensors}
-        root.to(like), self.module.to(like)
+        to_like(root, like), to_like(self.module, like)
         self.interpreter = None if isinstance(self.graph, str) else _Interpreter(self)
         self.idle = []  # copies of the module that no call is running
 

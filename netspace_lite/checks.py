@@ -50,5 +50,5 @@ def check_finite(values: Tensor, what: str = "nets") -> None:
     """Raise ValueError naming those of N, [N, ...], with NaN or infinity: they would spoil all."""
     values = values.detach().flatten(1) if values.dim() > 1 else values.detach()[..., None]
     if bad := (~finite(values)).nonzero()[:, 0].tolist():
-        bad = bad if len(bad) < 50 else f"{bad[:50]} and {len(bad) - 50} more"
+        bad = bad if len(bad) <= 50 else f"{bad[:50]} and {len(bad) - 50} more"
         raise ValueError(f"{what} {bad} are not finite: leave them out, by zoo[mask] or a list")

@@ -96,6 +96,9 @@ class ImageData:
     def __post_init__(self):
         self.train, self.val, self.test = map(Images.of, (self.train, self.val, self.test))
         self.classes = whole(self.classes, "the number of classes")
+        if len(self.shape) == 3 and self.shape[0] == self.shape[1] > 3 >= self.shape[2]:
+            given = f"images of {[*self.shape]} have their channels last"
+            raise ValueError(f"{given}, and should be [C, H, W]: pass x.permute(0, 3, 1, 2)")
         for name in ("train", "val", "test"):
             part = getattr(self, name)
             if len(part) == 0 or part.x.shape[1:] != self.train.x.shape[1:]:

@@ -184,7 +184,8 @@ def optimise(
         loss: (nets, generator) -> loss of each net [N], or their mean; such as `ImageLoss`, or your
             own ``lambda nets, generator: my_loss(nets(x))`` on logits [N, B, K].
         validate: images (see `Images.of`) to measure accuracy on, or (nets) -> score [N], higher is
-            better. The best state of each start is kept, the later one of equals. None: the last.
+            better. The best state of each start is kept, the later one of equals. None: the last
+            (with ``architecture`` the last of those that stand for it, if any does).
         architecture: name or index of the one wanted, in a space of several: its decoder is used
             and the classifier's cross-entropy added, so that the embedding comes to stand for it.
             None: whatever each embedding stands for.
@@ -230,7 +231,7 @@ def refine(
 ) -> Tensor:
     """Embeddings [N, E] polished until the decoded nets answer more like ``nets``.
 
-    An `optimise` from the encoder's embeddings (or ``z``) without validation: what an encoder
+    A search from the encoder's embeddings (or ``z``) whose last state is kept: what an encoder
     misses of a net it has never seen is won back in a few steps, as auto-decoders do (DeepSDF, Park
     et al. 2019, section 4). Nets say themselves which architecture they are decoded as.
 
@@ -239,9 +240,10 @@ def refine(
         like: inputs [S, ...] whose answers are compared, or a loss such as a `LikenessLoss`.
     """
     loss = LikenessLoss(nets, like) if isinstance(like, Tensor) else like
-    config = Descent(steps, lr, every=max(1, steps), seed=seed, architecture_weight=0.0)
-    settings = {"architecture": space.index(nets), "config": config, "progress": False}
-    return optimise(space, nets if z is None else z, loss, **settings).best
+    config = Descent(steps, lr, every=max(1, steps), seed=seed)
+    decode = partial(space.decode, architecture=space.index(nets))
+    start = _start_points(space, nets if z is None else z, None, seed)
+    return _descend(decode, start, loss, None, lambda z: (0.0, True), config, False).best
 
 
 def _start_points(space: NetSpace, starts, prior, seed: int) -> Tensor:

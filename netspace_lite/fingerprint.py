@@ -32,8 +32,8 @@ PLAIN = (
     type(None), type(...), bool, int, float, complex, str, bytes, slice, range, enum.Enum,
     np.generic, torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
-_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _METHODS = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)
+_VALUES = (*_METHODS, *PLAIN, Tensor, np.ndarray, tuple, list)
 _WRAPPERS = (staticmethod, classmethod, functools._lru_cache_wrapper)
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 
@@ -70,11 +70,14 @@ def structure(module: nn.Module) -> str:
 
 def _settings(module: nn.Module) -> dict:
     """Plain attributes of a layer (strides, slopes, numbers of heads) and its functions."""
-    kinds = (*PLAIN, *_FUNCTIONS, tuple, list, dict, set, Tensor, np.ndarray)
+    kinds = (*PLAIN, tuple, list, dict, set, Tensor, np.ndarray)
+
+    def counts(value) -> bool:
+        called = callable(value) and not isinstance(value, nn.Module)
+        return called or is_dataclass(value) or isinstance(value, kinds)
+
     found = {k: v for k, v in vars(module).items() if k[0] != "_" and k != "training"}
-    return hooks(module) | {
-        k: v for k, v in found.items() if isinstance(v, kinds) or is_dataclass(v)
-    }
+    return hooks(module) | {k: v for k, v in found.items() if counts(v)}
 
 
 def difference(module: nn.Module, other: nn.Module) -> str:
@@ -98,9 +101,15 @@ def _graphs(module: nn.Module) -> list:
         with own_randomness(0):  # numbers drawn on the way become constants
             graphs = [(Tracer().trace(root), root) for root in roots]
     except Exception:  # tracing runs the user's code on proxies: anything can be raised
-        own, hidden = _own_parts(module), vars(nn.Module()).keys()
-        return [(type(m), {k: v for k, v in vars(m).items() if k not in hidden}) for m in own]
-    return [_steps(*pair) for pair in graphs]
+        return _code(_own_parts(module))
+    leaves = [m for m in module.modules() if Tracer().is_leaf_module(m, "")]  # PyTorch's
+    inside = {id(part): part for leaf in leaves for part in _own_parts(leaf)}
+    return [_steps(*pair) for pair in graphs] + _code(inside.values())
+
+
+def _code(modules) -> list:
+    hidden = vars(nn.Module()).keys()
+    return [(type(m), {k: v for k, v in vars(m).items() if k not in hidden}) for m in modules]
 
 
 def _own_parts(module: nn.Module) -> list[nn.Module]:
@@ -173,7 +182,8 @@ def _parts(thing) -> list:
     if isinstance(thing, property | functools.cached_property):
         return [getattr(thing, "fget", None) or thing.func]
     if isinstance(thing, type) and not _of_library(thing.__module__):
-        own = {k: v for k, v in vars(thing).items() if k[0] != "_" or isinstance(v, _METHODS)}
+        kinds = {k: _METHODS if k[:2] == "__" else _VALUES for k in vars(thing)}
+        own = {k: v for k, v in vars(thing).items() if k[0] != "_" or isinstance(v, kinds[k])}
         return [thing.__qualname__, thing.__bases__, own]
     if isinstance(thing, _WRAPPERS):
         return [thing.__wrapped__]

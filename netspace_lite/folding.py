@@ -63,6 +63,15 @@ def evaluated_copy(module: nn.Module) -> nn.Module:
         raise ValueError(f"{type(module).__name__} can't be copied ({error}): {cure}") from error
 
 
+def to_like(module: nn.Module, like: Tensor) -> nn.Module:
+    """The module itself, moved to where ``like`` is and to its dtype.
+
+    Buffers of another dtype than the parameters', such as complex ones, keep theirs.
+    """
+    own = {p.dtype for p in module.parameters()}
+    return module._apply(lambda t: t.to(like.device, like.dtype if t.dtype in own else t.dtype))
+
+
 def hooks(module: nn.Module) -> dict[str, list]:
     """The functions that run before and after this very module, and on its gradients, by kind."""
     return {kind: [*vars(module)[kind].values()] for kind in HOOKS if vars(module)[kind]}
@@ -140,9 +149,13 @@ def _trace(module: nn.Module, leaves) -> fx.Graph | None:
     """The steps of a module, in which each of ``leaves`` is one step; None where it has none."""
     tracer = Tracer()
     usual = tracer.is_leaf_module
-    tracer.is_leaf_module = lambda m, name: name in leaves or usual(m, name)
-    try:
-        return tracer.trace(copy.deepcopy(module))
+    tracer.is_leaf_module = lambda m, name: name[2:] in leaves or usual(m, name)
+    try:  # in a root that calls it with the input alone: options have their defaults
+        graph = tracer.trace(nn.Sequential(copy.deepcopy(module)))
+        for node in graph.nodes:
+            if node.op in ("call_module", "get_attr"):
+                node.target = node.target.removeprefix("0.")
+        return graph
     except Exception:  # tracing runs the user's code on proxies: anything can be raised
         return None
 

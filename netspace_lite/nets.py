@@ -17,6 +17,7 @@ from .batching import BLOCK, Batched, check_inputs, samples_per_block
 from .checks import check_pick, finite
 from .data import Images, check_labels
 from .fingerprint import fingerprint
+from .folding import to_like
 from .layout import check_rows, fill
 
 
@@ -116,7 +117,7 @@ class Nets:
 
     def to_module(self, n: int = 0) -> nn.Module:
         """Net n as a plain ``nn.Module`` of its own, in evaluation mode, where the nets are."""
-        module = copy.deepcopy(self.module).to(self.rows).eval()
+        module = to_like(copy.deepcopy(self.module), self.rows).eval()
         fill(module, self.state_dict(n))
         return module
 

@@ -250,7 +250,9 @@ class NetSpace(nn.Module):
             size = rows.shape[1]
             getattr(space, f"mean{a}").flatten()[:size] = rows.mean(0)
             if len(zoo) > 1:
-                getattr(space, f"std{a}").flatten()[:size] = rows.std(0).clamp_min(1e-6)
+                spread = rows.std(0)  # what hardly differs in a zoo is not to be magnified
+                spread = spread.where(spread > 1e-4 * spread.max(), 1.0)
+                getattr(space, f"std{a}").flatten()[:size] = spread
         if space.config.components and space.config.probes:
             with torch.no_grad():
                 answers = [space._answers(z.rows, a) for z, a in zip(zoos, index, strict=True)]

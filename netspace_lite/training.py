@@ -43,10 +43,7 @@ def kl_divergence(outputs: Tensor, targets: Tensor, temperature) -> Tensor:
     if outputs.shape[-1] == 1:
         cure = "pass loss=squared_error to Distillation or LikenessLoss"
         raise ValueError(f"answers of one value have no softmax to compare: {cure}")
-    if targets.shape[1:] != outputs.shape[1:] or len(targets) not in (1, len(outputs)):
-        given = f"answers {list(outputs.shape)} and targets {list(targets.shape)}"
-        raise ValueError(f"{given} differ in nets or classes, or in samples: can't be compared")
-    targets = targets.expand_as(outputs)
+    targets = _as_many(targets, outputs)
     if isinstance(temperature, Tensor):
         temperature = temperature.flatten().expand(len(outputs))
     return distillation_loss(outputs, targets, temperature=temperature) / temperature**2
@@ -59,7 +56,15 @@ def squared_error(outputs: Tensor, targets: Tensor, scale) -> Tensor:
     square: standardise targets far from 0 before training. (Of several values to an input an
     encoder's probes show how they differ from their mean, not the mean itself.)
     """
-    return ((outputs - targets) / scale).square().mean((1, 2))
+    return ((outputs - _as_many(targets, outputs)) / scale).square().mean((1, 2))
+
+
+def _as_many(targets: Tensor, outputs: Tensor) -> Tensor:
+    """Targets [N, B, K], or [1, B, K] of all nets, as those of outputs [N, B, K]."""
+    if targets.shape[1:] != outputs.shape[1:] or len(targets) not in (1, len(outputs)):
+        given = f"answers {list(outputs.shape)} and targets {list(targets.shape)}"
+        raise ValueError(f"{given} differ in nets or classes, or in samples: can't be compared")
+    return targets.expand_as(outputs)
 
 
 class LikenessLoss:

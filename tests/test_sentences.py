@@ -12,6 +12,7 @@ from torch import nn
 from toy import random_nets
 
 import netspace_lite as ns
+from netspace_lite import shapes
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,18 @@ FIRST_TRIES = {
     ),
     "floats for places": (lambda w: w.nets[np.array([0.0, 1.0, 1.0, 0.0])], "not float64"),
     "floats for images": (lambda w: w.data.test[[np.float32(1)]], "a mask, not float32"),
+    "a target without its axis": (
+        lambda w: ns.squared_error(w.nets(w.data.val.x)[..., :1], w.data.val.y.float(), 1.0),
+        "can't be compared",
+    ),
+    "distances with an axis more": (
+        lambda w: shapes.within(torch.zeros(4, 50, 1), torch.zeros(4, 50)),
+        r"as many points, \[..., B\], not \[4, 50, 1\] and \[4, 50\]",
+    ),
+    "channels last": (
+        lambda w: ns.ImageData("own", *[(torch.rand(6, 12, 12, 3), torch.arange(6) % 3)] * 3, 3),
+        r"x.permute\(0, 3, 1, 2\)",
+    ),
     "half a step": (lambda w: ns.fit(w.space, w.fit, w.validate, 2.5), "whole number, not 2.5"),
     "half a batch": (lambda w: ns.ImageTask(w.data, 8.5), "whole number, not 8.5"),
     "half a net": (lambda w: ns.Distillation(w.space, w.nets, w.data.train.x, nets=2.5), "whole"),

@@ -4,6 +4,7 @@ import copy
 import random
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Event
 
 import numpy as np
@@ -415,12 +416,20 @@ class Centred(Standardised):
         return self.last(x - x.mean(0))
 
 
-@pytest.mark.parametrize("kind", [Standardised, Centred])
+class Scaled(Standardised):
+    """By one sample of all, so that part of them may have the same answers alone."""
+
+    def forward(self, x):
+        return self.last(x / x.max())
+
+
+@pytest.mark.parametrize("kind", [Standardised, Centred, Scaled])
 @pytest.mark.parametrize("per_net", [False, True])
 def test_samples_that_are_asked_together_stay_together(kind, per_net):
     """Seen before: answers came in blocks, each normed by itself, and so did accuracies."""
     nets = random_nets(kind(), 3)
     x = torch.randn(*[3] * per_net, 90, 4).cumsum(-2)
+    x = x.sort(-2, descending=True).values if kind is Scaled else x  # the first half is as ever
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it runs through vmap
         found = nets.outputs(x, per_net, samples=40)
@@ -429,3 +438,143 @@ def test_samples_that_are_asked_together_stay_together(kind, per_net):
     torch.testing.assert_close(found, looped(nets.module, nets.rows, x, per_net))
     plain = random_nets(nn.Linear(4, 2), 3)
     assert not plain.batched.mixes_samples(plain.rows, x, per_net)
+
+
+class Spectral(nn.Module):
+    """Filters in another domain: a buffer of complex numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(8, 3)
+        self.register_buffer("turn", torch.polar(torch.ones(5), torch.arange(5.0)))
+
+    def forward(self, x):
+        return self.last(torch.fft.irfft(torch.fft.rfft(x) * self.turn, n=8))
+
+
+class Fourier(nn.Module):
+    """Frequencies too high for single precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(8, 3)
+        self.frequency = 2.0 ** torch.arange(20, 28, dtype=torch.float64) * torch.pi + 0.1
+
+    def forward(self, x):
+        return self.last((x.double() * self.frequency).sin().to(x.dtype))
+
+
+@pytest.mark.parametrize("kind", [Spectral, Fourier])
+@pytest.mark.filterwarnings("ignore:.*which is slower")
+def test_buffers_of_another_dtype_keep_it(kind):
+    """Seen before: cast to the weights' dtype, half of a complex number lost."""
+    module, x = kind().eval(), torch.randn(6, 8)
+    zoo = Zoo.from_modules([module])
+    torch.testing.assert_close(zoo.outputs(x)[0], module(x))
+    torch.testing.assert_close(zoo.to_module()(x), module(x))
+
+
+class Optional(nn.Module):
+    """With an option that nobody gives, which a trace would take for given."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x, features=None):
+        h = self.first(x)
+        y = self.norm(h)
+        if features is not None:
+            return y
+        return self.last((y.relu() + h).mean((2, 3)))
+
+
+def test_norms_are_folded_as_the_module_is_called():
+    """Seen before: into a convolution whose answers were asked for without the norm, too."""
+    module, x = Optional(), torch.randn(4, 3, 8, 8)
+    for _ in range(9):
+        module(torch.randn(16, 3, 8, 8) * 2 + 1)
+    torch.testing.assert_close(fold_batchnorm(module)(x), module.eval()(x))
+
+
+def changed(function):
+    """A module whose code alone says what it computes."""
+
+    class Changed(nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    return Changed()
+
+
+def private(slope):
+    """What it computes stands in a private attribute of its class; no trace can follow it."""
+
+    class Private(nn.Module):
+        _slope = slope
+
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.last(x) * (self._slope if x.sum() > 0 else 1)
+
+    return Private()
+
+
+def parametrised(function):
+    layer = nn.Linear(8, 3)
+    nn.utils.parametrize.register_parametrization(layer, "weight", changed(function))
+    return layer
+
+
+def container(function):
+    return nn.TransformerEncoder(changed(function), 1, enable_nested_tensor=False)
+
+
+def attending(activation):
+    return nn.TransformerEncoderLayer(8, 2, 16, activation=activation)
+
+
+TWINS = {
+    "in a parametrised layer": (parametrised(torch.tanh), parametrised(torch.exp)),
+    "in a container": (container(torch.tanh), container(torch.exp)),
+    "an activation": (
+        attending(partial(F.leaky_relu, negative_slope=0.1)),
+        attending(partial(F.leaky_relu, negative_slope=0.5)),
+    ),
+    "private": (private(0.1), private(0.9)),
+}
+
+
+@pytest.mark.parametrize("twins", TWINS.values(), ids=TWINS)
+def test_code_inside_of_layers_counts(twins):
+    one, other = twins
+    assert structure(one) == structure(copy.deepcopy(one)) != structure(other)
+
+
+class InPlace(nn.Module):
+    """Scales its inputs where they are, unless they have to be converted first."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = x.float()
+        h.sub_(0.5).div_(0.5)
+        return self.last(h.to(x.dtype))
+
+
+def test_inputs_changed_in_one_precision_only_stay_as_they_are():
+    """Seen before: looked for in double precision, where they are copied on the way."""
+    nets, x = random_nets(InPlace(), 70), torch.randn(9, 8)
+    kept = x.clone()
+    with torch.no_grad():
+        found = nets(x)
+        assert torch.equal(x, kept)
+        torch.testing.assert_close(found, nets.outputs(kept.clone(), samples=2))
+    for n in (0, 40, 69):
+        torch.testing.assert_close(found[n], nets.to_module(n)(kept.clone()))

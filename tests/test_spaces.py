@@ -452,3 +452,23 @@ def test_nets_that_read_tokens_have_a_space(tmp_path):
     again = NetSpace.load(tmp_path, Looks())
     assert torch.equal(again.encode(nets), space.encode(nets))
     assert torch.equal(again.probes, space.probes)
+
+
+@pytest.mark.parametrize("weights", [True, "invariants"])
+def test_what_a_zoo_shares_is_not_magnified(data, weights):
+    """Seen before: heads on one backbone; another backbone's nets lay 100,000 times as far out."""
+    shared, others = nn.Linear(64, 32), nn.Linear(64, 32)
+
+    def head(backbone):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
+        net[1].load_state_dict(backbone.state_dict())
+        return net
+
+    zoo, far = Zoo.from_modules([head(shared) for _ in range(20)]), head(others)
+    config = SpaceConfig(embedding=16, hidden=16, probes=0, weights=weights)
+    space = NetSpace.for_zoos(zoo, data.train.x, config)
+    usual = space.encode(zoo).norm(dim=1).max()
+    assert space.encode(head(shared)).norm() < 2 * usual
+    assert space.encode(far).norm() < 10 * usual
+    rounded = space.encode(Nets(zoo.batched, zoo.rows.bfloat16().float()))
+    torch.testing.assert_close(rounded, space.encode(zoo), rtol=0.1, atol=float(0.05 * usual))

@@ -134,6 +134,9 @@ def test_bootstrap_draws_images_also_where_another_table_has_none():
     found = bootstrap(lambda a, b: b.mean() - a.mean(), of_nets, of_images)
     assert found == bootstrap(lambda b, a: b.mean() - a.mean(), of_images, of_nets)
     assert found[0] < found[1]
+    one_by_one = of_images[..., None].repeat(1, 1, 7)  # of each image's values none is drawn anew
+    one_by_one[..., 0] += 5
+    assert bootstrap(lambda a: a.argmax(-1).float().mean(), one_by_one, draws=20) == (0, 0)
 
 
 def test_all_curves_levels_and_panels_are_drawn_however_many():

@@ -62,6 +62,9 @@ def within(predicted: Tensor, target: Tensor, tolerance: float = 0.01) -> Tensor
 
     [..., B] -> [...]. The paper's measure of how well a decoded shape net answers like its target.
     """
+    if predicted.shape[-1] != target.shape[-1]:
+        given = f"{[*predicted.shape]} and {[*target.shape]}"
+        raise ValueError(f"distances are of as many points, [..., B], not {given}")
     return ((predicted - target).abs() <= tolerance).float().mean(-1)
 
 

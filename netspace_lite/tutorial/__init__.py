@@ -116,7 +116,7 @@ def seconds(run: Callable) -> tuple:
 
 
 def bootstrap(statistic: Callable, *tables: Tensor, draws: int = 1000, seed: int = 0) -> tuple:
-    """95% interval (low, high) of ``statistic(*tables)``, each [N] or [N, B], nets by images.
+    """95% interval (low, high) of ``statistic(*tables)``, each [N] or [N, B, ...], nets by images.
 
     Nets are drawn anew with replacement, and so are images, the same of every table: how far would
     the figure move with other nets and images of the same kind (Efron 1979)?
@@ -124,7 +124,7 @@ def bootstrap(statistic: Callable, *tables: Tensor, draws: int = 1000, seed: int
     generator, found = torch.Generator().manual_seed(seed), []
     for _ in range(draws):
         drawn = [table.cpu() for table in tables]
-        for axis, size in enumerate(max((table.shape for table in tables), key=len)):
+        for axis, size in enumerate(max((table.shape[:2] for table in tables), key=len)):
             again = torch.randint(size, (size,), generator=generator)
             drawn = [t.index_select(axis, again) if axis < t.dim() else t for t in drawn]
         found.append(float(statistic(*drawn)))
