@@ -154,7 +154,7 @@ def _trace(module: nn.Module, leaves) -> fx.Graph | None:
         graph = tracer.trace(nn.Sequential(copy.deepcopy(module)))
         for node in graph.nodes:
             if node.op in ("call_module", "get_attr"):
-                node.target = node.target.removeprefix("0.")
+                node.target = node.target.removeprefix("0").removeprefix(".")
         return graph
     except Exception:  # tracing runs the user's code on proxies: anything can be raised
         return None
