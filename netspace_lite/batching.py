@@ -23,16 +23,7 @@ from torch.func import functional_call, vmap
 
 from .architectures import Sine, Siren, build, describe, name_of
 from .fingerprint import structure
-from .folding import (
-    CONVOLUTIONS,
-    Affine,
-    Tracer,
-    affine,
-    evaluated_copy,
-    hooks,
-    statistics,
-    to_like,
-)
+from .folding import CONVOLUTIONS, Affine, Tracer, affine, evaluated_copy, hooks, moved, statistics
 from .kernels import backend, batched_conv2d, batched_linear, siren_mlp
 from .kernels.backend import use_triton
 from .kernels.cpu import channels_last, nets_per_block
@@ -260,7 +251,7 @@ class _Mode:
         tensors = *root.named_parameters(**every), *root.named_buffers(**every)
         # A tensor that is tied has several names in the module, and the first of them in the views.
         self.names = {n: first.setdefault(id(t), n.removeprefix("0.")) for n, t in tensors}
-        to_like(root, like), to_like(self.module, like)
+        moved(root, like), moved(self.module, like)
         self.interpreter = None if isinstance(self.graph, str) else _Interpreter(self)
         self.idle = []  # copies of the module that no call is running
 

@@ -63,7 +63,7 @@ def evaluated_copy(module: nn.Module) -> nn.Module:
         raise ValueError(f"{type(module).__name__} can't be copied ({error}): {cure}") from error
 
 
-def to_like(module: nn.Module, like: Tensor) -> nn.Module:
+def moved(module: nn.Module, like: Tensor) -> nn.Module:
     """The module itself, moved to where ``like`` is and to its dtype.
 
     Buffers of another dtype than the parameters', such as complex ones, keep theirs.

@@ -17,7 +17,7 @@ from .batching import BLOCK, Batched, check_inputs, samples_per_block
 from .checks import check_pick, finite
 from .data import Images, check_labels
 from .fingerprint import fingerprint
-from .folding import to_like
+from .folding import moved
 from .layout import check_rows, fill
 
 
@@ -95,9 +95,9 @@ class Nets:
 
     def to(self, device) -> "Nets":
         """The same nets on another device."""
-        moved = copy.copy(self)
-        moved.rows = self.rows.to(device)
-        return moved
+        same = copy.copy(self)
+        same.rows = self.rows.to(device)
+        return same
 
     def split(self, val: int, test: int, seed: int = 0) -> tuple["Nets", "Nets", "Nets"]:
         """Disjoint groups of the remaining, of ``val`` and of ``test`` nets, drawn by ``seed``."""
@@ -117,7 +117,7 @@ class Nets:
 
     def to_module(self, n: int = 0) -> nn.Module:
         """Net n as a plain ``nn.Module`` of its own, in evaluation mode, where the nets are."""
-        module = to_like(copy.deepcopy(self.module), self.rows).eval()
+        module = moved(copy.deepcopy(self.module), self.rows).eval()
         fill(module, self.state_dict(n))
         return module
 
