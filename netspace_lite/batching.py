@@ -241,12 +241,6 @@ class _Mode:
         except Exception as error:  # tracing runs the user's code on proxies
             self.graph = f"it can't be traced ({str(error).partition(chr(10))[0]})"
         self.parts, self.plans, first = dict(root.named_modules()), {}, {}
-        own = {p.dtype for p in module.parameters()}
-        for part in (*self.parts.values(), *self.module.modules()):
-            for name, value in vars(part).items():
-                if isinstance(value, Tensor):  # constants, also those of the trace
-                    dtype = like.dtype if value.dtype in own else value.dtype
-                    setattr(part, name, value.to(like.device, dtype))
         every = {"remove_duplicate": False}
         tensors = *root.named_parameters(**every), *root.named_buffers(**every)
         # A tensor that is tied has several names in the module, and the first of them in the views.

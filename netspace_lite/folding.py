@@ -64,12 +64,20 @@ def evaluated_copy(module: nn.Module) -> nn.Module:
 
 
 def moved(module: nn.Module, like: Tensor) -> nn.Module:
-    """The module itself, moved to where ``like`` is and to its dtype.
+    """The module itself, its constants too, moved to where ``like`` is and to its dtype.
 
-    Buffers of another dtype than the parameters', such as complex ones, keep theirs.
+    Tensors of another dtype than the parameters', such as complex ones, keep theirs.
     """
     own = {p.dtype for p in module.parameters()}
-    return module._apply(lambda t: t.to(like.device, like.dtype if t.dtype in own else t.dtype))
+
+    def to_like(t: Tensor) -> Tensor:
+        return t.to(like.device, like.dtype if t.dtype in own else t.dtype)
+
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor):  # a plain attribute, or a constant of a trace
+                setattr(part, name, to_like(value))
+    return module._apply(to_like)
 
 
 def hooks(module: nn.Module) -> dict[str, list]:

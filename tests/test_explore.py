@@ -284,10 +284,8 @@ def test_nan_and_ctrl_c_return_the_best_so_far(space, images):
         search = optimise(space, starts, nan, images, **options)
     assert said[0].filename == __file__  # where it was called from
     assert torch.equal(search.scores, whole.scores[:13])
-    nan, every = (
-        failing(ImageLoss(images), 20, lambda loss: loss * torch.nan),
-        Descent(30, every=10),
-    )
+    nan = failing(ImageLoss(images), 20, lambda loss: loss * torch.nan)
+    every = Descent(30, every=10)
     with pytest.warns(UserWarning, match="nan at step 20"):  # of no score the last state is kept
         search = optimise(space, starts, nan, config=every, **QUIET)
     sound = optimise(space, starts, ImageLoss(images), config=every, **QUIET)

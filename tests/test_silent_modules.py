@@ -578,3 +578,14 @@ def test_inputs_changed_in_one_precision_only_stay_as_they_are():
         torch.testing.assert_close(found, nets.outputs(kept.clone(), samples=2))
     for n in (0, 40, 69):
         torch.testing.assert_close(found[n], nets.to_module(n)(kept.clone()))
+
+
+def test_a_module_of_a_net_has_its_constants_in_the_dtype_of_the_net():
+    """Seen before: nets asked together had them so, a net's own module did not."""
+    module = nn.Sequential(nn.Linear(4, 4))
+    module[0].register_buffer("kept", torch.ones(2, dtype=torch.float64))
+    module.level = torch.tensor(0.1)
+    nets = random_nets(module, 3)
+    own = Nets(nets.batched, nets.rows.bfloat16()).to_module(1)
+    assert (own.level.dtype, own[0].kept.dtype) == (torch.bfloat16, torch.float64)
+    assert module.level.dtype == nets.module.level.dtype == torch.float32
