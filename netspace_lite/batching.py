@@ -37,6 +37,8 @@ BLOCK = 32  # nets evaluated together: on a CPU, blocks of 16 to 80 nets fit the
 NEAR = 1 << 18  # values of inputs whose activations, a few times as many, stay in the caches
 VMAPPED = 1 << 20  # input values of all nets that vmap takes at a time: attention makes much of few
 TOKENS = (torch.int32, torch.int64)  # inputs which a module may look up
+UNLIKE = "its operations mix samples, draw at random, depend on the batch size or "
+UNLIKE += "have gradients of their own"
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _NORMS = (*_BATCH_NORMS, *_INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm, Affine)
@@ -65,8 +67,8 @@ class Batched:
         self.layout = Layout.of(self.module)
         self.running = _statistics_layout(self.module)
         self._modes: dict[tuple, _Mode] = {}
-        self._ways: dict[tuple[bool, bool], str] = {}
-        self._mixing: set[bool] = set()  # of per_net, see `mixes_samples`
+        self._ways: dict[tuple[bool, bool, int], str] = {}  # training, per_net, axes of inputs
+        self._mixing: set[tuple[bool, int]] = set()  # per_net, axes: see `mixes_samples`
         stock = build(describe(self.module)) if type(self.module) is Siren else None
         self._is_siren = stock is not None and structure(stock) == self.fingerprint
 
@@ -80,15 +82,20 @@ class Batched:
         """What the module computes of its parameters, see `structure`."""
         return structure(self.module)
 
-    def way(self, training: bool = False, per_net: bool = False) -> str | None:
-        """Either "interpreted", "vmap" or "loop"; None before the first call of that kind."""
-        return self._ways.get((training, per_net))
+    def way(self, training=False, per_net=False, axes: int | None = None) -> str | None:
+        """Either "interpreted", "vmap" or "loop"; None before the first call of that kind.
+
+        Inputs of other ``axes`` are tried anew; None: of those tried last.
+        """
+        wanted = training, per_net
+        found = [w for k, w in self._ways.items() if k[:2] == wanted and axes in (None, k[2])]
+        return found[-1] if found else None
 
     def mixes_samples(self, rows: Tensor, x: Tensor, per_net: bool = False) -> bool:
         """Whether answers to a sample depend on the others, as with a batch norm's own batch."""
-        if not (self._is_siren or self.running.size or self.way(False, per_net)):
+        if not (self._is_siren or self.running.size or self.way(False, per_net, x.dim())):
             self._choose(self._mode(rows, False), rows, x, per_net)
-        return per_net in self._mixing
+        return (per_net, x.dim()) in self._mixing
 
     def initial_running(self, nets: int) -> Tensor:
         """Running statistics [N, Q] as the module has them, one copy a net."""
@@ -105,7 +112,7 @@ class Batched:
             why = f"the rows of a {name_of(self.module)} have no batch norms' statistics"
             raise ValueError(f"{why}: fold_batchnorm(module) first, or train with running=[N, Q]")
         mode = self._mode(rows, running is not None)
-        way = self.way(mode.training, per_net) or self._choose(mode, rows, x, per_net)
+        way = self.way(mode.training, per_net, x.dim()) or self._choose(mode, rows, x, per_net)
         whole = way == "interpreted" and use_triton(rows) and not x.requires_grad
         if whole and (plan := mode.plan(self.layout, x.shape[1 + per_net :])):
             return net(x.flatten(1 + per_net), rows, plan)  # small: one launch, and one backward
@@ -156,21 +163,20 @@ class Batched:
             if not expected[0].isfinite().all():
                 return way
             random = not trial.close(trial.plain(), expected) or drawn() != before
-            if not (random or mode.training) and trial.mixes_samples(expected[0]):
-                self._mixing.add(per_net)
+            mixing = not (random or mode.training) and trial.mixes_samples(expected[0])
             if not random and not trial.close(trial.run("loop"), expected):
                 what = f"{name_of(self.module)} has other answers or gradients with parameters that"
                 cure = "does it keep some in a list, or compute parts anew for the gradient?"
                 raise ValueError(f"{what} it is handed than with its own: {cure}")
             for way in ("interpreted", "vmap"):
-                reason = "its operations mix samples, draw at random, depend on the batch size or "
-                reason += "have gradients of their own"
-                by_chance = random and mode.training and way == "vmap"
+                reason, by_chance = UNLIKE, random and mode.training and way == "vmap"
                 try:
                     found = trial.run(way)
                     alike = found[0].shape == expected[0].shape
                     if trial.close(found, expected) or (by_chance and alike):
                         break
+                except _Mixed:
+                    mixing = True
                 except Exception as error:  # the user's code runs on what it never expected
                     reason = str(error).partition("\n")[0] or repr(error)
                 reasons.append(reason)
@@ -183,7 +189,8 @@ class Batched:
             how = "one net after the other" if way == "loop" else "through torch.func.vmap"
             text = f"{name_of(self.module)} runs {how}, which is slower: {'; '.join(reasons)}"
             warnings.warn(text, stacklevel=4)
-        self._ways[mode.training, per_net] = way
+        self._ways[mode.training, per_net, x.dim()] = way
+        self._mixing |= {(per_net, x.dim())} if mixing and not mode.training else set()
         return way
 
 
@@ -257,7 +264,7 @@ class _Mode:
         if self.training and not per_net:  # each net drops its own
             x, per_net = x.expand(nets, *x.shape), True
         x, own = self._own(x), copy.copy(self.interpreter)  # of this call: threads share a mode
-        own.views, own.nets = views, nets
+        own.views, own.nets, own.samples = views, nets, x.shape[per_net]
         return own.run(_Many(x.transpose(0, 1), nets) if per_net else x)
 
     def plan(self, layout: Layout, sample: torch.Size):
@@ -347,6 +354,10 @@ def _fusable(layer: nn.Module | None, activation: nn.Module) -> dict:
     if type(activation) is Sine and linear:
         return {"activation": "sine", "omega": activation.omega}
     return {}
+
+
+class _Mixed(Exception):
+    """A step takes samples together, and with them nets."""
 
 
 class _Many:
@@ -458,7 +469,17 @@ class _Interpreter(fx.Interpreter):
             values |= {source: self._many(source).folded for source in varying}
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.get)
         value = getattr(self, node.op)(node.target, args, kwargs)
+        if many and any(isinstance(values[source], Tensor) for source in varying):
+            self._check_apart(node, value)
         return _Many(value, self.nets, folded=True) if many else value
+
+    def _check_apart(self, node: fx.Node, value) -> None:
+        """Raise if many values became one that has no place for each: a threshold may hide that."""
+        parts, many = value if isinstance(value, tuple) else (value,), self.nets * self.samples
+        fresh = node.op == "call_method" and node.target.startswith("new_")
+        mixed = (isinstance(part, Tensor) and all(n % many for n in part.shape) for part in parts)
+        if any(mixed) and not fresh:
+            raise _Mixed(node.name)
 
 
 def _works_in_place(node: fx.Node, module: nn.Module | None) -> bool:

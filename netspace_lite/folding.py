@@ -132,6 +132,10 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     return folded
 
 
+def _autocast() -> list[bool]:
+    return [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")]
+
+
 class Tracer(fx.Tracer):
     """Follows the thread that traces; modules that others call meanwhile just run.
 
@@ -139,10 +143,15 @@ class Tracer(fx.Tracer):
     """
 
     def trace(self, root: nn.Module) -> fx.Graph:
-        """The steps of ``root``."""
+        """The steps of ``root``; TypeError if it sets autocast, which no graph keeps."""
         with ALONE:
-            self._thread = get_ident()
+            self._thread, self._autocast = get_ident(), _autocast()
             return super().trace(root)
+
+    def create_node(self, *args, **kwargs):
+        if _autocast() != self._autocast:
+            raise TypeError("it turns autocast on or off")
+        return super().create_node(*args, **kwargs)
 
     def call_module(self, m, forward, args, kwargs):
         own = get_ident() == self._thread

@@ -377,3 +377,69 @@ def test_functions_that_name_the_first_module_are_refused():
     """Seen before: all nets answered with the first layer of one."""
     with pytest.raises(ValueError, match="copies of a NamesItself use parameters of the first"):
         random_nets(NamesItself(), 3).outputs(torch.randn(5, 4))
+
+
+class Limits(Net):
+    """Scales all samples alike, once one of them is large."""
+
+    def middle(self, h):
+        return h / h.abs().max().clamp_min(100.0)
+
+
+def modules_answer(nets, x, per_net=False):
+    with torch.no_grad():
+        return torch.stack([nets.to_module(n)(x[n] if per_net else x) for n in range(len(nets))])
+
+
+@pytest.mark.parametrize("per_net", [False, True])
+def test_a_threshold_hides_no_mixing_of_samples(per_net):
+    """Seen before: interpreted, so that large answers of one net changed the others'."""
+    nets, x = random_nets(Limits(), 3), torch.randn(*[3] * per_net, 20, 4, generator=generator())
+    with pytest.warns(UserWarning, match="Limits runs through torch.func.vmap"):
+        nets(x, per_net)
+    for own in (x, 1000 * x):
+        found = nets.outputs(own, per_net, samples=6)  # asked whole all the same
+        torch.testing.assert_close(found, modules_answer(nets, own, per_net))
+
+
+class LastRounded(Net):
+    """Its last layer in bf16, which nothing shows in fp64."""
+
+    rounded = True
+
+    def forward(self, x):
+        h = torch.relu(self.first(x))
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.rounded):
+            return self.last(h).to(x.dtype)
+
+
+class LastExact(LastRounded):
+    rounded = False
+
+
+def test_autocast_inside_of_a_forward_counts():
+    """Seen before: it vanished in the trace, and with it from the fingerprint."""
+    nets, x = random_nets(LastRounded(), 3), torch.randn(20, 4, generator=generator())
+    with pytest.warns(UserWarning, match="it turns autocast on or off"):
+        found = nets(x)
+    LastExact.__qualname__ = LastRounded.__qualname__
+    exact = Nets(LastExact(), nets.rows)
+    torch.testing.assert_close(found, modules_answer(nets, x), rtol=2**-6, atol=0.1)
+    assert (found - exact(x)).abs().max() > 0.02
+    assert nets.fingerprint != exact.fingerprint
+
+
+class Contrast(Net):
+    """Of sequences [B, T, 4] each for itself; of points [B, 4] all together."""
+
+    def forward(self, x):
+        return super().forward(x - x.mean(-2, keepdim=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*which is slower")
+def test_inputs_of_other_axes_are_tried_anew():
+    """Seen before: points were asked in blocks, since sequences may be."""
+    nets = random_nets(Contrast(), 3)
+    sequences, points = torch.randn(8, 5, 4), torch.randn(20, 4)
+    for x in (sequences, points, sequences):
+        torch.testing.assert_close(nets.outputs(x, samples=6), modules_answer(nets, x))
