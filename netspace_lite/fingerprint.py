@@ -41,9 +41,9 @@ _CONTAINERS = (dict, list, tuple, set, frozenset)
 def fingerprint(*things, known=()) -> str:
     """16 hex digits of the content of numbers, tensors, modules, functions and objects of them.
 
-    Objects count with their public attributes (those without a leading underscore) and their
-    class, classes and functions with their code, what they close over and the globals they read;
-    what is installed is known by its name. An object may say itself what it is by an attribute
+    Objects count with their attributes, but for those of a ``cached_property``, and their class,
+    classes and functions with their code, what they close over and the globals they read; what is
+    installed is known by its name. An object may say itself what it is by an attribute
     ``fingerprint``. Modules that are ``known``, and their parts, count as there, whatever they are.
     """
     known = [part for m in known for part in (*m.modules(), *m.parameters(), *m.buffers())]
@@ -172,7 +172,7 @@ def _parts(thing) -> list:
         plain = next(base for base in _CONTAINERS if isinstance(thing, base))
         if type(thing) is plain:
             return list(thing.items() if plain is dict else thing)
-        return [plain(thing), type(thing), _public(thing), getattr(thing, "default_factory", None)]
+        return [plain(thing), type(thing), _held(thing), getattr(thing, "default_factory", None)]
     if isinstance(thing, types.FunctionType):
         return _parts_of_function(thing)
     if isinstance(thing, types.MethodType):
@@ -202,14 +202,22 @@ def _parts(thing) -> list:
     home = type(thing).__module__  # other libraries keep what counts in private attributes
     if not hasattr(thing, "__dict__") or (_of_library(home) and not home.startswith(__package__)):
         return _parts_of_native(thing)
-    kind, kept = type(thing), _public(thing)
-    computed = {k for k in kept if isinstance(getattr(kind, k, None), functools.cached_property)}
-    return [kind, {k: v for k, v in kept.items() if k not in computed}]
+    return [type(thing), _held(thing)]
 
 
-def _public(thing) -> dict:
-    slots = {k: getattr(thing, k) for k in copyreg._slotnames(type(thing)) if hasattr(thing, k)}
-    return {k: v for k, v in (getattr(thing, "__dict__", {}) | slots).items() if k[0] != "_"}
+def _held(thing) -> dict:
+    """The attributes of an object, without what is computed once and kept.
+
+    That is in private attributes where a class is this package's, else in a ``cached_property``.
+    """
+    kind = type(thing)
+    ours = [k for k in kind.__mro__ if k.__module__.startswith(__package__)]
+    methods = [f for k in ours for f in vars(k).values() if isinstance(f, types.FunctionType)]
+    left_out = {name for f in methods for name in f.__code__.co_names if name[0] == "_"}
+    slots = {k: getattr(thing, k) for k in copyreg._slotnames(kind) if hasattr(thing, k)}
+    held = getattr(thing, "__dict__", {}) | slots
+    left_out |= {k for k in held if isinstance(getattr(kind, k, None), functools.cached_property)}
+    return {k: v for k, v in held.items() if k not in left_out}
 
 
 def _parts_of_native(thing) -> list:
@@ -242,7 +250,8 @@ def _parts_of_function(function) -> list:
         reads[f"import {name}"] = _read(_imported(name, known.get("__package__")), attributes)
     body = [(code.co_code, code.co_names, code.co_argcount, code.co_flags) for code in codes]
     defaults = function.__defaults__, function.__kwdefaults__
-    return [body, constants, defaults, cells, reads, _public(function)]
+    public = {k: v for k, v in vars(function).items() if k[0] != "_"}
+    return [body, constants, defaults, cells, reads, public]
 
 
 def _imported(name: str, package: str | None):

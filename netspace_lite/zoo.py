@@ -80,7 +80,7 @@ def draw_recipes(
 class Task(Protocol):
     """What nets are trained for: write these four methods and `train_zoo` trains nets on yours.
 
-    A task is recognised by its public attributes and its code (see `netspace_lite.fingerprint`); an
+    A task is recognised by its attributes and its code (see `netspace_lite.fingerprint`); an
     attribute ``device`` says where its batches are, the CPU if there is none.
     """
 
