@@ -32,6 +32,8 @@ def check_pick(index):
     It takes a net for a sequence of sequences without an end.
     """
     parts = index if isinstance(index, list | tuple) else ()
+    if isinstance(index.item() if getattr(index, "ndim", 1) == 0 else index, bool):
+        raise ValueError(f"an index is whole numbers or a mask, not a single {index!r}")
     for one in (index, *parts):  # PyTorch would cut an array's numbers to whole ones
         if isinstance(one, np.ndarray | np.generic) and one.dtype.kind not in "biu":
             raise ValueError(f"an index is whole numbers or a mask, not {one.dtype}")

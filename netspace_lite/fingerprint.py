@@ -29,11 +29,11 @@ from .folding import Tracer, hooks, statistics
 from .randomness import own_randomness
 
 PLAIN = (
-    type(None), type(...), bool, int, float, complex, str, bytes, slice, range, enum.Enum,
+    type(None), type(...), bool, int, float, complex, str, bytes, slice, range,
     np.generic, torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
 _METHODS = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)
-_VALUES = (*_METHODS, *PLAIN, Tensor, np.ndarray, tuple, list)
+_VALUES = (*_METHODS, *PLAIN, enum.Enum, Tensor, np.ndarray, tuple, list)
 _WRAPPERS = (staticmethod, classmethod, functools._lru_cache_wrapper)
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 
@@ -70,7 +70,7 @@ def structure(module: nn.Module) -> str:
 
 def _settings(module: nn.Module) -> dict:
     """Plain attributes of a layer (strides, slopes, numbers of heads) and its functions."""
-    kinds = (*PLAIN, tuple, list, dict, set, Tensor, np.ndarray)
+    kinds = (*PLAIN, enum.Enum, tuple, list, dict, set, Tensor, np.ndarray)
 
     def counts(value) -> bool:
         called = callable(value) and not isinstance(value, nn.Module)
@@ -151,7 +151,7 @@ def _digest(thing, memo: dict) -> bytes:
         return memo[id(thing)][0]
     kind = list if isinstance(thing, tuple) else type(thing)  # JSON makes lists of tuples
     digest = hashlib.blake2b(kind.__qualname__.encode(), digest_size=8)
-    if isinstance(thing, PLAIN):
+    if isinstance(thing, PLAIN) and not isinstance(thing, enum.Enum):
         digest.update(repr(thing).encode())
     elif isinstance(thing, Tensor):
         values = thing.detach().cpu().contiguous()

@@ -81,8 +81,9 @@ def moved(module: nn.Module, like: Tensor) -> nn.Module:
 
 
 def hooks(module: nn.Module) -> dict[str, list]:
-    """The functions that run before and after this very module, and on its gradients, by kind."""
-    return {kind: [*vars(module)[kind].values()] for kind in HOOKS if vars(module)[kind]}
+    """What runs before, after or in place of a module's forward, or on its gradients, by kind."""
+    found = {kind: [*vars(module)[kind].values()] for kind in HOOKS if vars(module)[kind]}
+    return found | {k: [v] for k, v in vars(module).items() if k == "forward"}
 
 
 def statistics(module: nn.Module) -> dict[str, nn.Module]:
@@ -132,8 +133,10 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     return folded
 
 
-def _autocast() -> list[bool]:
-    return [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")]
+def _around() -> list[bool]:
+    """The settings under which steps run, and which no graph keeps."""
+    autocast = (torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
+    return [torch.is_grad_enabled(), *autocast]
 
 
 class Tracer(fx.Tracer):
@@ -143,14 +146,18 @@ class Tracer(fx.Tracer):
     """
 
     def trace(self, root: nn.Module) -> fx.Graph:
-        """The steps of ``root``; TypeError if it sets autocast, which no graph keeps."""
-        with ALONE:
-            self._thread, self._autocast = get_ident(), _autocast()
+        """The steps of ``root``.
+
+        Raises TypeError for those without gradients or in autocast, and those of a function with a
+        gradient of its own, whose forward alone would be seen.
+        """
+        with ALONE, torch.inference_mode(False), torch.enable_grad():
+            self._thread, self._outside = get_ident(), _around()
             return super().trace(root)
 
     def create_node(self, *args, **kwargs):
-        if _autocast() != self._autocast:
-            raise TypeError("it turns autocast on or off")
+        if _around() != self._outside:
+            raise TypeError("it turns gradients or autocast on or off")
         return super().create_node(*args, **kwargs)
 
     def call_module(self, m, forward, args, kwargs):

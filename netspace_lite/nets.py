@@ -73,7 +73,8 @@ class Nets:
             samples = x.shape[per_net]  # all together, as a call asks them
         inputs, out, first = x.split(BLOCK) if per_net else itertools.repeat(x), None, 0
         for rows, own in zip(self.rows.split(BLOCK), inputs, strict=False):
-            parts = own.split(samples, dim=int(per_net))
+            blocks = -(-x.shape[per_net] // samples)  # alike: one sample alone is easily squeezed
+            parts = own.tensor_split(blocks, int(per_net))
             block = torch.cat([self.batched(rows, part, per_net) for part in parts], dim=1)
             if out is None:  # all of it at once: a zoo's answers may be a gigabyte
                 out = block.new_empty(len(self), *block.shape[1:])

@@ -19,7 +19,9 @@ from .architectures import name_of
 from .checks import finite
 from .fingerprint import fingerprint
 from .layout import fill
+from .randomness import drawn, own_randomness
 
+LARGER = 1e3  # times the inputs, ways are compared again
 TRIED = 1 << 13  # input values that show which way is right: 128 digits, 3 images of CIFAR-10
 
 
@@ -75,6 +77,7 @@ class Trial:
     rows: Tensor
     x: Tensor
     per_net: bool
+    larger: "tuple[Trial, list] | None" = None  # with what plain modules give for larger inputs
 
     @classmethod
     def of(cls, batched, mode, rows: Tensor, x: Tensor, per_net: bool) -> "Trial | None":
@@ -88,7 +91,8 @@ class Trial:
         rows = rows.where(rows != 0, noise / 8)  # a head of zeros would hide what lies before it
         x = (x[0] if per_net else x).detach()
         x = x[: max(3, TRIED // x[0].numel())].clone()
-        x = torch.cat([x, _others(x)]) if len(x) == 1 else x  # one hides what mixes samples
+        if (x == x[:1]).all():  # samples alike, such as one alone, hide what mixes them
+            x = torch.cat([x, _others(x)])
         x = torch.stack([x, _others(x)]) if per_net else x
         return cls(batched, mode, rows, x, per_net)
 
@@ -101,6 +105,34 @@ class Trial:
         except Exception:  # the user's code may know one dtype only, and so may a device
             return self
         return trial
+
+    def seeded(self, call, *args, seed: int = 1) -> tuple:
+        """What a call gives whose random numbers start from ``seed``, and whether it draws any."""
+        with own_randomness(seed, [self.x.device] * self.x.is_cuda):
+            before = drawn()
+            return call(*args), drawn() != before
+
+    def expected(self) -> tuple[list[Tensor | None], bool, bool]:
+        """What plain modules give, whether that is random, and whether a seed gives it again."""
+        found, draws = self.seeded(self.plain)
+        random = draws or not self.close(self.seeded(self.plain, seed=2)[0], found)
+        known = not random or self.close(self.seeded(self.plain)[0], found)
+        if not random and self.x.dtype == torch.double:  # a threshold may be out of reach
+            with contextlib.suppress(Exception):  # of the user's module, which may know no such x
+                larger = replace(self, x=self.x * LARGER)
+                self.larger = larger, larger.plain()
+        return found, random, known
+
+    def agrees(self, way: str, expected: list[Tensor | None], by_chance: bool) -> bool:
+        """Whether a way gives what is expected; if that is random, something of its kind."""
+        found = self.run(way)
+        if by_chance:
+            pairs = list(zip(found, expected, strict=True))[:2]
+            return all(a.shape == b.shape and a.isnan().all() <= b.isnan().all() for a, b in pairs)
+        if not self.close(found, expected):
+            return False
+        larger, those = self.larger or (self, expected)
+        return larger is self or larger.close(larger.run(way), those)
 
     def run(self, way: str) -> list[Tensor | None]:
         """Outputs [2, B, ...], their gradient [2·P], in training the norms' statistics [2, Q]."""
@@ -133,10 +165,12 @@ class Trial:
             todo += (more := {before for before, _ in step.next_functions} - steps - {None})
             steps |= more
         used = {step.variable for step in steps if hasattr(step, "variable")}
-        unused = {p.shape for p in own - used}
-        if any(p.shape in unused for p in used - own):
+        if {p.shape for p in used - own} & {p.shape for p in own}:
             what = f"copies of a {name_of(self.mode.module)} use parameters of the first"
             raise ValueError(f"{what}: a function that it holds, such as a lambda, names its parts")
+        if not used & own and torch.equal(*out) and not torch.equal(*self.rows):
+            what = f"a {name_of(self.mode.module)} answers without its parameters"
+            raise ValueError(f"{what}: if it keeps what it computed of them, give one never asked")
 
     def mixes_samples(self, outputs: Tensor) -> bool:
         """Whether halves of the samples have other answers alone than all have, ``outputs``."""
@@ -148,19 +182,27 @@ class Trial:
         return not self.close([alone.detach()], [outputs])
 
     def close(self, found: list[Tensor | None], expected: list[Tensor | None]) -> bool:
-        """Equal up to what the dtype can tell, in units of the largest value; to NaN all is."""
-        if found[0].shape != expected[0].shape:
-            return False
-        tolerance = max(1e-5, 2 * torch.finfo(self.rows.dtype).eps ** 0.5)
-        pairs = [(a, b) for a, b in zip(found, expected, strict=True) if b is not None]
-        known = [(a[~b.isnan()], b[~b.isnan()]) for a, b in pairs if not b.isnan().all()]
-        return all(torch.allclose(a, b, tolerance, tolerance * b.abs().max()) for a, b in known)
+        """Equal up to what the dtype can tell, in units of a column's largest value; to NaN all is.
 
-    @torch.no_grad()
+        Columns are the last axis, such as outputs, which may be of very different sizes.
+        """
+        eps = torch.finfo(self.rows.dtype).eps
+        tolerance = max(1e-5, 2 * eps**0.5)
+        for a, b in ((a, b) for a, b in zip(found, expected, strict=True) if b is not None):
+            if a.shape != b.shape:
+                return False
+            size = b.abs().nan_to_num(0.0, torch.inf)
+            column = size.amax(tuple(range(b.dim() - 1)), keepdim=True)
+            limit = tolerance * (size + column) + min(tolerance, 1e3 * eps) * size.max()
+            if not ((a == b) | ((a - b).abs() <= limit) | b.isnan()).all():
+                return False
+        return True
+
     def watch(self) -> None:
         """See what plain modules change as they run: inputs, or what all nets share or rows hold.
 
-        Raises ValueError naming a buffer or number that changes, or saying that parameters do.
+        Raises ValueError naming a buffer, number or tensor that changes, or saying that parameters
+        do. Of tensors that training leaves behind only those count that later answers depend on.
         """
         rows, x = self.rows.clone(), self.x.clone()
         with self.mode.a_copy() as module:  # which the next call runs
@@ -170,15 +212,31 @@ class Trial:
         self._answer("loop", rows, x)
         self.mode.changes_inputs = x._version > 0
         after = _held(module) | {"parameters": fingerprint(rows)}
-        if changed := [name for name, value in after.items() if value != before.get(name, value)]:
+        changed = [name for name, value in after.items() if value != before.get(name, value)]
+        if changed := changed or (self._remembered(module) if self.mode.training else []):
             what = f"{name_of(module)} changes its {changed[0]!r} as it runs, one for all nets"
             cure = "count outside of it, or hold what a net keeps in a norm of PyTorch's"
             raise ValueError(f"{what}: {cure}")
 
+    def _remembered(self, module: nn.Module) -> list[str]:
+        """The tensors that training left changed in a module, if evaluation depends on them."""
+        self.mode.idle.remove(module)  # nobody is to run it after this
+        fresh, x = copy.deepcopy(self.mode.module), self.x[0] if self.per_net else self.x
+        try:
+            answers = [self.seeded(m.eval(), x.clone())[0].detach() for m in (module, fresh)]
+            if self.close(*([each] for each in answers)):
+                return []
+        except Exception:  # the user's code, which may do nothing but train
+            return []
+        left, given = _held(module, Tensor), _held(fresh, Tensor)
+        return [name for name in left if left[name] != given.get(name)] or ["state"]
+
 
 def _others(x: Tensor) -> Tensor:
-    """Inputs like x with other values, and if they are no tokens with other sums."""
-    return x.roll(1, -1) / 2 if x.is_floating_point() else x.roll(1, -1)
+    """Inputs like x with other values: floats with other sums, tokens of the same column, or 0."""
+    chance = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
+    other = x.roll(1, 0)
+    return other / 2 + chance.to(x) if x.is_floating_point() else other * (chance > 0.5)
 
 
 def _gradient(out: Tensor, of: list[Tensor]) -> Tensor:
@@ -191,12 +249,12 @@ def _gradient(out: Tensor, of: list[Tensor]) -> Tensor:
         return torch.cat([torch.full_like(p, torch.nan).flatten() for p in of])
 
 
-def _held(module: nn.Module) -> dict[str, str]:
+def _held(module: nn.Module, kinds=int | float) -> dict[str, str]:
     """What buffers and numbers of all parts are, by name, but for those that count batches."""
     held = dict(module.named_buffers())
     for name, part in module.named_modules():
-        numbers = {k: v for k, v in vars(part).items() if isinstance(v, int | float)}
-        held |= {f"{name}.{k}".lstrip("."): v for k, v in numbers.items()}
+        found = {k: v for k, v in vars(part).items() if isinstance(v, kinds)}
+        held |= {f"{name}.{k}".lstrip("."): v for k, v in found.items()}
     return {k: fingerprint(v) for k, v in held.items() if not k.endswith("num_batches_tracked")}
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import defaultdict, namedtuple
 from dataclasses import dataclass
+from enum import Enum
 from functools import cache, cached_property, partial, update_wrapper
 from types import ModuleType
 
@@ -229,6 +230,48 @@ class Warm(ImageTask):
         return (progress * 100 / self._steps).clamp(max=1)
 
 
+def own_gradient(factor):
+    class Rounded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.round()
+
+        @staticmethod
+        def backward(ctx, g):
+            return factor * g
+
+    class Rounds(nn.Linear):
+        def forward(self, x):
+            return Rounded.apply(super().forward(x))
+
+    return Rounds(4, 3)
+
+
+def without_gradients(frozen):
+    class Probe(nn.Linear):
+        if frozen:
+
+            def forward(self, x):
+                with torch.no_grad():
+                    return super().forward(x)
+        else:
+
+            def forward(self, x):
+                return super().forward(x)
+
+    return Probe(4, 3)
+
+
+def choice(power):
+    class Distance(Enum):
+        MAIN = "main"
+
+        def __call__(self, x):
+            return x.abs() ** power
+
+    return Distance.MAIN
+
+
 class Plain:
     def __init__(self, **attributes):
         vars(self).update(attributes)
@@ -365,6 +408,9 @@ THINGS = {
     "attribute of a function": (with_attribute(1), with_attribute(2)),
     "global of a class inside": (body_reads(1), body_reads(2)),
     "another method of a module": (edited_method(torch.relu), edited_method(torch.tanh)),
+    "gradient of a function": (own_gradient(0), own_gradient(1)),
+    "steps without gradients": (without_gradients(True), without_gradients(False)),
+    "method of an enum": (choice(1), choice(2)),
     "private attribute": (Settings(3, ONE, _least=1), Settings(3, ONE, _least=2)),
     "private attribute of a subclass of ours": (Warm(toy_data(), 1), Warm(toy_data(), 2)),
     "scores": (scored_zoo(1.0, 2.0), scored_zoo(2.0, 1.0)),

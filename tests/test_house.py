@@ -61,9 +61,9 @@ def test_lines_are_counted_as_said():
         # zoo in half the memory 8, zoos without spaces 5, nets that were quantised 3, scores by
         # whoever trained the nets 17, hooks, samples asked together and floats for places 26,
         # buffers, code in layers, backbones and answers without an axis 22, samples mixed behind a
-        # threshold, autocast, other axes and private attributes 24, what else gave wrong answers
-        # without a word 350
-        (list(LIBRARY.glob("*.py")), 3323),
+        # threshold, autocast, other axes and private attributes 24, what first inputs, other seeds
+        # and traces hide 48, what else gave wrong answers without a word 350
+        (list(LIBRARY.glob("*.py")), 3371),
         (list((LIBRARY / "shapes").rglob("*.py")), 465),
         (list((LIBRARY / "tutorial").rglob("*.py")), 398),
         ([p for p in KERNELS.glob("*.py") if p.stem not in STUDIES], 1199),

@@ -115,6 +115,13 @@ def test_parts_of_nets_are_nets(nets, case):
     assert nets[index].batched is nets.batched
 
 
+@pytest.mark.parametrize("index", [True, torch.tensor(False), np.bool_(True), np.array(True)])
+def test_a_single_truth_is_no_mask(nets, index):
+    """Seen before: zoo[zoo.scores["val_accuracy"].mean() > 90] was all nets."""
+    with pytest.raises(ValueError, match="whole numbers or a mask, not a single"):
+        nets[index]
+
+
 def test_parts_pass_gradients_on(nets):
     rows = nets.rows.clone().requires_grad_()
     Nets(nets.batched, rows)[1:3](torch.ones(1, 1, 8, 8)).sum().backward()

@@ -3,13 +3,14 @@
 import random
 import subprocess
 import sys
+from types import MethodType
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from toy import Sums, generator, gradients, random_nets
+from toy import Sums, generator, gradients, looped, random_nets
 
 from netspace_lite import Batched, LeNetLike, Nets, Recipe, ResNet, Zoo, initial_rows, train_zoo
 from netspace_lite.trial import may_lie_innermost
@@ -108,9 +109,7 @@ def test_what_a_trace_does_not_show_is_found(make, way, per_net):
     batched = Batched(make())
     way = way or ("vmap" if per_net else "interpreted")
     if way != "interpreted":
-        with pytest.warns(
-            UserWarning, match="hooks on gradients|gradients of their own|draw at random"
-        ):
+        with pytest.warns(UserWarning, match="hooks on gradients|turns gradients|draw at random"):
             batched(rows, x, per_net)
     found = batched(rows, x, per_net)
     (gradient,) = torch.autograd.grad(found.square().sum(), rows)
@@ -420,7 +419,7 @@ class LastExact(LastRounded):
 def test_autocast_inside_of_a_forward_counts():
     """Seen before: it vanished in the trace, and with it from the fingerprint."""
     nets, x = random_nets(LastRounded(), 3), torch.randn(20, 4, generator=generator())
-    with pytest.warns(UserWarning, match="it turns autocast on or off"):
+    with pytest.warns(UserWarning, match="it turns gradients or autocast on or off"):
         found = nets(x)
     LastExact.__qualname__ = LastRounded.__qualname__
     exact = Nets(LastExact(), nets.rows)
@@ -443,3 +442,272 @@ def test_inputs_of_other_axes_are_tried_anew():
     sequences, points = torch.randn(8, 5, 4), torch.randn(20, 4)
     for x in (sequences, points, sequences):
         torch.testing.assert_close(nets.outputs(x, samples=6), modules_answer(nets, x))
+
+
+class Bounded(nn.Module):
+    """Subclasses bound their answers at 7, which inputs of size 1 don't show."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+
+class PartInPlace(Bounded):
+    def forward(self, x):
+        out = self.layer(x)
+        out[:, 2:].clamp_(-7, 7)
+        return out
+
+
+class ViewTakenBefore(Bounded):
+    def forward(self, x):
+        out = self.layer(x)
+        part = out[:, 2:]
+        out.clamp_(-7, 7)
+        return part
+
+
+class AsksForTensors(Bounded):
+    def forward(self, x):
+        return self.layer(x.clamp(-7, 7) if isinstance(x, torch.Tensor) else x)
+
+
+class Patched(Bounded):
+    def __init__(self):
+        super().__init__()
+        self.layer.forward = MethodType(bounded_linear, self.layer)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def bounded_linear(layer, x):
+    return nn.functional.linear(x, layer.weight, layer.bias).clamp(-7, 7)
+
+
+class Clip(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.clamp(-2, 2)
+
+
+class ClipsGradients(Bounded):
+    def forward(self, x):
+        return Clip.apply(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    "make", [PartInPlace, ViewTakenBefore, AsksForTensors, Patched, ClipsGradients]
+)
+def test_thresholds_that_the_first_inputs_do_not_reach_count(make):
+    """Seen before: interpreted, so that larger inputs had answers or gradients without them."""
+    nets, x = random_nets(make(), 3), torch.randn(9, 4, generator=generator())
+    with pytest.warns(UserWarning, match=f"{make.__name__} runs"):
+        nets(x)
+    rows = nets.rows.clone().requires_grad_()
+    found = nets.batched(rows, 100 * x)
+    answers, expected = plain(make, nets.rows, 100 * x, False)
+    torch.testing.assert_close(found, answers, rtol=1e-4, atol=1e-4)
+    (gradient,) = torch.autograd.grad(found.square().sum(), rows)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-2)
+
+
+class OwnStatistics(nn.Module):
+    """A batch norm in a plain tensor, which only evaluation reads."""
+
+    def __init__(self, keeps):
+        super().__init__()
+        self.layer, self.mean, self.keeps = nn.Linear(4, 3), torch.zeros(3), keeps
+
+    def forward(self, x):
+        h = self.layer(x)
+        if self.training and self.keeps:
+            self.mean = 0.9 * self.mean + 0.1 * h.mean(0).detach()
+        self.seen = h  # to be looked at; no answer depends on it
+        return h - self.mean
+
+
+def test_statistics_in_plain_tensors_are_refused():
+    """Seen before: all nets were scored with the zeros that they started from."""
+    x = torch.randn(2, 5, 4, generator=generator())
+    for keeps in (False, True):
+        batched = Batched(OwnStatistics(keeps))
+        rows = random_nets(batched.module, 2).rows
+        if keeps:
+            with pytest.raises(ValueError, match="changes its 'mean' as it runs"):
+                batched(rows, x, True, batched.initial_running(2))
+        else:
+            out = batched(rows, x, True, batched.initial_running(2))
+            torch.testing.assert_close(out, looped(batched.module, rows, x, per_net=True))
+
+
+class Noisy(Net):
+    """Random in training: it can be compared only from the same seed."""
+
+    def middle(self, h):
+        h = h + 1e-3 * torch.randn_like(h) if self.training else h
+        return self.inner(h)
+
+
+class NoisyListed(Noisy):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6))
+        self.listed = [self.weight]
+
+    def inner(self, h):
+        return torch.tanh(h @ self.listed[0])
+
+
+class NoisyRecomputed(NoisyListed):
+    def inner(self, h):
+        return checkpoint(lambda h: torch.tanh(h @ self.weight), h, use_reentrant=False)
+
+
+class NoisyInner(NoisyListed):
+    def inner(self, h):
+        return torch.tanh(h @ self.weight)
+
+
+def test_random_modules_are_compared_from_the_same_seed():
+    """Seen before: they weren't, and trained with the weights or gradients of another net."""
+    x = torch.randn(2, 9, 4, generator=generator())
+    for make, said in ((NoisyListed, "other answers or gradients"), (NoisyRecomputed, "other")):
+        batched = Batched(make())
+        with pytest.raises(ValueError, match=said):
+            batched(random_nets(make(), 2).rows, x, True, batched.initial_running(2))
+    batched, rows = Batched(NoisyInner()), random_nets(NoisyInner(), 2).rows
+    with pytest.warns(UserWarning, match="NoisyInner runs through torch.func.vmap"):
+        out = batched(rows, x, True, batched.initial_running(2))
+    torch.testing.assert_close(out, looped(NoisyInner().eval(), rows, x, True), rtol=0.1, atol=0.1)
+
+
+def test_a_function_that_names_a_tied_weight_is_refused():
+    """Seen before: only where the copy's own weight was not used as well."""
+    net = Net()
+    net.middle = lambda h: torch.tanh(h @ net.first.weight) @ net.first.weight.T
+    with pytest.raises(ValueError, match="copies of a Net use parameters of the first"):
+        random_nets(net, 3).outputs(torch.randn(5, 4))
+
+
+class Caches(Net):
+    """Keeps what it computed of its weight until it is trained again."""
+
+    kept = None
+
+    def forward(self, x):
+        if self.training:
+            return x @ self.first.weight.T
+        self.kept = self.first.weight.detach() if self.kept is None else self.kept
+        return x @ self.kept.T
+
+
+def test_a_filled_cache_of_weights_is_refused():
+    """Seen before: it answered for all nets."""
+    net = Caches().eval()
+    net(torch.randn(5, 4))
+    with pytest.raises(ValueError, match="a Caches answers without its parameters"):
+        random_nets(net, 3).outputs(torch.randn(5, 4))
+
+
+class Uneven(Net):
+    """A large value beside a share of the batch."""
+
+    def forward(self, x):
+        h = super().forward(x)
+        return torch.cat([1e6 * h[:, :1], h[:, 1:].softmax(0)], 1)
+
+
+def test_small_columns_beside_large_ones_are_compared():
+    """Seen before: within rounding of the large ones, so that nets' samples were mixed."""
+    nets, x = random_nets(Uneven(), 3), torch.randn(16, 4, generator=generator())
+    with pytest.warns(UserWarning, match="Uneven runs through torch.func.vmap"):
+        found = nets(x)
+    torch.testing.assert_close(found[..., 1:], modules_answer(nets, x)[..., 1:])
+
+
+@pytest.mark.parametrize("fill", [torch.zeros, torch.ones])
+@pytest.mark.filterwarnings("ignore:.*which is slower")
+def test_first_inputs_that_are_alike_settle_nothing(fill):
+    """Seen before: after a first call on zeros samples were asked in blocks, or mixed nets."""
+    norm = nn.BatchNorm1d(6, track_running_stats=False)
+    nets = random_nets(nn.Sequential(nn.Linear(4, 6), norm, nn.ReLU(), nn.Linear(6, 3)).eval(), 3)
+    nets(fill(8, 4))
+    x = torch.randn(20, 4, generator=generator()).cumsum(0)
+    torch.testing.assert_close(nets.outputs(x, samples=6), modules_answer(nets, x))
+    centred, own = random_nets(Contrast(), 3), torch.randn(3, 8, 4, generator=generator())
+    centred(fill(3, 8, 4), per_net=True)
+    torch.testing.assert_close(centred(own, per_net=True), modules_answer(centred, own, True))
+
+
+class Columns(nn.Module):
+    """Column 0 is one of 100 users, column 1 one of 3 items."""
+
+    def __init__(self):
+        super().__init__()
+        self.user, self.item, self.last = nn.Embedding(100, 4), nn.Embedding(3, 4), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = x.long()
+        return self.last(torch.cat([self.user(x[:, 0]), self.item(x[:, 1])], 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.float32])
+@pytest.mark.filterwarnings("ignore:.*which is slower")
+def test_columns_of_categories_stay_in_their_columns(dtype):
+    """Seen before: IndexError of inputs that nobody gave."""
+    nets = random_nets(Columns(), 2)
+    for x in (torch.tensor([[99, 2], [5, 0], [70, 1]]), torch.tensor([[99, 2]])):
+        x = x.to(dtype)
+        torch.testing.assert_close(nets(x), modules_answer(nets, x))
+        own = x.expand(2, *x.shape)
+        torch.testing.assert_close(nets(own, per_net=True), modules_answer(nets, own, True))
+
+
+class Force(Net):
+    """Minus the gradient of an energy."""
+
+    def forward(self, x):
+        x = x.requires_grad_()
+        energy = torch.tanh(self.first(x)).square().sum()
+        return -torch.autograd.grad(energy, x, create_graph=True)[0] + 0 * self.last.bias.sum()
+
+
+@pytest.mark.filterwarnings("ignore:.*which is slower")
+def test_nets_that_need_a_gradient_to_answer_run():
+    """Seen before: "does not require grad", where their modules run."""
+    nets, x = random_nets(Force(), 2), torch.randn(5, 4, generator=generator())
+    expected = torch.stack([nets.to_module(n)(x.clone()) for n in range(2)])
+    torch.testing.assert_close(nets(x), expected)
+
+
+class Squeezed(Net):
+    def forward(self, x):
+        return super().forward(x).squeeze()
+
+
+@pytest.mark.filterwarnings("ignore:.*which is slower")
+def test_no_block_is_one_sample_alone():
+    """Seen before: an error where one was left over for the last block."""
+    nets, x = random_nets(Squeezed(), 1), torch.randn(13, 4, generator=generator())
+    torch.testing.assert_close(nets.outputs(x, samples=6), modules_answer(nets, x))
+
+
+class Locked(Net):
+    """The same units of all samples drop out."""
+
+    def middle(self, h):
+        return h * nn.functional.dropout(torch.ones_like(h[:1]), 0.5, self.training)
+
+
+def test_each_net_drops_units_of_its_own():
+    """Seen before: drawn once for all nets."""
+    batched, x = Batched(Locked()), torch.randn(5, 4, generator=generator())
+    rows = random_nets(Locked(), 1).rows.repeat(4, 1)
+    with pytest.warns(UserWarning, match="Locked runs through torch.func.vmap"):
+        out = batched(rows, x.expand(4, 5, 4), True, batched.initial_running(4))
+    assert not torch.equal(out[0], out[3])
