@@ -158,14 +158,14 @@ def test_bf16_rounds_where_the_layers_do(assert_close, monkeypatch, device, name
 
 def test_values_are_kept_only_for_a_gradient(monkeypatch, device):
     """The same answers, with a scratch of 16 samples for each program."""
-    monkeypatch.setattr(kernels, "PROGRAMS", 2)
+    monkeypatch.setattr(kernels, "PROGRAMS", 1)
     module, image = NETS["ResNet8"]
-    rows, x = rows_for(module, 2)[:, 3:].to(device), torch.randn(37, 64, device=device)
+    rows, x = rows_for(module, 1)[:, 3:].to(device), torch.randn(19, 64, device=device)
     plan = plan_for(module, image)
     kept, few = (kernels.launch_forward(x, rows, plan.text, k, "ieee") for k in (True, False))
     torch.testing.assert_close(kept[0], few[0])
-    assert kept[1].shape == (2, 37, plan.values)
-    assert few[1].shape == (2, 16, plan.values)
+    assert kept[1].shape == (1, 19, plan.values)
+    assert few[1].shape == (1, 16, plan.values)
 
 
 # ------------------------------------------------------------------------------------ in `Batched`
