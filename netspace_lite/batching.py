@@ -157,9 +157,9 @@ class Batched:
                 trial.watch()
                 trial = trial.exact()
                 expected, random, known = trial.expected()
-            except Exception as error:  # of the user's module, or of inputs that it can't take
-                error.add_note(f"{name_of(self.module)} was given {list(x.shape)} of {x.dtype}")
-                raise
+            except (RuntimeError, IndexError) as error:  # what PyTorch says of shapes and tokens
+                what = f"{name_of(self.module)} can't take inputs {list(x.shape)} of {x.dtype}"
+                raise ValueError(f"{what}: {error}") from error
             if not expected[0].isfinite().all():
                 return way
             mixing = random or (not mode.training and trial.mixes_samples(expected[0]))
