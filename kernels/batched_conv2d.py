@@ -52,7 +52,7 @@ def batched_conv2d(
         return layer(x, weight, bias, stride, padding, *how)[0]
     if prefers_unfolding(x, weight, size):
         slope = float(slope) if activation == "leaky_relu" else 1.0
-        return UnfoldedConv2d.apply(x, weight, bias, stride, padding, slope)
+        return UnfoldedConv2d.apply(x, weight, bias, stride, padding, slope).permute(4, 0, 1, 2, 3)
     return batched_conv2d_reference(x, weight, bias, stride, padding, activation, slope)
 
 

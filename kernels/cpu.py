@@ -77,7 +77,10 @@ def prefers_unfolding(x, weight, output_size) -> bool:
 
 
 class UnfoldedConv2d(torch.autograd.Function):
-    """`batched_conv2d` for images per net; `slope` 1: no activation."""
+    """`batched_conv2d` for images per net, answers as [N, O, H', W', B]; `slope` 1: no activation.
+
+    Turned by whoever calls it: of a view made inside steps in place would be refused.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding, slope):
@@ -95,7 +98,7 @@ class UnfoldedConv2d(torch.autograd.Function):
                 F.leaky_relu_(y_block, slope)
             columns.append(cols)
         ctx.save_for_backward(*inputs, y if slope != 1 else y.new_empty(0), *columns)
-        return y.permute(4, 0, 1, 2, 3)
+        return y
 
     @staticmethod
     def backward(ctx, g):
@@ -105,10 +108,10 @@ class UnfoldedConv2d(torch.autograd.Function):
 
             out, needs = batched_conv2d_reference(x, weight, bias, *ctx.given), ctx.needs_input_grad
             wanted = [t for t, need in zip((x, weight, bias), needs, strict=False) if need]
+            g = g.permute(4, 0, 1, 2, 3)
             found = iter(torch.autograd.grad(out, wanted, g, create_graph=True))
             return *(next(found) if need else None for need in needs[:3]), None, None, None
         need_x, _, need_bias, *_ = ctx.needs_input_grad
-        g = g.permute(1, 2, 3, 4, 0)
         dx = g.new_empty(ctx.window.images) if need_x else None
         dw, scratch = weight.new_empty(weight.shape), torch.empty_like(columns[0])
         db = g.new_empty(weight.shape[:2]) if need_bias else None

@@ -77,6 +77,19 @@ class Batched:
         if len({p.requires_grad for p in self.module.parameters()}) > 1:
             raise ValueError("some parameters are frozen, all would be trained: make them buffers")
 
+    def check_constants(self, state: dict[str, Tensor]) -> None:
+        """Raise ValueError if a state dict holds what no row can: other buffers, untied weights."""
+        own, first = self.module.state_dict(keep_vars=True), {}
+        tied = {name: first.setdefault(id(value), name) for name, value in own.items()}
+        if more := state.keys() - own.keys():
+            what = f"state dicts hold {sorted(more)[:3]}, too: they are of another architecture"
+            raise ValueError(f"{what}, or have batch norms, and fold_batchnorm takes modules")
+        for name in state.keys() - set(self.layout.names):
+            wanted = state.get(tied[name]) if tied[name] != name else own[name]
+            if wanted is not None and not torch.equal(state[name], wanted.to(state[name])):
+                what = f"a state dict has another {name!r} than a {name_of(self.module)}"
+                raise ValueError(f"{what}, which is the same in all nets of one architecture")
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """What the module computes of its parameters, see `structure`."""

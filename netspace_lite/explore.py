@@ -243,7 +243,10 @@ def refine(
     config = Descent(steps, lr, every=max(1, steps), seed=seed)
     decode = partial(space.decode, architecture=space.index(nets))
     start = _start_points(space, nets if z is None else z, None, seed)
-    return _descend(decode, start, loss, None, lambda z: (0.0, True), config, False).best
+    found = _descend(decode, start, loss, None, lambda z: (0.0, True), config, False)
+    if found.stopped.startswith("interrupted"):  # embeddings alone would not say so
+        raise KeyboardInterrupt
+    return found.best
 
 
 def _start_points(space: NetSpace, starts, prior, seed: int) -> Tensor:
@@ -288,6 +291,8 @@ def _descend(decode, start, loss, validate, goal, config, progress) -> Search:
         except KeyboardInterrupt:
             if not path:
                 raise
+            if validate is None:  # of which the last state is kept
+                path.append(_visit(decode, z.detach().clone(), validate, goal))
             stopped = f"interrupted at step {len(losses)}"
         except LossError as error:
             if not losses:
@@ -346,15 +351,17 @@ def _visit(decode, z: Tensor, validate: Validation, goal) -> tuple[Tensor, Tenso
     if found != [len(z)]:
         raise ValueError(f"validate returns one score a net, [{len(z)}], not {found}")
     there = torch.as_tensor(goal(z)[1]).cpu().expand(len(z))
-    return z, score.float().cpu().nan_to_num(nan=-torch.inf), there
+    score = score.to(torch.promote_types(score.dtype, torch.float32))
+    return z, score.cpu().nan_to_num(nan=-torch.inf), there
 
 
 class Gaussian:
     """The embeddings of a zoo as one normal distribution: the simplest idea of "in the space".
 
-    Called on embeddings it is their mean squared z-score along the distribution's axes, about 1
-    for a typical member. Axes along which the zoo hardly spreads, or not at all, count as a tenth
-    of the widest, so that leaving the zoo's subspace costs much, but not everything.
+    Called on embeddings it is their mean squared z-score along the distribution's axes: 1 for a
+    typical member of many, less of fewer nets than axes. Axes along which the zoo hardly spreads,
+    or not at all, count as a tenth of the widest, so that leaving the zoo's subspace costs much,
+    but not everything.
 
     Args:
         embeddings: [N, E], at least two that differ.
@@ -368,14 +375,15 @@ class Gaussian:
         check_finite(embeddings, "embeddings")
         self.mean = embeddings.mean(0)
         centred = (embeddings - self.mean).to(torch.promote_types(embeddings.dtype, torch.float32))
-        variance, axes = torch.linalg.eigh(centred.T @ centred / (len(embeddings) - 1))
+        with torch.autocast(centred.device.type, enabled=False):
+            variance, axes = torch.linalg.eigh(centred.T @ centred / (len(embeddings) - 1))
         self.axes = axes.T.to(embeddings)  # [E, E], from the narrowest to the widest
         spread = variance.clamp_min(0).sqrt()
         self.spread = spread.clamp_min(spread[-1] / 10).to(embeddings)
 
     def __call__(self, z: Tensor) -> Tensor:
-        """Mean squared z-score of embeddings z [N, E]: [N]."""
-        return (((z - self.mean) @ self.axes.T) / self.spread).square().mean(1)
+        """Mean squared z-score of embeddings z [N, E] (or [E]): [N]."""
+        return (((torch.atleast_2d(z) - self.mean) @ self.axes.T) / self.spread).square().mean(1)
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """Random embeddings [n, E]."""

@@ -27,7 +27,7 @@ def compare(predicted: Tensor, target: Tensor, y: Tensor) -> dict[str, float]:
     if predicted.shape != target.shape or y.shape != target.shape[1:2]:
         given = f"{[*predicted.shape]}, {[*target.shape]} and {[*y.shape]} labels"
         raise ValueError(f"answers are [N, B, K] of as many nets each and B labels, not {given}")
-    accuracies = [correct(outputs, y) for outputs in (predicted, target)]
+    accuracies = [correct(outputs, y).double() for outputs in (predicted, target)]
     found, wanted = classes(predicted), classes(target)
     # all predicted nets alike (the mean net) have no correlation with anything
     constant = any(a.max() == a.min() for a in accuracies)
@@ -168,6 +168,8 @@ def readout(x: Tensor, y: Tensor, held_x: Tensor, held_y: Tensor) -> tuple[Tenso
     if (len(x), len(held_x)) != (len(y), len(held_y)):
         given = f"{len(y)} and {len(held_y)} for features of {len(x)} and {len(held_x)}"
         raise ValueError(f"a property is one number a net, not {given}")
+    if not (held_y != held_y[:1]).any():
+        raise ValueError("R² compares held-out nets' values with their mean: give some that differ")
     model.fit(x.numpy(), y.numpy())
     predicted = torch.from_numpy(model.predict(held_x.numpy()))
     error = (predicted - held_y).square().sum() / (held_y - held_y.mean()).square().sum()

@@ -54,8 +54,15 @@ class Muon(torch.optim.Optimizer):
         return state | {"exp_avg_sq": torch.zeros_like(p)}
 
     @torch.no_grad()
-    def step(self) -> None:
-        """One step along the gradients that there are, in place. Gradients are used up."""
+    def step(self, closure=None):
+        """One step along the gradients that there are, in place. Gradients are used up.
+
+        With a ``closure``, which computes them, returns what that does.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             lr, decay, beta = group["lr"], group["weight_decay"], group["momentum"]
             for p in (p for p in group["params"] if p.grad is not None):
@@ -69,6 +76,7 @@ class Muon(torch.optim.Optimizer):
                     continue
                 for part in _blocks(p, p.grad, state["exp_avg"], state["exp_avg_sq"]):
                     adamw_step(*part, float(state["step"]), lr, decay)
+        return loss
 
 
 def _turned_step(p: nn.Parameter, state: dict, lr: float, decay: float, beta: float) -> None:

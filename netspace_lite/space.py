@@ -181,6 +181,8 @@ class NetSpace(nn.Module):
             raise ValueError(f"inputs should be floats in a tensor, as data.train.x, not {kind}")
         if config.probes:
             check_finite(inputs, "inputs")
+        if config.learn_probes and not inputs.is_floating_point():
+            raise ValueError("probes that are tokens can't be learned: pass learn_probes=False")
         if not (config.weights or config.probes):
             raise ValueError("an encoder needs weights=True, or probes > 0, to read anything")
         modules = listed(modules)
@@ -321,6 +323,7 @@ class NetSpace(nn.Module):
     def encode(self, nets, architecture=None) -> Tensor:
         """Embeddings [N, E] of `Nets`, packed rows [N, P], modules, or state dicts.
 
+        Without gradients: an objective encodes by ``MixedZoo(space, zoo).encode(space, n)``.
         `Nets` and modules are asked for their architecture, a list of `Nets` (a mixed zoo) is
         encoded one after the other; for rows and state dicts name it in a space of several.
 
@@ -328,8 +331,8 @@ class NetSpace(nn.Module):
         """
         if isinstance(nets, MixedNets):
             return nets.join([self.encode(group, architecture) for group in nets.groups])
-        many = isinstance(nets, Iterable) and not isinstance(nets, nn.Module | dict | Tensor)
-        nets = list(nets) if many else [nets]
+        alone = isinstance(nets, dict | Tensor) or not isinstance(nets, Iterable)
+        nets = listed([nets] if alone else nets)
         check_kind(nn.Module | dict | Nets | Tensor, "nets, rows or modules are encoded", *nets)
         if len(nets) > 1 and isinstance(nets[0], Nets | Tensor):
             return torch.cat([self.encode(group, architecture) for group in nets])
@@ -342,10 +345,8 @@ class NetSpace(nn.Module):
             rows = getattr(nets[0], "rows", nets[0])
         else:
             nets = [fold_batchnorm(net) if isinstance(net, nn.Module) else net for net in nets]
-            known = self.batched[a].module.state_dict().keys()
-            if more := {key for net in nets if isinstance(net, dict) for key in net} - known:
-                what = f"state dicts hold {sorted(more)[:3]}, too: they are of another architecture"
-                raise ValueError(f"{what}, or have batch norms, and fold_batchnorm takes modules")
+            for state in (net for net in nets if isinstance(net, dict)):
+                self.batched[a].check_constants(state)
             rows = self.batched[a].layout.pack(nets)
         check_rows(rows, self.batched[a].layout.size)
         with torch.no_grad():

@@ -1,13 +1,16 @@
 """What a space is trained for, and the loop that trains it.
 
 An *objective* is a callable ``objective(space, generator) -> loss``: it draws nets and inputs with
-the generator, encodes, decodes, and compares what the decoded nets answer with what they should.
+the generator, encodes (by `MixedZoo`), decodes, and compares what the decoded nets answer with what
+they should.
 `combine` adds objectives up. Where decoded nets should simply do well, how is a *loss of nets*,
 ``loss(nets, generator) -> [N]``, such as `netspace_lite.explore.ImageLoss` with any teacher.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import cos, inf, isfinite, isnan, nan, pi
 from pathlib import Path
@@ -89,10 +92,12 @@ class LikenessLoss:
         self, nets, inputs: Tensor, *, per_net=False, loss=kl_divergence, samples=64, consensus=0.0
     ):
         self.consensus = _consensus(consensus, per_net)
-        check_kind(Nets | MixedNets, "a loss of likeness is to nets, as zoo[n]", nets)
+        kinds = Nets if per_net else Nets | MixedNets
+        check_kind(kinds, "a loss of likeness is to nets, as zoo[n]", nets)
         check_finite(check_kind(Tensor, INPUTS, inputs), "inputs")
         self.inputs, self.per_net, self.loss, self.samples = inputs, per_net, loss, samples
-        self.targets = nets.outputs(inputs, True) if per_net else nets.outputs(inputs)
+        with torch.autocast(inputs.device.type, enabled=False):  # it may be used outside of one
+            self.targets = nets.outputs(inputs, True) if per_net else nets.outputs(inputs)
         check_finite(self.targets, "the answers of nets")
         self.scale = logit_scale(self.targets)
         if self.consensus:
@@ -186,7 +191,9 @@ class MixedZoo:
             if [space.index(zoo) for zoo in self.zoos] != self.present:
                 raise ValueError("the space has these zoos elsewhere: make the objective for it")
             pairs = () if space.config.learn_probes else zip(self.zoos, self.present, strict=True)
-            self._read_of, self._features = read_of, [space.features(z.rows, a) for z, a in pairs]
+            with torch.autocast(self.zoos[0].rows.device.type, enabled=False):  # kept beyond it
+                features = [space.features(zoo.rows, a) for zoo, a in pairs]
+            self._read_of, self._features = read_of, features
 
     def __len__(self) -> int:
         return len(self.group)
@@ -447,12 +454,14 @@ def fit(
         history, best = _resume(folder, plan, space, optimiser, generator)
     last = history[-1] if history else {"step": 0, "seconds": 0.0}
     first, started = last["step"], time.monotonic() - last["seconds"]
-    with progress_bar(steps, "fitting the space", first=first) as bar:
+    with _begun(space, folder), progress_bar(steps, "fitting the space", first=first) as bar:
         for start in range(first, steps, epoch):
             losses = []
             for step in range(start, min(start + epoch, steps)):
                 optimiser.param_groups[0]["lr"] = learning_rate(step, steps, lr)
                 losses.append(_descend(space, objective, generator, optimiser, step))
+                if step == 0:
+                    _check_encoder(space)
                 bar.update()
             found = _scored(space, validate)
             row = {"step": step + 1, "seconds": time.monotonic() - started, "loss": fmean(losses)}
@@ -466,8 +475,28 @@ def fit(
             if step + 1 == steps:
                 space.load_state_dict(best)
             _checkpoint(folder, plan, space, optimiser, generator, history, best)
-    space._begun = None
     return history
+
+
+@contextmanager
+def _begun(space, folder):
+    """Where a fit that is left before its end began stays known, with the state it leaves."""
+    try:
+        yield
+    except BaseException:
+        if folder is not None:
+            space._begun = *space._begun[:2], fingerprint(space)
+        raise
+    space._begun = None
+
+
+def _check_encoder(space) -> None:
+    """Warn if the first step left an encoder that is to be trained without any gradient."""
+    learned = [p for p in getattr(space, "encoder", nn.Module()).parameters() if p.requires_grad]
+    if learned and all(p.grad is None for p in learned):
+        cure = "encode by MixedZoo(space, zoo).encode(space, n), space.encode has no gradient"
+        what = "the loss does not depend on the encoder, which stays as it is"
+        warnings.warn(f"{what}: {cure}", stacklevel=3)
 
 
 def _plan(space, objective, validate, steps, lr, epoch) -> dict[str, float | str]:
@@ -526,13 +555,14 @@ def _checkpoint(folder, plan, space, optimiser, generator, history, best) -> Non
 
 def _resume(folder, plan, space, optimiser, generator) -> tuple[list, dict[str, Tensor]]:
     """History and best state of what lies in the folder, if anything; says where the fit began."""
-    begun, origin = getattr(space, "_begun", None) or ("", "")  # by a fit that was interrupted
-    found = store.exists(folder, "fit")
-    plan["space"] = origin if found and begun == str(folder) else fingerprint(space)
+    # by a fit that was interrupted, from what it began, and what it left
+    begun, origin, left = getattr(space, "_begun", None) or ("", "", "")
+    found, now = store.exists(folder, "fit"), fingerprint(space)
+    plan["space"] = origin if found and (begun, left) == (str(folder), now) else now
     plan["learned"] = fingerprint([n for n, p in space.named_parameters() if p.requires_grad])
-    if begun == str(folder) and plan["space"] != origin:
+    if begun == str(folder) and not found and now != origin:
         raise ValueError(f"{folder}: a fit stopped before it saved an epoch: build the space anew")
-    space._begun = str(folder), plan["space"]
+    space._begun = str(folder), plan["space"], now
     if not found:
         return [], {}
     record, tensors = store.load(folder, "fit")

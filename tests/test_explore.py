@@ -447,3 +447,48 @@ def test_refine_keeps_its_last_state_whatever_the_classifier_says_of_it(two, net
     like = LikenessLoss(nets, images.x, samples=len(images))
     losses = [like(two.decode(at, 0), generator()) for at in (z, found)]
     assert (losses[1] < losses[0]).all()
+
+
+def test_refinement_is_whole_or_none(space, nets, images):
+    """Seen before: after Ctrl-C the starts came back as if they were refined."""
+    like = failing(LikenessLoss(nets[:4], images.x), 7, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        refine(space, nets[:4], like, 10)
+
+
+def test_an_interrupted_search_without_validation_keeps_where_it_came(space, images):
+    """Seen before: the state of the last validation, which may be the start."""
+    starts = torch.randn(4, 6, generator=generator())
+    search = optimise(
+        space,
+        starts,
+        failing(ImageLoss(images), 7, interrupt),
+        config=Descent(30, every=30),
+        **QUIET,
+    )
+    sound = optimise(space, starts, ImageLoss(images), config=Descent(30, every=1), **QUIET)
+    assert search.stopped == "interrupted at step 7"
+    assert torch.equal(search.best, sound.path[7])
+
+
+def test_scores_in_double_precision_are_compared_in_it(space, images):
+    seen = []
+
+    def validate(nets):
+        best = -123456.789 - (len(seen) - 2) ** 2 * 1e-3
+        seen.append(torch.full((4,), best, dtype=torch.double))
+        return seen[-1]
+
+    starts = torch.randn(4, 6, generator=generator())
+    search = optimise(
+        space, starts, ImageLoss(images), validate, config=Descent(6, every=1), **QUIET
+    )
+    assert torch.equal(search.best, search.path[2])
+
+
+def test_a_prior_is_as_exact_in_mixed_precision_and_takes_one_embedding():
+    z = torch.randn(50, 8, generator=generator())
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = Gaussian(z)
+    assert torch.equal(mixed.spread, Gaussian(z).spread)
+    assert torch.equal(mixed(z[0]), mixed(z[:1]))

@@ -62,8 +62,9 @@ def test_lines_are_counted_as_said():
         # whoever trained the nets 17, hooks, samples asked together and floats for places 26,
         # buffers, code in layers, backbones and answers without an axis 22, samples mixed behind a
         # threshold, autocast, other axes and private attributes 24, what first inputs, other seeds
-        # and traces hide 48, what else gave wrong answers without a word 350
-        (list(LIBRARY.glob("*.py")), 3371),
+        # and traces hide 48, encoders left alone, state dicts of other modules, searches and fits
+        # that were stopped, and mixed precision 47, what else gave wrong answers without a word 350
+        (list(LIBRARY.glob("*.py")), 3418),
         (list((LIBRARY / "shapes").rglob("*.py")), 465),
         (list((LIBRARY / "tutorial").rglob("*.py")), 398),
         ([p for p in KERNELS.glob("*.py") if p.stem not in STUDIES], 1199),

@@ -160,3 +160,19 @@ def test_what_is_compared_is_of_one_size(nets, samples):
     """Seen before: one net, or one label, stood for all."""
     with pytest.raises(ValueError, match="of as many nets each and B labels"):
         metrics.compare(torch.zeros(nets, 7, 3), torch.zeros(2, 7, 3), torch.zeros(samples).long())
+
+
+def test_a_correlation_is_as_exact_in_mixed_precision():
+    logits = torch.randn(2, 30, 200, 5, generator=generator())
+    y = logits[0, 0].argmax(-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = metrics.compare(*logits, y)
+    assert mixed == metrics.compare(*logits, y)
+
+
+@pytest.mark.parametrize("held", [1, 3])
+def test_held_out_values_that_are_alike_have_no_share_explained(held):
+    """Seen before: minus infinity or NaN."""
+    x, y = torch.randn(20, 4, generator=generator()), torch.arange(20.0)
+    with pytest.raises(ValueError, match="give some that differ"):
+        readout(x, y, x[:held], torch.ones(held))

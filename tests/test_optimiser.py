@@ -142,3 +142,21 @@ def test_a_step_inside_autocast_keeps_its_precision():
         found = steps(lambda m: [Muon(m, 1e-2)], layers())
     for p, q in zip(found.parameters(), expected.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_closure_computes_the_gradients():
+    """As loops of other libraries call an optimiser."""
+    layers = [nn.Linear(20, 20) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x, found = torch.randn(5, 20), []
+    for layer, by_closure in zip(layers, (True, False), strict=True):
+        muon = Muon(layer, 1e-2)
+
+        def closure(layer=layer):
+            loss = layer(x).square().mean()
+            loss.backward()
+            return loss
+
+        found.append(muon.step(closure) if by_closure else (closure(), muon.step())[0])
+    assert torch.equal(*found)
+    assert torch.equal(layers[0].weight, layers[1].weight)

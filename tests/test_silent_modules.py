@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from netspace_lite.kernels import batched_conv2d
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from toy import Sums, looped, random_nets
@@ -589,3 +590,12 @@ def test_a_module_of_a_net_has_its_constants_in_the_dtype_of_the_net():
     own = Nets(nets.batched, nets.rows.bfloat16()).to_module(1)
     assert (own.level.dtype, own[0].kept.dtype) == (torch.bfloat16, torch.float64)
     assert module.level.dtype == nets.module.level.dtype == torch.float32
+
+
+@pytest.mark.parametrize("channels", [5, 8])
+def test_answers_of_many_convolutions_can_be_changed_in_place(channels):
+    """Seen before: refused where images are unfolded, "a view created inside a custom Function"."""
+    x, weight = torch.randn(3, 2, 8, 6, 6), torch.randn(2, channels, 8, 3, 3, requires_grad=True)
+    (found,) = torch.autograd.grad(batched_conv2d(x, weight).relu_().sum(), weight)
+    (wanted,) = torch.autograd.grad(batched_conv2d(x, weight).relu().sum(), weight)
+    torch.testing.assert_close(found, wanted)

@@ -472,3 +472,40 @@ def test_what_a_zoo_shares_is_not_magnified(data, weights):
     assert space.encode(far).norm() < 10 * usual
     rounded = space.encode(Nets(zoo.batched, zoo.rows.bfloat16().float()))
     torch.testing.assert_close(rounded, space.encode(zoo), rtol=0.1, atol=float(0.05 * usual))
+
+
+class Shifted(nn.Module):
+    """A constant of the architecture, and a weight under two names."""
+
+    def __init__(self, mean):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean))
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.last.weight = self.first.weight
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x - self.mean)))
+
+
+def test_state_dicts_of_another_module_are_refused():
+    """Seen before: a state dict's buffers and tied weights were passed over."""
+    x = torch.randn(20, 4, generator=generator())
+    zoo = Zoo.from_modules([Shifted(5.0) for _ in range(5)])
+    space = NetSpace.for_zoos(zoo, x, SpaceConfig(embedding=8, probes=5, hidden=16))
+    state = Shifted(5.0).state_dict()
+    assert space.encode(state).shape == (1, 8)
+    untied = dict(state, **{"last.weight": torch.randn(4, 4)})
+    for name, other in (("mean", Shifted(0.0).state_dict()), ("last.weight", untied)):
+        with pytest.raises(ValueError, match=f"another '{name}' than a Shifted"):
+            space.encode([state, other])
+
+
+def test_a_module_list_is_a_list_of_modules(zoos, space):
+    modules = [zoos[0].to_module(n) for n in range(3)]
+    assert torch.equal(space.encode(nn.ModuleList(modules)), space.encode(modules))
+
+
+def test_probes_that_are_tokens_are_not_learned():
+    tokens, module = torch.randint(0, 3, (5, 4)), Looks()
+    with pytest.raises(ValueError, match="pass learn_probes=False"):
+        NetSpace(module, tokens, SpaceConfig(learn_probes=True))

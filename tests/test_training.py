@@ -743,3 +743,57 @@ def test_an_objective_in_half_precision_is_that_in_single(zoo, data):
         losses.append(Distillation(space, nets, inputs)(space, generator()))
     assert losses[1].dtype == torch.bfloat16
     torch.testing.assert_close(losses[1].float(), losses[0], rtol=0.05, atol=0)
+
+
+def test_an_objective_that_leaves_the_encoder_alone_is_told(zoo, data):
+    """Seen before: whoever encoded by space.encode kept the encoder of the first step."""
+
+    def objective(space, generator, encode):
+        n = torch.randint(len(zoo), (6,), generator=generator)
+        nets = space.decode(encode(space, n))
+        return (nets(data.train.x) - zoo[n].outputs(data.train.x)).square().mean()
+
+    def by_space(space, generator):
+        return objective(space, generator, lambda space, n: space.encode(zoo[n]))
+
+    space, validate = make(zoo, data), validation(zoo, data.val)
+    with pytest.warns(UserWarning, match="the loss does not depend on the encoder"):
+        fit(space, by_space, validate, 2)
+    space, before = make(zoo, data), make(zoo, data)
+    mixed = MixedZoo(space, zoo)
+    fit(space, lambda space, g: objective(space, g, mixed.encode), validate, 2)
+    assert not torch.equal(space.encode(zoo), before.encode(zoo))
+
+
+def test_a_space_changed_after_an_interrupted_fit_is_not_resumed(zoo, data, tmp_path, monkeypatch):
+    """Seen before: other weights loaded into it, or trained in between, were gone."""
+    space = make(zoo, data)
+    objective, validate = distillation(space, zoo, data), validation(zoo, data.val)
+    options, whole = {"steps": 6, "epoch": 2, "folder": tmp_path}, Distillation.__call__
+
+    def stopped(space, at, **options):
+        monkeypatch.setattr(Distillation, "__call__", interrupted(whole, at))
+        with pytest.raises(Interrupted):
+            fit(space, objective, validate, **options)
+        monkeypatch.setattr(Distillation, "__call__", whole)
+
+    stopped(space, 6, **options)
+    stopped(space, 2, **options)  # it goes on from where it was, with the same space
+    with torch.no_grad():
+        space.decoder.hidden.bias.add_(1)
+    with pytest.raises(ValueError, match="another space: choose another folder"):
+        fit(space, objective, validate, **options)
+    again = make(zoo, data)
+    stopped(again, 2, **options)
+    stopped(again, 3, steps=9)
+    with pytest.raises(ValueError, match="another space: choose another folder"):
+        fit(again, objective, validate, **options)
+
+
+def test_an_objective_may_be_asked_in_mixed_precision_first(zoo, data):
+    """Seen before: it kept answers in bf16, which none outside could be compared with."""
+    space = make(zoo, data)
+    objective, plain = (distillation(space, zoo, data) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        objective(space, generator())
+    assert torch.equal(objective(space, generator()), plain(space, generator()))

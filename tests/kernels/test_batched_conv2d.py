@@ -98,7 +98,8 @@ def test_unfolded_product_matches_reference(case, activation):
     pair = [(v, v) if isinstance(v, int) else v for v in (stride, padding)]
 
     def unfolded(x, weight, bias, *_):
-        return UnfoldedConv2d.apply(x, weight, bias, *pair, 0.01 if activation else 1)
+        y = UnfoldedConv2d.apply(x, weight, bias, *pair, 0.01 if activation else 1)
+        return y.permute(4, 0, 1, 2, 3)
 
     found, expected = (
         apply(unfolded, x, rows, case),
