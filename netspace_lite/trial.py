@@ -233,9 +233,10 @@ class Trial:
 
 def _others(x: Tensor) -> Tensor:
     """Inputs like x with other values: floats with other sums, tokens of the same column, or 0."""
-    chance = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device)
-    other = x.roll(1, 0)
-    return other / 2 + chance.to(x) if x.is_floating_point() else other * (chance > 0.5)
+    chance = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
+    if x.is_floating_point():
+        return x.roll(1, 0) / 2 + chance.to(x)
+    return x.roll(1, 0) * (chance > 0.5).to(x)
 
 
 def _gradient(out: Tensor, of: list[Tensor]) -> Tensor:

@@ -131,7 +131,8 @@ def tokens(w):
     space = ns.NetSpace.for_zoos(nets, x, SMALL)
     space.save(w.folder / "tokens")
     again = ns.NetSpace.load(w.folder / "tokens", Looks())
-    return [space.encode(nets), again.to(w.device).encode(nets), nets.outputs(x)]
+    own = nets(x.expand(3, 12, 5), per_net=True)  # tokens of its own for the second net tried
+    return [space.encode(nets), again.to(w.device).encode(nets), nets.outputs(x), own]
 
 
 def described(w):
