@@ -41,10 +41,11 @@ _CONTAINERS = (dict, list, tuple, set, frozenset)
 def fingerprint(*things, known=()) -> str:
     """16 hex digits of the content of numbers, tensors, modules, functions and objects of them.
 
-    Objects count with their attributes, but for those of a ``cached_property``, and their class,
-    classes and functions with their code, what they close over and the globals they read; what is
-    installed is known by its name. An object may say itself what it is by an attribute
-    ``fingerprint``. Modules that are ``known``, and their parts, count as there, whatever they are.
+    Objects count with their class and their attributes, but for what a ``cached_property`` keeps
+    and private ones that methods set later, classes and functions with their code, what they close
+    over and the globals they read; what is installed is known by its name. An object may say itself
+    what it is by an attribute ``fingerprint``. Modules that are ``known``, and their parts, count
+    as there, whatever they are.
     """
     known = [part for m in known for part in (*m.modules(), *m.parameters(), *m.buffers())]
     memo = {id(part): (f"known {i}".encode(), part) for i, part in enumerate(known)}
@@ -208,16 +209,30 @@ def _parts(thing) -> list:
 def _held(thing) -> dict:
     """The attributes of an object, without what is computed once and kept.
 
-    That is in private attributes where a class is this package's, else in a ``cached_property``.
+    That is what a ``cached_property`` keeps, and private ones that methods set after ``__init__``.
+    Private ones of a library's that can't be told apart, such as locks, count as their kind.
     """
-    kind = type(thing)
-    ours = [k for k in kind.__mro__ if k.__module__.startswith(__package__)]
-    methods = [f for k in ours for f in vars(k).values() if isinstance(f, types.FunctionType)]
-    left_out = {name for f in methods for name in f.__code__.co_names if name[0] == "_"}
+    kind, first = type(thing), ("__init__", "__post_init__")
+    functions = [f for k in kind.__mro__ for n, f in vars(k).items() if n not in first]
+    methods = (inspect.unwrap(f) for f in functions if isinstance(f, types.FunctionType))
+    stores = (i for f in methods for i in dis.get_instructions(f) if i.opname == "STORE_ATTR")
+    left_out = {i.argval for i in stores if i.argval[0] == "_"}
     slots = {k: getattr(thing, k) for k in copyreg._slotnames(kind) if hasattr(thing, k)}
     held = getattr(thing, "__dict__", {}) | slots
     left_out |= {k for k in held if isinstance(getattr(kind, k, None), functools.cached_property)}
-    return {k: v for k, v in held.items() if k not in left_out}
+    return {k: _told(v) if k[0] == "_" else v for k, v in held.items() if k not in left_out}
+
+
+def _told(value):
+    """A private value; of a library's where there is no telling what it holds, its kind."""
+    plain = (*PLAIN, *_CONTAINERS, Tensor, np.ndarray, type, nn.Module)
+    if isinstance(value, plain) or callable(value) or not _of_library(type(value).__module__):
+        return value
+    try:
+        _parts_of_native(value)
+    except ValueError:
+        return type(value)
+    return value
 
 
 def _parts_of_native(thing) -> list:

@@ -456,13 +456,13 @@ def fit(
     first, started = last["step"], time.monotonic() - last["seconds"]
     with _begun(space, folder), progress_bar(steps, "fitting the space", first=first) as bar:
         for start in range(first, steps, epoch):
-            losses = []
+            losses, reached = [], first > 0 or start > 0
             for step in range(start, min(start + epoch, steps)):
                 optimiser.param_groups[0]["lr"] = learning_rate(step, steps, lr)
                 losses.append(_descend(space, objective, generator, optimiser, step))
-                if step == 0:
-                    _check_encoder(space)
+                reached = reached or _reaches_encoder(space)
                 bar.update()
+            _warn_unless(reached)
             found = _scored(space, validate)
             row = {"step": step + 1, "seconds": time.monotonic() - started, "loss": fmean(losses)}
             name, score = next(iter(found.items()))
@@ -490,13 +490,17 @@ def _begun(space, folder):
     space._begun = None
 
 
-def _check_encoder(space) -> None:
-    """Warn if the first step left an encoder that is to be trained without any gradient."""
+def _reaches_encoder(space) -> bool:
+    """Whether the last step gave an encoder that is to be trained, if there is one, a gradient."""
     learned = [p for p in getattr(space, "encoder", nn.Module()).parameters() if p.requires_grad]
-    if learned and all(p.grad is None for p in learned):
-        cure = "encode by MixedZoo(space, zoo).encode(space, n), space.encode has no gradient"
+    return not learned or any(p.grad is not None for p in learned)
+
+
+def _warn_unless(reached: bool) -> None:
+    if not reached:
+        how = "encode by MixedZoo(space, zoo).encode(space, n): space.encode has no gradient"
         what = "the loss does not depend on the encoder, which stays as it is"
-        warnings.warn(f"{what}: {cure}", stacklevel=3)
+        warnings.warn(f"{what}: {how}", stacklevel=3)
 
 
 def _plan(space, objective, validate, steps, lr, epoch) -> dict[str, float | str]:

@@ -10,6 +10,7 @@ from collections import defaultdict, namedtuple
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache, cached_property, partial, update_wrapper
+from threading import Lock
 from types import ModuleType
 
 import numpy as np
@@ -546,6 +547,23 @@ def test_what_is_computed_once_and_kept_does_not_count():
     task.batch([Recipe(0, 1)], None, 0)  # keeps an order
     assert task._orders._kept
     assert fingerprint(used, task) == fingerprint(Labelled(), Warm(toy_data(), 2))
+
+
+class Lazy:
+    """Loads what it needs when it is needed, one thread at a time."""
+
+    def __init__(self):
+        self._lock, self._loaded = Lock(), None
+
+    def load(self):
+        with self._lock:
+            self._loaded = torch.ones(3)
+
+
+def test_caches_and_locks_in_private_attributes_do_not_count():
+    lazy = Lazy()
+    lazy.load()
+    assert fingerprint(lazy) == fingerprint(Lazy())
 
 
 def test_hooks_count():

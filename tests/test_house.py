@@ -63,8 +63,9 @@ def test_lines_are_counted_as_said():
         # buffers, code in layers, backbones and answers without an axis 22, samples mixed behind a
         # threshold, autocast, other axes and private attributes 24, what first inputs, other seeds
         # and traces hide 48, encoders left alone, state dicts of other modules, searches and fits
-        # that were stopped, and mixed precision 47, what else gave wrong answers without a word 350
-        (list(LIBRARY.glob("*.py")), 3418),
+        # that were stopped, and mixed precision 47, caches, locks and constants told from what
+        # counts 48, what else gave wrong answers without a word 350
+        (list(LIBRARY.glob("*.py")), 3466),
         (list((LIBRARY / "shapes").rglob("*.py")), 465),
         (list((LIBRARY / "tutorial").rglob("*.py")), 398),
         ([p for p in KERNELS.glob("*.py") if p.stem not in STUDIES], 1199),

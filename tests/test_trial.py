@@ -711,3 +711,50 @@ def test_each_net_drops_units_of_its_own():
     with pytest.warns(UserWarning, match="Locked runs through torch.func.vmap"):
         out = batched(rows, x.expand(4, 5, 4), True, batched.initial_running(4))
     assert not torch.equal(out[0], out[3])
+
+
+class Moves(Net):
+    """A constant moved to where its input is, and statistics that no answer needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("gain", torch.linspace(1, 2, 6))
+        self.places = torch.arange(6.0)
+
+    def middle(self, h):
+        self.load, self.loss = h.mean(0), h.abs().mean()
+        return torch.relu(h * self.gain.to(h) + self.places.to(h.device))
+
+
+class Nothing(Net):
+    def forward(self, x):
+        return super().forward(x)[:, :0]
+
+
+class Taught(Net):
+    """Another net beside it, in a list of each copy's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.beside = [nn.Linear(4, 6)]
+
+    def middle(self, h):
+        return torch.relu(h + self.beside[0].weight.sum())
+
+
+@pytest.mark.parametrize("per_net", [False, True])
+@pytest.mark.filterwarnings("ignore:.*which is slower")
+def test_what_is_harmless_runs_as_it_did(per_net):
+    """Neither refused nor one by one: constants, statistics, no outputs, nets in lists, steps."""
+    x = torch.randn(*[5] * per_net, 7, 4, generator=generator())
+    for make in (Moves, Nothing, Taught):
+        nets = random_nets(make(), 5)
+        torch.testing.assert_close(nets(x, per_net), modules_answer(nets, x, per_net))
+        assert nets.batched.way(per_net=per_net) == "interpreted"
+    logits = random_nets(nn.Sequential(nn.Linear(4, 3), Least()), 5)
+    assert torch.equal(logits(x, per_net), modules_answer(logits, x, per_net))
+
+
+class Least(nn.Module):
+    def forward(self, x):
+        return (x > -50).float()
