@@ -179,7 +179,8 @@ class Trial:
             raise ValueError(f"{what}: a function that it holds, such as a lambda, names its parts")
         if not (one | other) & own:
             drawn = (torch.Generator().manual_seed(seed) for seed in range(4))
-            rows = [torch.randn(self.rows.shape, generator=each).to(self.rows) for each in drawn]
+            size = self.rows.shape  # large rows, as steps may be flat over a wide range
+            rows = [1e3 * torch.randn(size, generator=each).to(self.rows) for each in drawn]
             found = [self._answer("loop", each, self.x)[0] for each in rows]
             if all(torch.equal(found[0], answers) for answers in found):
                 what = f"a {name_of(self.mode.module)} answers without its parameters"
