@@ -85,7 +85,23 @@ def constants(w):
     zoo = ns.Zoo(ns.Batched(Shifts()), ns.initial_rows(Shifts, [0, 1]).to(w.device))
     found = zoo.outputs(w.x)
     assert zoo.batched.way() == "interpreted"
-    return [found]
+    space = ns.NetSpace.for_zoos(zoo, w.x, SMALL)
+    return [found, space.encode(zoo.to_module(1).state_dict())]
+
+
+def choices(w):
+    """Answers without a gradient: whether they come of the weights is seen by trying others."""
+    zoo = ns.Zoo(ns.Batched(Sides()), ns.initial_rows(Sides, [0, 1]).to(w.device))
+    return [zoo.outputs(w.x)]
+
+
+class Sides(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 3)
+
+    def forward(self, x):
+        return (self.linear(x.flatten(1)) > 0).float()
 
 
 class Shifts(nn.Module):
@@ -289,6 +305,7 @@ CALLS = {  # what is called -> the public names that it shows
     control_flow: "",
     components: "",
     tokens: "",
+    choices: "",
     embedded: "NetSpace SpaceConfig scores compare",
     saved_space: "",
     distilled: "Distillation fit kl_divergence logit_scale MixedZoo Muon",
