@@ -204,6 +204,39 @@ def test_a_net_alone_has_channels_innermost_where_its_steps_allow_it(flatten, pe
     assert innermost == (flatten is nn.Flatten)
 
 
+class Rereads(nn.Module):
+    """Activations of which some give what nothing else reads, and others what is read again."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.out = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+        self.only, self.again, self.of_sum = nn.LeakyReLU(), nn.ReLU(), nn.ReLU()
+        self.twice, self.flat, self.of_power = nn.ReLU(), nn.LeakyReLU(0), nn.ReLU()
+
+    def forward(self, x):
+        y = self.flat(self.two(self.only(self.one(x))))
+        y = self.two(self.twice(y)[..., 2:, 2:] + self.twice(self.two(y)))
+        y = self.of_sum(self.again(y) + y)
+        return self.out(self.of_power((y / 9).exp()).mean((2, 3)))
+
+
+def test_activations_overwrite_only_what_nothing_else_reads():
+    """A net alone on large images: written over, what a sum or a gradient needs would be wrong."""
+    module = Rereads()
+    batched, rows = Batched(module), random_nets(module, 2, scale=0.2).rows.requires_grad_()
+    x = torch.randn(30, 3, 32, 32)
+    kept = x.clone()
+    found, expected = batched(rows, x), looped(module, rows, x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    grads = (torch.autograd.grad(y.square().sum(), rows)[0] for y in (found, expected))
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
+    mode = batched._mode(rows, False)
+    assert mode.may_reorder
+    assert mode.graph.overwriting == ["only", "of_sum"]
+    assert torch.equal(x, kept)
+    assert not any(getattr(part, "inplace", False) for part in mode.module.modules())
+
+
 def test_one_net_and_one_sample():
     check_against_loop(lite_net("ResNet8", (1, 8, 8), 10), (1, 8, 8), False, nets=1, samples=1)
 
