@@ -350,3 +350,34 @@ def test_labels_keep_their_type_when_images_change_theirs():
     assert moved.test.x.dtype == torch.float64
     assert torch.equal(moved.test.y, data.test.y)
     assert moved.test.y.dtype == torch.int64
+
+
+def test_digits_are_split_as_they_say():
+    digits = load_digits()
+    assert [len(part) for part in (digits.train, digits.val, digits.test)] == [1078, 270, 449]
+
+
+def test_a_fifth_of_the_images_is_validated_on_unless_told(tmp_path):
+    assert [len(load_images(saved(tmp_path), val=v).val) for v in (0.2, 0.5)] == [6, 15]
+    assert len(load_images(saved(tmp_path)).val) == 6
+
+
+def test_all_parts_are_standardised_by_the_training_images(tmp_path):
+    """The test images are among the others, one of which is far brighter than the rest."""
+    x = np.random.default_rng(0).random((30, 8, 8), np.float32)
+    x[0] *= 20
+    for seed in range(6):
+        given = {"x_train": x, "x_test": x[:9]}
+        data = load_images(saved(tmp_path, **given), seed=seed)
+        assert float(data.train.x.mean()) == pytest.approx(0, abs=1e-5)
+        assert float(data.train.x.std(correction=0)) == pytest.approx(1, abs=1e-4)
+        known = torch.cat([data.train.x, data.val.x]).flatten(1)
+        assert all((known == one.flatten()).all(1).any() for one in data.test.x)
+
+
+def test_shares_of_blends_are_random():
+    x = torch.tensor([[0.0], [1.0]]).repeat(500, 1)
+    mixed = blends(x)[1000:, 0]
+    mixed = mixed[(mixed > 0) & (mixed < 1)]  # of a 0 and a 1
+    assert mixed.mean().item() == pytest.approx(0.5, abs=0.05)
+    assert mixed.std().item() == pytest.approx(12**-0.5, abs=0.03)

@@ -492,3 +492,157 @@ def test_a_prior_is_as_exact_in_mixed_precision_and_takes_one_embedding():
         mixed = Gaussian(z)
     assert torch.equal(mixed.spread, Gaussian(z).spread)
     assert torch.equal(mixed(z[0]), mixed(z[:1]))
+
+
+def test_a_loss_on_images_is_as_in_the_papers_experiments_unless_told(nets):
+    x = torch.randn(300, 4, generator=generator(6))
+    images, teacher = Images(x, (x[:, 0] > 0).long()), nn.Linear(4, 3)
+    given = {"distil": 0.9, "temperature": 4.0, "samples": 256}
+    losses = [ImageLoss(images, teacher, **o)(nets, generator()) for o in ({}, given)]
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.97])
+def test_a_distilled_share_is_the_teachers_and_the_rest_is_the_labels(nets, images, share):
+    teacher = nn.Linear(4, 3)
+    own, labels, both = (
+        ImageLoss(images, teacher, distil=d)(nets, generator()) for d in (1, 0, share)
+    )
+    torch.testing.assert_close(both, share * own + (1 - share) * labels)
+
+
+def test_a_teacher_answers_in_evaluation_mode_and_is_left_in_its_own(images):
+    teacher = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)).train()
+    torch.testing.assert_close(ImageLoss(images, teacher).targets[0], teacher[0](images.x))
+    assert teacher.training
+
+
+def test_each_step_draws_images_anew_and_none_twice(nets, images):
+    seen, random = [], generator()
+    numbered = Images(images.x, torch.arange(60))
+    loss = ImageLoss(numbered, loss=lambda logits, y: seen.append(y.tolist()) or 0, samples=30)
+    for _ in range(2):
+        loss(nets, random)
+    assert [len(set(y)) for y in seen] == [30, 30]
+    assert set(seen[0]) != set(seen[1])
+
+
+def test_a_search_for_an_architecture_descends_its_cross_entropy_and_the_prior(two, nets):
+    starts, prior = 3 * torch.randn(3, 6, generator=generator()), Gaussian(two.encode(nets))
+    config = Descent(20, 0.1, prior_weight=0.3, architecture_weight=2.0)
+    options = {"architecture": 1, "prior": prior, "config": config} | QUIET
+    search = optimise(two, starts, lambda nets, _: 0 * nets.rows.sum(1), **options)
+    z = starts.clone().requires_grad_()
+    adam, wanted = torch.optim.Adam([z], 0.1), torch.ones(3).long()
+    for step in range(20):
+        adam.param_groups[0]["lr"] = learning_rate(step, 20, 0.1)
+        named = F.cross_entropy(two.classify(z), wanted, reduction="sum")
+        (z.grad,) = torch.autograd.grad(2 * named + 0.3 * prior(z).sum(), z)
+        adam.step()
+    torch.testing.assert_close(search.path[-1], z.detach())
+
+
+@pytest.mark.parametrize("scores", ["rising", "falling", "nan"])
+def test_of_a_wanted_architecture_the_best_state_is_one_that_stands_for_it(two, scores):
+    """Whatever states before and after score: searches that leave it, and one never there."""
+    offset = two.encoder.offset.detach()
+    starts = torch.cat([offset[:1], offset[1:] + 3 * (offset[1:] - offset[:1])])
+    given = {"rising": range(99), "falling": range(99, 0, -1), "nan": [torch.nan] * 99}[scores]
+    scored = iter(given)
+    search = optimise(
+        two, starts, lambda nets, _: 0 * nets.rows.sum(1),
+        lambda nets: torch.full((2,), float(next(scored))), architecture=0,
+        config=Descent(40, every=1, architecture_weight=-1.0), **QUIET,
+    )  # fmt: skip
+    there = torch.stack([two.predict(z) == 0 for z in search.path])
+    left = int(there[:, 0].sum())
+    assert 1 < left < 41
+    assert not there[:, 1].any()
+    assert search.reached.tolist() == [True, False]
+    kept = (0, 0) if scores == "falling" else (left - 1, 40)
+    for n, step in enumerate(kept):
+        assert torch.equal(search.best[n], search.path[step, n])
+
+
+def test_a_state_whose_score_is_nan_is_not_kept(space, images):
+    scored = iter([-5.0, torch.nan, -7.0])
+    search = optimise(
+        space, torch.zeros(1, 6), ImageLoss(images), lambda nets: torch.tensor([next(scored)]),
+        config=Descent(2, every=1), **QUIET,
+    )  # fmt: skip
+    assert search.score == -5
+    assert torch.equal(search.best, search.path[0])
+
+
+def test_random_starts_and_mini_batches_follow_the_seed(space, nets, images):
+    prior, loss = Gaussian(space.encode(nets)), ImageLoss(images, samples=5)
+    first, other = (
+        optimise(space, 4, loss, prior=prior, config=Descent(3, seed=seed), **QUIET)
+        for seed in (0, 1)
+    )
+    assert torch.equal(other.path[0], prior.sample(4, 1))
+    assert not torch.equal(first.path[0], other.path[0])
+    starts = torch.zeros(2, 6)
+    losses = [
+        optimise(space, starts, loss, config=Descent(3, seed=seed), **QUIET).losses[0]
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(losses[0], losses[1])
+    assert not torch.equal(losses[0], losses[2])
+
+
+def test_the_last_state_is_kept_however_seldom_states_are_looked_at(space, images):
+    starts, loss = torch.randn(3, 6, generator=generator()), ImageLoss(images)
+    often, seldom = (
+        optimise(space, starts, loss, config=Descent(7, every=every), **QUIET) for every in (1, 4)
+    )
+    assert len(seldom.path) == 3  # of steps 0, 4 and 7
+    assert torch.equal(seldom.best, often.best)
+
+
+def test_refining_begins_where_it_is_told_and_draws_by_its_seed(space, nets, images):
+    assert torch.equal(refine(space, nets, images.x, 0), space.encode(nets))
+    z = torch.randn(12, 6, generator=generator())
+    assert torch.equal(refine(space, nets, images.x, 0, z=z), z)
+    first, same, other = (refine(space, nets, images.x, 5, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def test_an_axis_without_spread_counts_as_a_tenth_of_the_widest():
+    z = torch.randn(50, 3, generator=generator()) * torch.tensor([3.0, 1.0, 0.0])
+    gaussian = Gaussian(z)
+    widest = gaussian.axes[-1]
+    off = gaussian.mean + torch.stack([widest, torch.tensor([0.0, 0.0, 1.0])])
+    assert float(gaussian(off)[1] / gaussian(off)[0]) == pytest.approx(100, rel=1e-3)
+    full = Gaussian(z[:4, :2])  # the spread is of a sample, as torch.std's
+    assert float(full(z[:4, :2]).mean()) == pytest.approx(3 / 4, rel=1e-4)
+
+
+@pytest.mark.parametrize("bandwidth", [None, 2.0])
+def test_samples_wander_by_the_bandwidth_in_standard_deviations(bandwidth):
+    z = torch.randn(200, 2, generator=generator()) * torch.tensor([3.0, 1.0])
+    options = {} if bandwidth is None else {"bandwidth": bandwidth}
+    wider = sample(z, 8000, **options).var(0) / z.var(0)
+    expected = 1 + (bandwidth or 0.5) ** 2  # of the zoo's and the kernel's variance
+    torch.testing.assert_close(wider, torch.full((2,), expected), rtol=0.1, atol=0)
+
+
+def test_draws_follow_the_seed_and_come_in_no_order():
+    z = torch.cat([torch.randn(100, 4, generator=generator()) + c for c in (-20, 20)])
+    first, same, other = (sample(z, 5, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    drawn = sample(z, 400, GaussianMixture(2, random_state=0))
+    assert 0.3 < float((drawn[:200].mean(1) > 0).float().mean()) < 0.7  # not cluster by cluster
+
+
+def test_searches_are_as_long_and_as_fast_as_the_readmes_unless_told(space, nets, images):
+    assert Descent() == Descent(150, 1.0, 10, 0, prior_weight=0.1, architecture_weight=1.0)
+    z, same = refine(space, nets, images.x), refine(space, nets, images.x, steps=50, lr=0.2)
+    assert torch.equal(z, same)
+    searches = [
+        optimise_weights(nets, ImageLoss(images), config=config, **QUIET)
+        for config in (None, Descent(150, 3e-3))
+    ]
+    assert torch.equal(searches[0].path, searches[1].path)

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from toy import mlp, random_nets
 
 from netspace_lite.architectures import LeNetLike, lite_net
 from netspace_lite.layout import Layout, from_prep, invariants, to_prep
@@ -117,3 +118,26 @@ def test_invariants_do_not_change_with_the_order_of_hidden_units():
     weight = state["layers.5.weight"].numpy()
     values = torch.from_numpy(np.linalg.svd(weight, compute_uv=False))
     assert torch.isclose(found[0][:, None], values, rtol=1e-4).any(0).all()
+
+
+def test_chunks_are_as_many_as_hold_a_net_and_no_more():
+    layout = Layout(("weight",), ((3, 4),))
+    assert [layout.chunks(length) for length in (1, 4, 5, 12, 13)] == [12, 3, 3, 1, 1]
+
+
+def test_invariants_hold_what_they_say():
+    net = mlp(nn.ReLU())
+    nets = random_nets(net, 2)
+    (state, _) = nets.layout.unpack(nets.rows)
+    first, last = state["0.weight"], state["2.weight"]
+    expected = [state[f"{layer}.bias"].sort().values for layer in (0, 2)]
+    for w in (first, last):
+        expected += [torch.linalg.svd(w).S, *(w.norm(dim=d).sort().values for d in (0, 1))]
+    for w in (first.T, last):  # of inputs and outputs, which keep their places
+        products = w @ w.T
+        expected += [w.mean(1), torch.cat([row[i:] for i, row in enumerate(products)])]
+    expected = torch.cat([*expected, state["2.bias"]])
+    torch.testing.assert_close(invariants(nets.layout, nets.rows)[0], expected)
+    half = invariants(nets.layout, nets.rows.bfloat16())[0]
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, rtol=0.05, atol=0.05)

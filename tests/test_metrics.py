@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import pearsonr
 from sklearn.linear_model import Ridge
-from sklearn.metrics import accuracy_score
+from sklearn.metrics import accuracy_score, r2_score
 from torch import nn
 from toy import generator, mlp, random_nets, small_nets, toy_data
 
@@ -176,3 +176,50 @@ def test_held_out_values_that_are_alike_have_no_share_explained(held):
     x, y = torch.randn(20, 4, generator=generator()), torch.arange(20.0)
     with pytest.raises(ValueError, match="give some that differ"):
         readout(x, y, x[:held], torch.ones(held))
+
+
+def test_the_nearest_net_is_so_by_euclidean_distance():
+    rows = torch.zeros(2, 15)
+    rows[0, 0], rows[1, :2] = 3, 2  # 3 and 2.8 from the origin; 3 and 4 by absolute differences
+    zoo, origin = Nets(NET, rows), Nets(NET, torch.zeros(1, 15))
+    assert torch.equal(metrics.nearest_by_weights(zoo, origin).rows, rows[1:])
+    assert torch.equal(metrics.nearest_by_answers(rows, origin.rows, zoo).rows, rows[1:])
+
+
+def test_pca_of_a_zoo_squeezes_nets_that_it_has_not_seen():
+    zoo, others = nets(30), nets(4, seed=1)
+    mean = zoo.rows.mean(0)
+    axes = torch.linalg.svd(zoo.rows - mean, full_matrices=False).Vh[:3]
+    expected = mean + (others.rows - mean) @ axes.T @ axes
+    torch.testing.assert_close(metrics.pca_nets(zoo, others, 3).rows, expected, rtol=0, atol=1e-4)
+
+
+def test_noise_is_a_share_of_each_nets_own_size_and_follows_its_seed():
+    rows = torch.tensor([[3.0], [0.01]]).expand(2, 2000)
+    target = Nets(nn.Linear(99, 20), rows)
+    found, same, other = (metrics.noisy_nets(target, seed=seed).rows for seed in (0, 0, 1))
+    shares = (found - rows).square().mean(1).sqrt() / rows[:, 0]
+    torch.testing.assert_close(shares, torch.full((2,), 0.1), rtol=0.1, atol=0)
+    assert torch.equal(found, same)
+    assert not torch.equal(found, other)
+
+
+def test_an_average_is_of_two_different_nets_and_each_of_others():
+    zoo = Nets(NET, torch.eye(15))  # a row says itself which nets it is the mean of
+    found, same, other = (averages(zoo, 40, seed=seed).rows for seed in (0, 0, 1))
+    assert ((found == 0.5).sum(1) == 2).all()
+    assert len(found.unique(dim=0)) > 20
+    assert torch.equal(found, same)
+    assert not torch.equal(found, other)
+    assert (averages(zoo, 5, of=1).rows.amax(1) == 1).all()
+
+
+def test_readout_neither_follows_noise_nor_the_scale_of_features():
+    x, y = torch.randn(80, 30, generator=generator()), torch.randn(80, generator=generator(1)) + 5
+    y[60:] += 1  # the mean of held-out nets is their own
+    predicted, r2 = readout(x[:60], y[:60], x[60:], y[60:])
+    assert r2 == pytest.approx(r2_score(y[60:], predicted))
+    assert predicted.std() < 0.3  # nothing is there to be found
+    scaled = x * torch.logspace(-3, 3, 30)
+    again, _ = readout(scaled[:60], y[:60], scaled[60:], y[60:])
+    torch.testing.assert_close(again, predicted, rtol=1e-4, atol=1e-4)

@@ -227,3 +227,12 @@ def test_answers_come_in_blocks_that_fit_the_caches():
     torch.testing.assert_close(nets.outputs(x), nets.outputs(x, samples=1000))
     own = torch.stack([x, -x, x / 2])
     torch.testing.assert_close(nets.outputs(own, per_net=True), nets(own, per_net=True))
+
+
+def test_nets_are_split_at_random_by_the_seed():
+    nets = Nets(nn.Linear(1, 1, bias=False), torch.arange(60.0)[:, None])
+    parts = [[part.rows[:, 0].tolist() for part in nets.split(10, 20, seed=s)] for s in (0, 0, 1)]
+    assert [len(part) for part in parts[0]] == [30, 10, 20]
+    assert parts[0] == parts[1]
+    assert all(set(one) != set(other) for one, other in zip(parts[0], parts[2], strict=True))
+    assert all(max(part) - min(part) > 30 for part in parts[0])  # not one stretch after the other

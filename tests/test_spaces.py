@@ -1,11 +1,13 @@
 """The space: what it embeds and decodes, its architectures, round trips through a folder."""
 
+import math
 import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from threadpoolctl import threadpool_limits
 from torch import nn
 from toy import CLASSES, IMAGE, Looks, generator, mlp, random_nets, small_nets, small_zoos, toy_data
@@ -509,3 +511,105 @@ def test_probes_that_are_tokens_are_not_learned():
     tokens, module = torch.randint(0, 3, (5, 4)), Looks()
     with pytest.raises(ValueError, match="pass learn_probes=False"):
         NetSpace(module, tokens, SpaceConfig(learn_probes=True))
+
+
+def test_an_encoder_of_weights_is_its_formula(zoos, data):
+    """Standardised by the zoo's mean and spread at each place, padded, cut into chunks."""
+    space, rows = one(zoos, data, CONFIGS["weights only"]), zoos[0].rows
+    encoder, standard = space.encoder, (rows - rows.mean(0)) / rows.std(0)
+    prep = F.pad(standard, (0, -rows.shape[1] % 64)).view(6, -1, 64)
+    h = F.leaky_relu(encoder.chunk(prep) + encoder.position[0])
+    expected = encoder.gather[0](h.flatten(1))
+    torch.testing.assert_close(space.encode(zoos[0]), expected.detach(), rtol=1e-3, atol=1e-3)
+    assert encoder.position[0].std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_an_encoder_of_components_reads_what_differs_from_the_zoos_mean(zoos, data):
+    space = NetSpace.for_zoos(zoos, data.train.x, replace(CONFIG, components=5))
+    answers = [space.features(zoo.rows, a).answers for a, zoo in enumerate(zoos)]
+    mean = torch.cat(answers).mean(0)  # of all zoos
+    for a, (zoo, own) in enumerate(zip(zoos, answers, strict=True)):
+        read = space.encoder.answers((own - mean) @ space.encoder.axes)
+        expected = space.encoder.offset[a] + read
+        torch.testing.assert_close(space.encode(zoo), expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_decoder_starts_as_its_formula(zoos, data):
+    """What is added to the best net is in units of that net's own spread."""
+    space, z = one(zoos, data), torch.randn(5, 16, generator=generator())
+    best = zoos[0].rows[zoos[0].scores["val_accuracy"].argmax()]
+    hidden = F.leaky_relu(space.decoder.hidden(z))
+    expected = best + best.std() * space.decoder.heads[0](hidden)
+    torch.testing.assert_close(space.decode(z).rows, expected)
+    net = small_nets()[0]  # and of an architecture without a zoo in units of the module's own
+    (row,) = Layout.of(net).pack([net])
+    scale = NetSpace(net, data.train.x, CONFIG).decoder.scale[0]
+    torch.testing.assert_close(scale, row.std().expand(len(row)))
+
+
+def test_architectures_begin_eight_apart_and_the_nearest_is_named(space):
+    offset = space.encoder.offset.detach()
+    torch.testing.assert_close(offset.diff(dim=0).norm(dim=1), torch.full((3,), 8.0))
+    torch.testing.assert_close(offset.mean(0), torch.zeros(16), rtol=0, atol=1e-5)
+    z = 5 * torch.randn(40, 16, generator=generator())
+    squares = torch.cdist(z, offset).square()
+    found = space.classify(z).softmax(1).detach()
+    torch.testing.assert_close(found, (-squares / 8).softmax(1), rtol=1e-3, atol=1e-4)
+
+
+def test_probes_are_random_inputs_by_the_seed(zoos, data):
+    x = torch.arange(200.0)[:, None, None, None].expand(-1, *IMAGE)
+    spaces = [NetSpace(small_nets()[0], x, CONFIG, seed) for seed in (0, 0, 1)]
+    first, same, other = (space.probes[:, 0, 0, 0].tolist() for space in spaces)
+    assert len(set(first)) == 8
+    assert max(first) > 50
+    assert first == same
+    assert set(first) != set(other)
+
+
+def test_what_spreads_little_is_standardised_and_what_hardly_spreads_is_not():
+    rows = torch.randn(50, 15, generator=generator()) * 10.0 ** -torch.arange(15)
+    nets = Nets(nn.Linear(4, 3), rows)
+    space = NetSpace.for_zoos(nets, torch.randn(9, 4), replace(CONFIG, weights=True, chunk=15))
+    expected = torch.cat([rows[:, :4].std(0), torch.ones(11)])
+    torch.testing.assert_close(space.std0.flatten(), expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(space.mean0.flatten(), rows.mean(0), rtol=1e-3, atol=1e-7)
+
+
+def test_nets_that_answer_nothing_have_features_all_the_same():
+    found = normalised_answers(torch.full((1, 2, 3), 5.0))
+    torch.testing.assert_close(found, torch.tensor([[0.0] * 6 + [math.log(1e-6)]]))
+    faint = normalised_answers(torch.tensor([[[-1e-3, 1e-3]]]))
+    torch.testing.assert_close(faint, torch.tensor([[-1, 1, math.log(1e-3)]]))
+
+
+def test_a_space_that_is_loaded_draws_by_the_seed_it_was_made_with(zoos, data, tmp_path):
+    NetSpace.for_zoos(zoos[0], data.train.x, CONFIG, seed=7).save(tmp_path)
+    assert NetSpace.load(tmp_path).seed == 7
+
+
+def test_axes_along_which_answers_hardly_differ_are_not_magnified():
+    nets = random_nets(mlp(nn.Tanh(), 6, 8, 3), 5)  # which span four directions
+    x, config = torch.randn(30, 6, generator=generator()), replace(CONFIG, components=5)
+    encoder = NetSpace.for_zoos(nets, x, config).encoder
+    gains = encoder.axes.norm(dim=0)
+    assert (gains.max() / gains.min()).item() == pytest.approx(1000**0.5, rel=1e-3)
+    answers = torch.randn(9, len(encoder.axes), generator=generator())
+    answers[:, 0] = 1  # one that tells nothing is no reason to read none
+    encoder.read_along(answers)
+    torch.testing.assert_close(encoder.centre, answers.mean(0))
+
+
+def test_a_space_is_of_the_readmes_sizes_unless_told():
+    assert SpaceConfig() == SpaceConfig(
+        embedding=128, chunk=128, chunk_features=32, probes=128, components=0, weights=True,
+        learn_probes=False, told=True, hidden=256, parts="ours",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_probes_are_learned_only_where_that_was_asked_for(zoos, data, learned):
+    space = one(zoos, data, replace(CONFIG, learn_probes=learned))
+    objective, before = Distillation(space, zoos[0], data.train.x), space.probes.detach().clone()
+    fit(space, objective, lambda s: {"score": 0.0}, 2, epoch=2)
+    assert torch.equal(space.probes, before) == (not learned)

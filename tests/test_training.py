@@ -1,5 +1,6 @@
 """What a space is trained for, and its fit: losses against torch, resumption bit for bit."""
 
+import copy
 import json
 import math
 
@@ -35,6 +36,7 @@ from netspace_lite.training import (
     MixedZoo,
     TeacherDistillation,
     combine,
+    decoded_loss,
     fit,
     kl_divergence,
     learning_rate,
@@ -797,3 +799,195 @@ def test_an_objective_may_be_asked_in_mixed_precision_first(zoo, data):
     with torch.autocast("cpu", torch.bfloat16):
         objective(space, generator())
     assert torch.equal(objective(space, generator()), plain(space, generator()))
+
+
+def test_zoos_of_other_sizes_have_equal_chances_and_each_of_their_nets(space, zoos):
+    mixed = MixedZoo(space, [zoos[0][:2], zoos[1], zoos[2][:3]])
+    found = mixed.draw(6000, generator()).bincount(minlength=11).float()
+    expected = torch.tensor([1000.0] * 2 + [2000 / 6] * 6 + [2000 / 3] * 3)
+    torch.testing.assert_close(found, expected, rtol=0.2, atol=0)
+    torch.testing.assert_close(mixed.encode(space, torch.arange(11)), space.encode(mixed.zoos))
+
+
+def test_zoos_in_another_order_than_the_spaces_teach_their_own_heads(space, zoos, data):
+    distillation(space, zoos[::-1], data, chances=(1, 0, 0, 0))(space, generator()).backward()
+    taught = [head.weight.grad is not None for head in space.decoder.heads]
+    assert taught == [False, False, False, True]
+
+
+def test_what_is_classified_is_moved_among_the_zoos_there_are(space, zoos, monkeypatch):
+    seen, classify = [], space.classify
+    monkeypatch.setattr(space, "classify", lambda z: (seen.append(z), classify(z))[1])
+    ArchitectureClassification(space, [zoos[1], zoos[3]], translated=True)(space, generator())
+    nearest = torch.cdist(seen[0], space.encoder.offset).argmin(1)
+    own, moved = nearest.split(64)
+    for found in (own, moved):
+        assert found.unique().tolist() == [1, 3]
+    assert 16 < (own != moved).sum() < 48
+
+
+def test_a_step_draws_as_many_nets_and_samples_as_it_says(zoo, data):
+    space, seen = make(zoo, data), []
+
+    def loss(outputs, targets, scale):
+        seen.append(tuple(outputs.shape[:2]))
+        return 0 * outputs.sum((1, 2)) + 3
+
+    for options in ({}, {"nets": 5, "samples": 7}):  # the loss is the mean of all nets'
+        assert Distillation(space, zoo, data.train.x, loss=loss, **options)(space, generator()) == 3
+    assert seen == [(48, 24), (5, 7)]
+
+
+@pytest.mark.parametrize(("count", "crossing"), [(4, 0.0), (4, 0.25), (2, None), (4, 1.0)])
+def test_a_share_of_nets_is_drawn_from_all_zoos(space, zoos, data, count, crossing, monkeypatch):
+    seen, options = {}, {} if crossing is None else {"crossing": crossing}
+    options |= {"nets": 2000, "chances": (0, 1, 0, 0)[:count]}
+    objective = Distillation(space, zoos[:count], data.train.x, **options)
+
+    def likeness(nets, generator, like, analogy):
+        seen.update(group=objective.pool.group[like], far=analogy[0])
+        return nets.rows.sum(1)
+
+    monkeypatch.setattr(objective, "_likeness", lambda: likeness)
+    objective(space, generator())
+    crossed = 0.5 if crossing is None else crossing
+    others = (seen["group"] != 1).float().mean().item()
+    assert others == pytest.approx(crossed * (count - 1) / count, abs=0.03)
+    assert (seen["far"] > 0).float().mean().item() == pytest.approx(0.7, abs=0.04)
+
+
+def test_the_loss_of_decoded_nets_is_the_mean_of_nets_not_of_architectures(space, zoos):
+    def loss(nets, generator):
+        return 0 * nets.rows.sum(1) + (8.0 if nets.batched is space.batched[1] else 0.0)
+
+    architecture = torch.tensor([0] * 7 + [1])
+    assert decoded_loss(space, space.encode(zoos)[:8], architecture, loss, generator()) == 1
+
+
+def test_a_teacher_has_as_many_nets_of_each_architecture(space, zoos):
+    seen = []
+
+    def loss(nets, generator):
+        seen.append((space.index(nets), len(nets)))
+        return nets.rows.sum(1)
+
+    for options in ({}, {"nets": 5}):
+        TeacherDistillation(space, zoos, loss, **options)(space, generator())
+    assert seen == [(a, count) for count in (2, 5) for a in range(4)]
+
+
+def test_points_lie_on_both_sides_of_their_places_and_within_the_line(space, zoos):
+    one, other = zoos[0][:1], zoos[3][:1]
+    objective = Interpolation(space, [one, other], rows_loss)
+    with torch.no_grad():
+        z, wanted = objective.points(space, generator(), 4000, ends=True)
+    start, line = space.encode(one), space.encode(other) - space.encode(one)
+    places = 3 * ((z - start) @ line.T / line.square().sum()).flatten()
+    assert places.min() > -1e-4
+    assert places.max() < 3 + 1e-4
+    beside = (places - wanted)[(wanted > 0) & (wanted < 3)]
+    assert beside.min().item() == pytest.approx(-0.3, abs=0.01)
+    assert beside.max().item() == pytest.approx(0.3, abs=0.01)
+    assert beside.mean().item() == pytest.approx(0, abs=0.02)
+    shares = wanted.bincount() / len(wanted)
+    torch.testing.assert_close(shares, torch.full((4,), 0.25), rtol=0, atol=0.03)
+
+
+def test_interpolation_is_the_loss_in_between_and_the_cross_entropy_all_along(space, zoos):
+    objective, random = Interpolation(space, zoos, rows_loss), generator()
+    z, architecture = objective.points(space, random, 4)
+    expected = decoded_loss(space, z, architecture, rows_loss, random)
+    z, architecture = objective.points(space, random, 64, ends=True)
+    expected = expected + F.cross_entropy(space.classify(z), architecture)
+    torch.testing.assert_close(objective(space, generator()), expected)
+
+
+def test_the_learning_rate_is_its_formula():
+    """A twentieth of the steps up, and all of them down along half a cosine."""
+    rates = [learning_rate(step, 100, 2.0) for step in (0, 3, 4, 25, 50, 75)]
+    down = [1 + math.cos(math.pi * share) for share in (0, 0.03, 0.04, 0.25, 0.5, 0.75)]
+    assert rates == pytest.approx([down[0] / 5, down[1] * 4 / 5, *down[2:]])
+    assert learning_rate(0, 3, 2.0) == 2
+
+
+def test_a_fit_is_a_loop_of_clipped_steps_at_the_scheduled_rate(monkeypatch):
+    """With SGD in the optimiser's place, which shows how large a gradient is."""
+    sgd = lambda module, lr: torch.optim.SGD(module.parameters(), lr)  # noqa: E731
+    monkeypatch.setattr("netspace_lite.training.Muon", sgd)
+    net = nn.Linear(3, 1)
+    net.seed = 3  # of the draws
+    alone, random = copy.deepcopy(net), generator(3)
+
+    def objective(net, generator):
+        return 50 * (net(torch.randn(8, 3, generator=generator)) - 1).square().mean()
+
+    fit(net, objective, lambda _: {"x": 0.0}, 6, lr=0.1, epoch=6)
+    optimiser = sgd(alone, 0.1)
+    for step in range(6):
+        optimiser.param_groups[0]["lr"] = learning_rate(step, 6, 0.1)
+        optimiser.zero_grad()
+        objective(alone, random).backward()
+        assert nn.utils.clip_grad_norm_(alone.parameters(), 1.0) > 1
+        optimiser.step()
+    for found, expected in zip(net.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_other_draws_of_a_step_follow_the_seed_and_the_step():
+    def drawn(seed):
+        net, seen = nn.Linear(1, 1), []
+        net.seed = seed
+        draw = lambda net, _: (seen.append(torch.rand(()).item()), net.weight.sum())[1]  # noqa: E731
+        fit(net, draw, lambda _: {"x": 0.0}, 3)
+        return seen
+
+    assert drawn(1) == drawn(1)
+    assert len({*drawn(0), *drawn(1)}) == 6
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [([1.0, 3.0, 2.0], 1), ([1.0, 3.0, 3.0], 1), ([math.nan] * 3, 0)],
+    ids=["best", "equals", "nan"],
+)
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_fit_ends_in_the_first_state_of_the_highest_first_score(
+    zoo, data, given, kept, saved, tmp_path
+):
+    space, found, states = make(zoo, data), iter(given), []
+
+    def validate(space):
+        states.append(space.encode(zoo))
+        return {"first": next(found), "second": float(len(states))}
+
+    folder = tmp_path if saved else None
+    fit(space, distillation(space, zoo, data), validate, 3, epoch=1, folder=folder)
+    assert torch.equal(space.encode(zoo), states[kept])
+
+
+def test_a_fit_goes_on_from_its_last_state_not_its_best_one(zoo, data, tmp_path):
+    def run(**options):
+        space = make(zoo, data)
+        falling = lambda space: {"x": -float(space.decoder.hidden.weight.detach().norm())}  # noqa: E731
+        rising = lambda space: {"x": float(space.decoder.hidden.weight.detach().norm())}  # noqa: E731
+        objective = distillation(space, zoo, data)
+        way = falling if options.pop("falls") else rising
+        return fit(space, objective, way, 6, epoch=2, **options)
+
+    for falls in (True, False):  # by one of the two the first state is the best
+        folder = tmp_path / str(falls)
+        with pytest.raises(Interrupted):
+            run(falls=falls, folder=folder, log=interrupted(lambda row: None, 3))
+        again, whole = run(falls=falls, folder=folder), run(falls=falls)
+        assert [row["loss"] for row in again] == [row["loss"] for row in whole]
+        seconds = [row["seconds"] for row in again]
+        assert seconds == sorted(seconds)
+
+
+def test_squared_errors_are_means_in_units_of_the_scale():
+    outputs, targets = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    scale = torch.tensor([1.0, 10.0])
+    found = squared_error(outputs, targets, scale[:, None, None])
+    for n in range(2):
+        expected = F.mse_loss(outputs[n], targets[n]) / scale[n] ** 2
+        torch.testing.assert_close(found[n], expected)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from toy import Interrupted, generator, interrupted, mlp, random_nets, toy_data
 
 from netspace_lite import zoo_training
@@ -19,7 +20,7 @@ from netspace_lite.data import load_digits
 from netspace_lite.folding import fold_batchnorm
 from netspace_lite.layout import Layout
 from netspace_lite.nets import Nets
-from netspace_lite.zoo import ImageTask, Recipe, Zoo, draw_recipes
+from netspace_lite.zoo import ImageTask, Recipe, Zoo, diverged_at, draw_recipes
 from netspace_lite.zoo_training import fine_tune, initial_rows, train_nets, train_zoo
 
 NET = lite_net("LeNetLike", (1, 8, 8), 10)
@@ -713,3 +714,63 @@ def test_a_task_that_changes_as_it_scores_is_known_by_what_it_was(tmp_path):
     zoo = train_zoo(NET, Counts(load_digits(), 32), RECIPES, tmp_path, **QUIET)
     again = train_zoo(NET, Counts(load_digits(), 32), RECIPES, tmp_path, **QUIET)
     assert torch.equal(again.rows, zoo.rows)
+
+
+def test_no_two_seeds_see_the_same_order_in_other_epochs(task):
+    batches = len(task.data.train) // 32
+    orders = [
+        tuple(task.batch([Recipe(seed, 99)], torch.tensor([0]), epoch * batches)[1][0].tolist())
+        for seed in range(4)
+        for epoch in range(4)
+    ]
+    assert len(set(orders)) == 16
+
+
+def test_a_batch_is_at_most_all_images():
+    task = ImageTask(toy_data(), 1000)
+    for step in (0, 1):
+        x, y = task.batch(RECIPES[:2], torch.arange(2), step)
+        assert x.shape == (2, 120, 1, 8, 8)
+        assert y.sort(1).values.tolist() == [task.data.train.y.tolist()] * 2
+
+
+def test_the_fingerprint_of_a_zoo_knows_scores_and_members():
+    nets = random_nets(mlp(nn.ReLU()), 3)
+    zoos = [
+        Zoo(nets.batched, nets.rows, {"val_accuracy": torch.tensor(scores)}, members=members)
+        for scores, members in (
+            ([1.0, 2, 3], None), ([1.0, 2, 3], [0, 1, 2]), ([1.0, 2, 4], None),
+            ([1.0, 2, 3], [2, 1, 0]),
+        )
+    ]  # fmt: skip
+    assert zoos[0].fingerprint == zoos[1].fingerprint
+    assert len({zoo.fingerprint for zoo in zoos}) == 3
+
+
+def test_a_net_diverged_at_the_first_loss_that_was_not_finite():
+    losses = torch.tensor([[1, math.nan, 1, math.inf], [1, 1, 1, 1], [math.nan, 1, 1, 1]])
+    assert diverged_at(losses) == [1, 4, 0]
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "net"])
+def test_checkpoints_under_any_usual_key_are_read(tmp_path, key):
+    net = mlp(nn.ReLU())
+    torch.save({key: net.state_dict(), "epoch": 3}, tmp_path / "last.pt")
+    assert torch.equal(Zoo.from_files(tmp_path, net).rows, Layout.of(net).pack([net]))
+
+
+def test_checkpoints_of_averaged_weights_are_read(tmp_path):
+    net = mlp(nn.ReLU())
+    torch.save(AveragedModel(net).state_dict(), tmp_path / "average.pt")
+    assert torch.equal(Zoo.from_files(tmp_path, net).rows, Layout.of(net).pack([net]))
+
+
+def test_recipes_are_drawn_log_uniformly_from_the_usual_ranges():
+    recipes = draw_recipes(2000)
+    usual = {"steps": (2, 300), "lr": (2e-3, 8e-3), "weight_decay": (1e-3, 1e-1)}
+    for name, (low, high) in usual.items():
+        values = sorted(getattr(recipe, name) for recipe in recipes)
+        assert low <= values[0] < 1.1 * low
+        assert 0.9 * high < values[-1] <= high
+        assert values[1000] == pytest.approx((low * high) ** 0.5, rel=0.15)
+    assert Recipe(0, 1) == Recipe(0, 1, lr=3e-3, weight_decay=1e-2)
