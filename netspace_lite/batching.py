@@ -260,7 +260,9 @@ class _Mode:
         # A bare layer has a name in it, and options are left out. Tracing leaves proxies behind.
         root, before = nn.Sequential(copy.deepcopy(self.module)), drawn()
         try:
-            self.graph = _trace(root)
+            graph = _Tracer().trace(root)
+            self.overwriting = _overwriting(graph, root)
+            self.graph = _fused(graph, root)
             if drawn() != before:
                 self.graph = "a trace would keep what it draws at random"
             if any(map(hooks, self.module.modules())):  # whose layers a graph may never call
@@ -310,7 +312,7 @@ class _Mode:
         except IndexError:
             with torch.inference_mode(False):  # as in `_mode`
                 module = copy.deepcopy(self.module)
-            for name in self.graph.overwriting if sparing else ():
+            for name in self.overwriting if sparing else ():
                 module.get_submodule(name).inplace = True
         yield module
         idle.append(module)
@@ -354,13 +356,11 @@ class _Tracer(Tracer):
         return plain or type(module) in _BATCHED
 
 
-def _trace(root: nn.Sequential) -> fx.Graph | str:
+def _fused(graph: fx.Graph, root: nn.Sequential) -> fx.Graph | str:
     """The graph of what is in ``root``, with activations in their layers.
 
     If it has a step that no batched layer knows, what is said of that.
     """
-    graph = _Tracer().trace(root)
-    graph.overwriting = _overwriting(graph, root)
     for node in reversed(list(graph.nodes)):
         named = node.op in ("get_attr", "call_module")
         part = operator.attrgetter(node.target)(root) if named else None
