@@ -547,7 +547,8 @@ def _descend(space, objective, generator, optimiser, step: int) -> float:
 
 def _checkpoint(folder, plan, space, optimiser, generator, history, best) -> None:
     if folder is not None and rank() == 0:
-        parts = {"space": space.state_dict(), "best": best}
+        own = {k: v.clone() for k, v in space.state_dict().items()}  # tied ones share memory
+        parts = {"space": own, "best": best}
         parts |= {"random": {"state": generator.get_state()}}
         parts |= optimiser.state_dict()["state"]  # of each parameter, by number
         tensors = {f"{part}/{k}": v for part, state in parts.items() for k, v in state.items()}

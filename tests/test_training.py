@@ -689,17 +689,18 @@ def test_a_validation_that_names_the_space_itself_can_be_resumed(zoos, data, tmp
 
 
 class Dropping(nn.Module):
-    """A space of one's own, with dropout."""
+    """A space of one's own, with dropout and tied weights, which share memory."""
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 1))
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 4), nn.Linear(4, 1))
+        self.layers[2].weight = self.layers[0].weight
 
     def forward(self, x):
         return self.layers(x)
 
 
-def test_a_space_with_dropout_resumes_bit_for_bit(tmp_path):
+def test_a_space_with_dropout_and_tied_weights_resumes_bit_for_bit(tmp_path):
     """Seen before: a fit that went on drew as if it had begun, and two of one seed differed."""
     x = torch.randn(8, 4, generator=generator())
 
