@@ -95,7 +95,7 @@ def several_space(settings: Settings, data: ns.ImageData, blind: bool = False) -
 
 def shape_scores(val: ns.Zoo, fresh: shapes.Samples) -> Callable[[ns.NetSpace], dict[str, float]]:
     """How well a space knows held-out shapes, for `fit`."""
-    name, points = "held-out nets, % within 0.01", fresh.points[val.members]
+    name, points = "validation nets, % within 0.01", fresh.points[val.members]
     return lambda space: {name: float(shapes.agreement(space, val, points).mean())}
 
 

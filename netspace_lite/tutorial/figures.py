@@ -137,9 +137,10 @@ def space_map(
     if path is not None:
         way = pca.transform(_numpy(path.flatten(0, 1))).reshape(*path.shape[:2], 2)
         ax.plot(way[..., 0], way[..., 1], color=RED, lw=1, alpha=0.8)
-        ax.plot(*way[0].T, "o", color="white", mec="black", ms=6, label="start")
-        ax.plot(*way[-1].T, "*", color=ORANGE, mec="black", ms=11, label="end")
-    if names or (path is not None and len(path) > 1):
+        first, last = ("start", "end") if len(way) > 1 else (None, "net shown")
+        ax.plot(*way[0].T, "o", color="white", mec="black", ms=6, label=first)
+        ax.plot(*way[-1].T, "*", color=ORANGE, mec="black", ms=11, label=last)
+    if names or path is not None:
         ax.legend()
     return ax
 
@@ -179,11 +180,13 @@ def history(rows: Sequence[dict[str, float]], names: Sequence[str], ylabel="vali
 
 def bars(
     values: dict[str, float], xlabel: str, highlight: Sequence[str] = (), *,
-    labels: Sequence[str] = ("",), spans: dict[str, tuple] | None = None, ax: Axes | None = None,
+    labels: Sequence[str] = ("",), spans: dict[str, tuple] | None = None, low: float | None = None,
+    ax: Axes | None = None,
 ) -> Axes:  # fmt: skip
     """Horizontal bars with their numbers: name -> value, or one value per label of a group.
 
     Names in ``highlight`` are coloured, others grey; ``spans``: name -> (low, high), its interval.
+    Where the axis begins at ``low`` dots stand for bars, as those would not be as long as they say.
     """
     rows = np.array([np.atleast_1d(value) for value in values.values()])  # [names, labels]
     width = 5 + 0.08 * max(map(len, values))  # inches for bars, and for their names
@@ -194,23 +197,28 @@ def bars(
     for i, label in enumerate(labels):
         look = {"color": colours} if len(labels) == 1 else {"color": KINDS[i], "label": label}
         places = np.arange(len(rows)) + (i - (len(labels) - 1) / 2) * height
-        ax.barh(places, rows[:, i], height, **look)
+        ax.barh(places, rows[:, i], height, alpha=float(low is None), **look)
         for place, value, end in zip(places, rows[:, i], np.fmax(rows[:, i], ends[1]), strict=True):
             ax.text(end, place, f" {value:.1f}", va="center", fontsize=10)
     ax.set_yticks(range(len(rows)), list(values))
     ax.invert_yaxis()
+    if low is not None:
+        ax.scatter(rows[:, 0], range(len(rows)), 50, colours, zorder=4)
+        ax.set_xlim(low)
     if len(labels) > 1:
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(labels))
     return ax
 
 
-def matrix(values: Tensor, names: Sequence, xlabel: str, ylabel: str, label: str, ax=None) -> Axes:
-    """A square table [A, A] of percentages as colours and numbers."""
+def matrix(
+    values: Tensor, names: Sequence, xlabel: str, ylabel: str, label: str, ax=None, low: float = 0
+) -> Axes:
+    """A square table [A, A] of percentages, from ``low`` on, as colours and numbers."""
     ax = _axes(ax, 5.6, 4.4, xlabel=xlabel, ylabel=ylabel)
-    picture = ax.imshow(_numpy(values), cmap="cividis", vmin=0, vmax=100)
+    picture = ax.imshow(_numpy(values), cmap="cividis", vmin=low, vmax=100)
     for (i, j), value in np.ndenumerate(_numpy(values)):
-        look = {"color": "k" if value > 55 else "w", "fontsize": 11 if len(names) < 8 else 8}
-        ax.text(j, i, f"{value:.0f}", ha="center", va="center", **look)
+        colour, size = "k" if picture.norm(value) > 0.55 else "w", 11 if len(names) < 8 else 8
+        ax.text(j, i, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=size)
     ax.set_xticks(range(len(names)), names, rotation=20 if len(names) < 8 else 0)
     ax.set_yticks(range(len(names)), names)
     ax.figure.colorbar(picture, ax=ax, label=label)
