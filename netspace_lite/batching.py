@@ -85,16 +85,8 @@ class Batched:
             what = f"state dicts hold {sorted(more)[:3]}, too: they are of another architecture"
             raise ValueError(f"{what}, or have batch norms, and fold_batchnorm takes modules")
         for name in state.keys() - set(self.layout.names):
-            wanted, found = state.get(tied[name]) if tied[name] != name else own[name], state[name]
-            if not isinstance(wanted, Tensor) or (
-                wanted.dim() == 0 and not wanted.is_floating_point()
-            ):
-                continue  # extra state, or a count
-            rounded = {"rtol": 4e-3, "atol": 1e-6, "equal_nan": True}  # as halves are
-            same = found.shape == wanted.shape
-            if not same or not torch.allclose(
-                found.double(), wanted.to(found.device).double(), **rounded
-            ):
+            wanted = own[name] if tied[name] == name else state.get(tied[name])
+            if isinstance(wanted, Tensor) and not _same_constant(state[name], wanted):
                 what = f"a state dict has another {name!r} than a {name_of(self.module)}"
                 raise ValueError(f"{what}, which is the same in all nets of one architecture")
 
@@ -227,6 +219,15 @@ def check_inputs(rows: Tensor, x: Tensor, per_net: bool) -> None:
         raise ValueError(f"inputs {list(x.shape)} hold no samples: give at least one")
 
 
+def _same_constant(found: Tensor, wanted: Tensor) -> bool:
+    """Whether two are alike up to what halves round; a count, such as of batches, may be any."""
+    if wanted.dim() == 0 and not wanted.is_floating_point():
+        return True
+    found, wanted = (t.cpu().double() for t in (found, wanted))
+    rounded = {"rtol": 4e-3, "atol": 1e-6, "equal_nan": True}
+    return found.shape == wanted.shape and torch.allclose(found, wanted, **rounded)
+
+
 def samples_per_block(inputs: Tensor) -> int:
     """How many of one net's inputs [B, ...] to evaluate together where no gradient is wanted.
 
@@ -276,7 +277,7 @@ class _Mode:
         self.names = {n: first.setdefault(id(t), n.removeprefix("0.")) for n, t in tensors}
         moved(root, like), moved(self.module, like)
         self.interpreter = None if isinstance(self.graph, str) else _Interpreter(self)
-        self.idle, self.idle_sparing = [], []  # copies of the module that no call is running
+        self.idle = {False: [], True: []}  # copies of the module that no call is running
 
     def interpreted(self, views: dict[str, Tensor], x: Tensor, per_net: bool) -> Tensor:
         """Through the graph, all nets at once."""
@@ -306,16 +307,15 @@ class _Mode:
 
         A ``sparing`` one's activations write over what nothing else reads.
         """
-        idle = self.idle_sparing if sparing else self.idle
         try:
-            module = idle.pop()
+            module = self.idle[sparing].pop()
         except IndexError:
             with torch.inference_mode(False):  # as in `_mode`
                 module = copy.deepcopy(self.module)
             for name in self.overwriting if sparing else ():
                 module.get_submodule(name).inplace = True
         yield module
-        idle.append(module)
+        self.idle[sparing].append(module)
 
     @plain_operations()
     def vmap(self, views: dict[str, Tensor], x: Tensor, per_net: bool) -> Tensor:
@@ -525,17 +525,13 @@ class _Interpreter(fx.Interpreter):
             values |= {source: self._many(source).folded for source in varying}
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.get)
         value = getattr(self, node.op)(node.target, args, kwargs)
-        if node in self.constant:
+        if node in self.constant or not many:
             return value
-        if (
-            many
-            and node in self.needed
-            and any(self._carries(values[source]) for source in varying)
-        ):
+        if node in self.needed and any(self._carries(values[source]) for source in varying):
             parts = value if isinstance(value, tuple) else (value,)
             if not all(self._carries(part) for part in parts if isinstance(part, Tensor)):
                 raise _Mixed(f"{node.name} takes samples together")
-        return _Many(value, self.nets, folded=True) if many else value
+        return _Many(value, self.nets, folded=True)
 
     def _carries(self, value) -> bool:
         """Whether a tensor has a place for each net and sample; a threshold may hide that not."""

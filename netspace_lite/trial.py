@@ -222,7 +222,7 @@ class Trial:
         """
         rows, x = self.rows.clone(), self.x.clone()
         module, alone = copy.deepcopy(self.mode.module), copy.copy(self.mode)
-        alone.idle, alone.changes_inputs = [module], False  # which no other thread runs
+        alone.idle, alone.changes_inputs = {False: [module]}, False  # which no other thread runs
         before = _held(module) | {"parameters": fingerprint(rows)}
         replace(self, mode=alone)._answer("loop", rows, x)
         self.mode.changes_inputs = x._version > 0
