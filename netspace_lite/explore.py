@@ -268,7 +268,8 @@ def _descend(decode, start, loss, validate, goal, config, progress) -> Search:
 
     ``goal`` says of z what is added to its loss, and whether it is what was wanted, [N] each.
     """
-    validate = _validation(loss, validate)
+    check_kind(Callable, "a loss of nets is a function, as ImageLoss(images)", loss)
+    validate = validate if validate is None or callable(validate) else Images.of(validate)
     z, stopped = start.detach().clone().requires_grad_(), ""
     adam, generator = torch.optim.Adam([z], config.lr), torch.Generator().manual_seed(config.seed)
     path, losses = [], []  # states (z, score, whether it is what was wanted), losses of steps
@@ -311,14 +312,6 @@ def _descend(decode, start, loss, validate, goal, config, progress) -> Search:
         nets = decode(kept)
     losses = torch.stack(losses) if losses else z.new_empty(0, len(start))
     return Search(kept, score, there.any(0), nets, z, scores, losses, stopped)
-
-
-def _validation(loss, validate) -> Validation:
-    """What to validate on, images read once; ValueError for a loss that is none."""
-    if not callable(loss):
-        given = type(loss).__name__
-        raise ValueError(f"a loss of nets is a function, as ImageLoss(images), not a {given}")
-    return validate if validate is None or callable(validate) else Images.of(validate)
 
 
 class LossError(ValueError):
