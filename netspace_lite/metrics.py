@@ -163,14 +163,12 @@ def readout(x: Tensor, y: Tensor, held_x: Tensor, held_y: Tensor) -> tuple[Tenso
     """
     model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-3, 5, 17)))
     check_kind(Tensor, "tensors are read, as z and zoo.scores[name]", x, y, held_x, held_y)
-    x, y, held_x, held_y = (t.detach().cpu().double() for t in (x, y, held_x, held_y))
+    x, y, held_x, held_y = (t.detach().cpu().double().numpy() for t in (x, y, held_x, held_y))
     y, held_y = y.flatten(), held_y.flatten()
     if (len(x), len(held_x)) != (len(y), len(held_y)):
         given = f"{len(y)} and {len(held_y)} for features of {len(x)} and {len(held_x)}"
         raise ValueError(f"a property is one number a net, not {given}")
     if not (held_y != held_y[:1]).any():
         raise ValueError("R² compares held-out nets' values with their mean: give some that differ")
-    model.fit(x.numpy(), y.numpy())
-    predicted = torch.from_numpy(model.predict(held_x.numpy()))
-    error = (predicted - held_y).square().sum() / (held_y - held_y.mean()).square().sum()
-    return predicted, 1 - float(error)
+    model.fit(x, y)
+    return torch.from_numpy(model.predict(held_x)), model.score(held_x, held_y)
