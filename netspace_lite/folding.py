@@ -109,8 +109,8 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     for name, norm in norms.items():
         if hooks(norm):
             raise ValueError(f"norm {name!r} has hooks, which folding would lose: take them off")
-    graph, names = _trace(folded, norms) if norms else None, [*norms]
-    for name, layer in _layers_before(folded, graph, norms).items() if graph else ():
+    graph, names = _trace(folded, norms) if norms else fx.Graph(), [*norms]
+    for name, layer in _layers_before(folded, graph, norms).items():
         before, norm = folded.get_submodule(layer), norms.pop(name)
         fused = fuse_conv_bn_eval(before, norm)
         fused.bias.requires_grad_(fused.weight.requires_grad)  # a new one would be frozen
@@ -125,9 +125,8 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
         _replace(norm, layer)
     if is_registered(folded) and folded.config.get("batch_norm"):
         folded.config = folded.config | {"batch_norm": False}
-    reads = [n.target for n in graph.nodes if n.op == "get_attr"] if graph else []
-    asked = any(target.rpartition(".")[0] in names for target in reads)
-    if asked or (graph and str(graph) != str(_trace(folded, names))):
+    asked = any(n.op == "get_attr" and n.target.rpartition(".")[0] in names for n in graph.nodes)
+    if asked or (names and str(graph) != str(_trace(folded, names))):
         what = f"the forward of a {type(folded).__name__} asks what its batch norms are or hold"
         raise ValueError(f"{what}: let it only call them, or it would change once they are folded")
     return folded
@@ -169,8 +168,8 @@ class Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache) if own else attr_val
 
 
-def _trace(module: nn.Module, leaves) -> fx.Graph | None:
-    """The steps of a module, in which each of ``leaves`` is one step; None where it has none."""
+def _trace(module: nn.Module, leaves) -> fx.Graph:
+    """The steps of a module, in which each of ``leaves`` is one; none if it can't be traced."""
     tracer = Tracer()
     usual = tracer.is_leaf_module
     tracer.is_leaf_module = lambda m, name: name[2:] in leaves or usual(m, name)
@@ -181,7 +180,7 @@ def _trace(module: nn.Module, leaves) -> fx.Graph | None:
                 node.target = node.target.removeprefix("0").removeprefix(".")
         return graph
     except Exception:  # tracing runs the user's code on proxies: anything can be raised
-        return None
+        return fx.Graph()
 
 
 def _replace(old: nn.Module, new: nn.Module) -> None:
