@@ -1,7 +1,6 @@
 """Trained nets as data: N nets of one architecture, or of several side by side."""
 
 import copy
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,14 +70,14 @@ class Nets:
         samples = samples_per_block(x[0] if per_net else x) if samples is None else samples
         if samples < x.shape[per_net] and self.batched.mixes_samples(self.rows, x, per_net):
             samples = x.shape[per_net]  # all together, as a call asks them
-        inputs, out, first = x.split(BLOCK) if per_net else itertools.repeat(x), None, 0
-        for rows, own in zip(self.rows.split(BLOCK), inputs, strict=False):
-            blocks = -(-x.shape[per_net] // samples)  # alike: one sample alone is easily squeezed
-            parts = own.tensor_split(blocks, int(per_net))
-            block = torch.cat([self.batched(rows, part, per_net) for part in parts], dim=1)
-            if out is None:  # all of it at once: a zoo's answers may be a gigabyte
+        blocks = -(-x.shape[per_net] // samples)  # alike: one sample alone is easily squeezed
+        for first in range(0, len(self), BLOCK):
+            n = slice(first, first + BLOCK)
+            parts = (x[n] if per_net else x).tensor_split(blocks, int(per_net))
+            block = torch.cat([self.batched(self.rows[n], part, per_net) for part in parts], dim=1)
+            if first == 0:  # all of it at once: a zoo's answers may be a gigabyte
                 out = block.new_empty(len(self), *block.shape[1:])
-            out[first : first + len(rows)], first = block, first + len(rows)
+            out[n] = block
         return out
 
     def accuracy(self, images) -> Tensor:
