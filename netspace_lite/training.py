@@ -212,17 +212,14 @@ class MixedZoo:
     def encode(self, space: NetSpace, n: Tensor, target: int | None = None) -> Tensor:
         """Embeddings [len(n), E] of nets n, moved to architecture ``target`` if there is one."""
         self._read(space)
-        places = members_of(self.group[n])
-        z = torch.cat([self._encode(space, g, n[at], target) for g, at in places])
-        return z[torch.cat([at for _, at in places]).argsort().to(z.device)]
-
-    def _encode(self, space: NetSpace, group: int, n: Tensor, target: int | None) -> Tensor:
-        """`encode` for nets of one zoo."""
-        zoo, a = self.zoos[group], self.present[group]
-        rows, i = zoo.rows.detach(), (n - self.first[group]).to(zoo.rows.device)
-        features = self._features[group][i] if self._features else space.features(rows[i], a)
-        z = space.encoder(features, a)
-        return z if target is None else space.translate(z, a, target)
+        parts, places = [], members_of(self.group[n])
+        for group, at in places:
+            a, rows = self.present[group], self.zoos[group].rows.detach()
+            i = (n[at] - self.first[group]).to(rows.device)
+            features = self._features[group][i] if self._features else space.features(rows[i], a)
+            z = space.encoder(features, a)
+            parts.append(z if target is None else space.translate(z, a, target))
+        return torch.cat(parts)[torch.cat([at for _, at in places]).argsort().to(z.device)]
 
 
 @dataclass(frozen=True)
@@ -447,8 +444,8 @@ def fit(
     plan = _plan(space, objective, validate, steps, lr, epoch)
     optimiser = Muon(space, lr)
     generator, history, best = torch.Generator().manual_seed(plan["seed"]), [], {}
-    folder = None if folder is None else Path(folder).resolve()
     if folder is not None:
+        folder = Path(folder).resolve()
         for name, asked in {"objective": objective, "validation": validate}.items():
             plan[name] = fingerprint(asked, known=[space])  # either may name the space itself
         history, best = _resume(folder, plan, space, optimiser, generator)
@@ -456,13 +453,13 @@ def fit(
     first, started = last["step"], time.monotonic() - last["seconds"]
     with _begun(space, folder), progress_bar(steps, "fitting the space", first=first) as bar:
         for start in range(first, steps, epoch):
-            losses, reached = [], first > 0 or start > 0
+            losses = []
             for step in range(start, min(start + epoch, steps)):
                 optimiser.param_groups[0]["lr"] = learning_rate(step, steps, lr)
                 losses.append(_descend(space, objective, generator, optimiser, step))
-                reached = reached or _reaches_encoder(space)
                 bar.update()
-            _warn_unless(reached)
+            if start == 0:
+                _warn_unless_reached(space, optimiser)
             found = _scored(space, validate)
             row = {"step": step + 1, "seconds": time.monotonic() - started, "loss": fmean(losses)}
             name, score = next(iter(found.items()))
@@ -490,17 +487,13 @@ def _begun(space, folder):
     space._begun = None
 
 
-def _reaches_encoder(space) -> bool:
-    """Whether the last step gave an encoder that is to be trained, if there is one, a gradient."""
+def _warn_unless_reached(space, optimiser) -> None:
+    """Warn of an encoder that is to be trained, and of which no step so far had a gradient."""
     learned = [p for p in getattr(space, "encoder", nn.Module()).parameters() if p.requires_grad]
-    return not learned or any(p.grad is not None for p in learned)
-
-
-def _warn_unless(reached: bool) -> None:
-    if not reached:
+    if learned and optimiser.state.keys().isdisjoint(learned):
         how = "encode by MixedZoo(space, zoo).encode(space, n): space.encode has no gradient"
         what = "the loss does not depend on the encoder, which stays as it is"
-        warnings.warn(f"{what}: {how}", stacklevel=3)
+        warnings.warn(f"{what}: {how}", stacklevel=4)
 
 
 def _plan(space, objective, validate, steps, lr, epoch) -> dict[str, float | str]:
@@ -548,12 +541,10 @@ def _descend(space, objective, generator, optimiser, step: int) -> float:
 def _checkpoint(folder, plan, space, optimiser, generator, history, best) -> None:
     if folder is not None and rank() == 0:
         own = {k: v.clone() for k, v in space.state_dict().items()}  # tied ones share memory
-        parts = {"space": own, "best": best}
-        parts |= {"random": {"state": generator.get_state()}}
+        parts = {"space": own, "best": best, "random": {"state": generator.get_state()}}
         parts |= optimiser.state_dict()["state"]  # of each parameter, by number
         tensors = {f"{part}/{k}": v for part, state in parts.items() for k, v in state.items()}
-        finished = history[-1]["step"] == plan["steps"]
-        result = fingerprint(space) if finished else ""
+        result = fingerprint(space) if history[-1]["step"] == plan["steps"] else ""
         store.save(folder, "fit", {"plan": plan, "history": history, "result": result}, tensors)
     wait()  # until it is in the folder
 
