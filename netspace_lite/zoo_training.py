@@ -18,7 +18,7 @@ from .batching import BLOCK, Batched
 from .checks import finite, whole
 from .fingerprint import fingerprint, structure
 from .folding import fold_batchnorm, statistics, unwrapped
-from .layout import Layout, fill
+from .layout import Layout, fill, one_by_one
 from .nets import Nets
 from .processes import portion, rank, wait, world
 from .progress import progress_bar
@@ -26,11 +26,11 @@ from .randomness import follow, own_draws, own_randomness
 from .zoo import Recipe, Task, Zoo, device_of, diverged_at
 
 CHECKPOINT_SECONDS = 60  # an interruption loses at most this much training
-ADAM = ("momentum", "variance")  # AdamW's part of a state
 ON_GPU = 1 << 16  # inputs of a step that keep a GPU busy for as long as launching it takes
 LOG_STEPS = 50  # steps between rows of numbers for a logger
 SCORE = "score/"  # begins the names of scores among what is kept of a block
 Make = nn.Module | Callable[[], nn.Module]
+State = dict[str, Tensor]  # of nets in training, see `train_nets`, or what is kept of them
 
 
 def adamw_step(rows, grad, momentum, variance, step, lr, weight_decay, betas=(0.9, 0.999)):
@@ -123,11 +123,9 @@ def _template(make: Make | Batched) -> Batched:
 
 @torch.inference_mode(False)  # gradients are needed, whatever the caller does
 def train_nets(
-    make: Make | Batched, task: Task, recipes: list[Recipe],
-    state: dict[str, Tensor] | None = None,
-    on_step: Callable[[dict[str, Tensor]], None] = lambda state: None,
-    members: Tensor | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
+    make: Make | Batched, task: Task, recipes: list[Recipe], state: State | None = None,
+    on_step: Callable[[State], None] = lambda state: None, members: Tensor | None = None,
+) -> State:  # fmt: skip
     """Train one net per recipe, all together: each step is one batched forward and backward.
 
     Args:
@@ -153,7 +151,8 @@ def train_nets(
     started = time.perf_counter() - state["seconds"].item()
     for step in range(int(state["step"]), lengths[0]):
         n = sum(length > step for length in lengths)  # nets still in training
-        rows, running, *adam = (state[name][:n] for name in ("rows", "running", *ADAM))
+        names = "rows", "running", "momentum", "variance"
+        rows, running, *adam = (state[name][:n] for name in names)
         weights = rows.detach().requires_grad_()
         # of dropout, also after a resume
         with own_draws(seeds[0] + 1_000_003 * step, [device] * (device.type == "cuda")):
@@ -171,7 +170,7 @@ def train_nets(
     return state
 
 
-def _state(batched: Batched, given: dict, steps: int, device="cpu") -> dict[str, Tensor]:
+def _state(batched: Batched, given: dict, steps: int, device="cpu") -> State:
     """The whole state of training nets, of which at least the rows are given, in memory of its own.
 
     Single numbers stay on the CPU.
@@ -270,18 +269,20 @@ class _Blocks:
         self.order = steps.argsort(descending=True, stable=True)
         self.members = self.order.split(plan["block"])
         self.costs = [int(steps[n].sum()) for n in self.members]
-        normed = batched.running.size
-        self.folded = Batched(fold_batchnorm(batched.module)) if normed else batched
+        self.folded = Batched(fold_batchnorm(batched.module)) if batched.running.size else batched
 
-    def train(self, numbers: Sequence[int], progress: bool = False) -> list[dict[str, Tensor]]:
+    def train(self, numbers: Sequence[int], progress: bool = False) -> list[State]:
         """These blocks as they `end`, each trained from where it is."""
         with progress_bar(sum(self.costs[n] for n in numbers), "training nets", progress) as bar:
             return [self.train_one(number, bar) for number in numbers]
 
-    def train_one(self, number: int, bar) -> dict[str, Tensor]:
+    def train_one(self, number: int, bar) -> State:
         """A block as it `end`s; after each step the bar, the log, at times a checkpoint."""
         name, members = f"block-{number}", self.members[number]
-        recipes, found = [self.recipes[n] for n in members], self.load(name)
+        recipes, found = [self.recipes[n] for n in members], {}
+        if self.folder and store.exists(self.folder, name):
+            record, found = store.load(self.folder, name)
+            store.check_plan(self.folder, record, self.plan)
         if found and "running" not in found:  # it has ended, and its norms are folded
             bar.update(self.costs[number])
             return found
@@ -308,46 +309,32 @@ class _Blocks:
             store.save(self.folder, name, self.plan, ended)
         return ended
 
-    def load(self, name: str) -> dict[str, Tensor]:
-        """What is kept of a block in training or ended, if anything."""
-        if self.folder is None or not store.exists(self.folder, name):
-            return {}
-        record, found = store.load(self.folder, name)
-        store.check_plan(self.folder, record, self.plan)
-        return found
-
-    def resumed(self, found: dict[str, Tensor], recipes: list[Recipe]) -> dict[str, Tensor]:
+    def resumed(self, found: State, recipes: list[Recipe]) -> State:
         """The state of a block in training."""
         with store.reading(self.folder):
             rows = found["rows"].view(len(recipes), self.batched.layout.size)
             start = _state(self.batched, {"rows": rows}, recipes[0].steps)
-            found = {name: start[name] for name in ADAM} | found
             state = {k: found[k].reshape(v.shape).to(v.dtype) for k, v in start.items()}
         if not 0 <= state["step"] <= recipes[0].steps:
             what = f"{self.folder} holds a block at step {state['step']} of {recipes[0].steps}"
             raise ValueError(f"{what}: delete it")
         return state
 
-    def fold(self, rows: Tensor, running: Tensor) -> Tensor:
-        """Rows of nets whose batch norms, if any, are folded away."""
-        if self.folded is self.batched:
-            return rows
-        module, nets = copy.deepcopy(self.batched.module), []
-        states = self.batched.layout.unpack(rows), self.batched.running.unpack(running)
-        for parameters, norms in zip(*states, strict=True):
-            fill(module, parameters | norms)
-            nets.append(fold_batchnorm(module))
-        return self.folded.layout.pack(nets)
-
-    def end(self, state: dict[str, Tensor], members: Tensor) -> dict[str, Tensor]:
+    def end(self, state: State, members: Tensor) -> State:
         """What is kept of trained nets, on the CPU: folded rows, losses, seconds and scores."""
-        rows = self.fold(state["rows"], state["running"])
+        rows = state["rows"]
+        if self.folded is not self.batched:
+            module, nets = copy.deepcopy(self.batched.module), []
+            for net in one_by_one(self.batched.views(rows, state["running"])):
+                fill(module, net)
+                nets.append(fold_batchnorm(module))
+            rows = self.folded.layout.pack(nets)
         sound = rows.where(finite(rows)[:, None], 0)  # the others will be left out
         scores = Zoo(self.folded, sound, members=members).scored(self.task).scores
         kept = {"rows": rows.cpu(), "losses": state["losses"].cpu(), "seconds": state["seconds"]}
         return kept | {SCORE + name: values for name, values in scores.items()}
 
-    def finish(self, blocks: list[dict[str, Tensor]]) -> Zoo:
+    def finish(self, blocks: list[State]) -> Zoo:
         """The zoo of blocks that ended; it takes their place in the folder."""
         order, names = self.order.argsort(), [n for n in blocks[0] if n.startswith(SCORE)]
         with store.reading(self.folder):
