@@ -67,8 +67,8 @@ class Batched:
         self.layout = Layout.of(self.module)
         self.running = _statistics_layout(self.module)
         self._modes: dict[tuple, _Mode] = {}
-        self._ways: dict[tuple[bool, bool, int], str] = {}  # training, per_net, axes of inputs
-        self._mixing: set[tuple[bool, int]] = set()  # per_net, axes: see `mixes_samples`
+        # of training, per_net and axes of inputs: the way, and whether it `mixes_samples`
+        self._ways: dict[tuple[bool, bool, int], tuple[str, bool]] = {}
         stock = build(describe(self.module)) if type(self.module) is Siren else None
         self._is_siren = stock is not None and structure(stock) == self.fingerprint
 
@@ -101,14 +101,14 @@ class Batched:
         Inputs of other ``axes`` are tried anew; None: of those tried last.
         """
         wanted = training, per_net
-        found = [w for k, w in self._ways.items() if k[:2] == wanted and axes in (None, k[2])]
-        return found[-1] if found else None
+        ways = (w for k, (w, _) in self._ways.items() if k[:2] == wanted and axes in (None, k[2]))
+        return [None, *ways][-1]
 
     def mixes_samples(self, rows: Tensor, x: Tensor, per_net: bool = False) -> bool:
         """Whether answers to a sample depend on the others, as with a batch norm's own batch."""
         if not (self._is_siren or self.running.size or self.way(False, per_net, x.dim())):
             self._choose(self._mode(rows, False), rows, x, per_net)
-        return (per_net, x.dim()) in self._mixing
+        return self._ways.get((False, per_net, x.dim()), ("", False))[1]
 
     def initial_running(self, nets: int) -> Tensor:
         """Running statistics [N, Q] as the module has them, one copy a net."""
@@ -132,14 +132,14 @@ class Batched:
         own, run = x[0] if per_net else x, getattr(mode, way)
         step = max(1, VMAPPED // own.numel()) if way == "vmap" else nets_per_block(own)
         if way == "loop" or step >= len(rows) or (way != "vmap" and rows.device.type != "cpu"):
-            return run(self._views(rows, running), x, per_net)
+            return run(self.views(rows, running), x, per_net)
         if step < 2 and way == "interpreted":  # each net fills the caches alone
             alone = mode.innermost if mode.may_reorder else mode.loop
-            return alone(self._views(rows, running), x, per_net)
+            return alone(self.views(rows, running), x, per_net)
         inputs = x.split(step) if per_net else itertools.repeat(x)
         states = itertools.repeat(None) if running is None else running.split(step)
         blocks = zip(rows.split(step), states, inputs, strict=False)
-        return torch.cat([run(self._views(r, state), i, per_net) for r, state, i in blocks])
+        return torch.cat([run(self.views(r, state), i, per_net) for r, state, i in blocks])
 
     def _mode(self, rows: Tensor, training: bool) -> "_Mode":
         key = training, rows.device, rows.dtype
@@ -149,7 +149,7 @@ class Batched:
                 self._modes[key] = _Mode(self.module, training, rows)
         return self._modes[key]
 
-    def _views(self, rows: Tensor, running: Tensor | None) -> dict[str, Tensor]:
+    def views(self, rows: Tensor, running: Tensor | None) -> dict[str, Tensor]:
         """All nets' tensors by name, [N, ...] each."""
         views = self.layout.views(rows)
         return views if running is None else views | self.running.views(running)
@@ -201,8 +201,7 @@ class Batched:
             how = "one net after the other" if way == "loop" else "through torch.func.vmap"
             text = f"{name_of(self.module)} runs {how}, which is slower: {'; '.join(reasons)}"
             warnings.warn(text, stacklevel=4)
-        self._ways[mode.training, per_net, x.dim()] = way
-        self._mixing |= {(per_net, x.dim())} if mixing and not mode.training else set()
+        self._ways[mode.training, per_net, x.dim()] = way, mixing
         return way
 
 
@@ -436,16 +435,14 @@ class _Interpreter(fx.Interpreter):
 
     def __init__(self, mode: _Mode):
         super().__init__(mode.parts[""], False, mode.graph)  # keeping all values
-        self.names, self.constant = mode.names, set()
-        for node in mode.graph.nodes:  # moved to where an input is, they are constants still
+        self.names, self.constant, nodes = mode.names, set(), mode.graph.nodes
+        for node in nodes:  # moved to where an input is, they are constants still
             moved = node.op == "call_method" and node.target in ("to", "type_as")
             made = node.args[:1] if moved else node.all_input_nodes
             if node.op == "get_attr" or (made and self.constant.issuperset(made)):
                 self.constant.add(node)
-        parts = self.submodules
-        self.needed = [n for n in mode.graph.nodes if _works_in_place(n, parts.get(n.target))]
-        self.needed = {*self.needed, *list(mode.graph.nodes)[-1:]}  # what is kept by nobody is not
-        for node in reversed(mode.graph.nodes):
+        self.needed = {n for n in nodes if n.op == "output" or self._works_in_place(n)}
+        for node in reversed(nodes):  # what is kept by nobody is not
             self.needed |= set(node.all_input_nodes) if node in self.needed else set()
         self.extra_traceback = False  # errors stay as they are
 
@@ -519,7 +516,7 @@ class _Interpreter(fx.Interpreter):
             return _Many(self._many(node.args[0]).apart.flatten(2), self.nets)  # copies nothing
         if many:  # constants stay as they are
             varying = [source for source in values if source not in self.constant]
-            if _works_in_place(node, module):  # on memory of its own, not on a layer's output
+            if self._works_in_place(node):  # on memory of its own, not on a layer's output
                 changed = self._many(varying[0])
                 changed.value = changed.folded.clone()
             values |= {source: self._many(source).folded for source in varying}
@@ -538,11 +535,11 @@ class _Interpreter(fx.Interpreter):
         many = self.nets * self.samples
         return isinstance(value, Tensor) and any(size % many == 0 for size in value.shape)
 
-
-def _works_in_place(node: fx.Node, module: nn.Module | None) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    flags = getattr(module, "inplace", False), node.kwargs.get("inplace"), *node.args[1:]
-    return any(flag is True for flag in flags) or (module is None and name.endswith("_"))
+    def _works_in_place(self, node: fx.Node) -> bool:
+        module = self.submodules[node.target] if node.op == "call_module" else None
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        flags = getattr(module, "inplace", False), node.kwargs.get("inplace"), *node.args[1:]
+        return any(flag is True for flag in flags) or (module is None and name.endswith("_"))
 
 
 def _grouped_conv(x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Module) -> Tensor:

@@ -51,5 +51,4 @@ def follow(seed: int) -> None:
 
 def drawn() -> tuple:
     """Where the random numbers of PyTorch on the CPU, NumPy and Python are."""
-    states = torch.get_rng_state().numpy().tobytes(), str(np.random.get_state())
-    return *states, random.getstate()
+    return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()

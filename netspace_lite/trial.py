@@ -149,7 +149,7 @@ class Trial:
 
     def _answer(self, way: str, rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         running = self.batched.initial_running(2).to(rows)  # of none unless in training
-        return getattr(self.mode, way)(self.batched._views(rows, running), x, self.per_net), running
+        return getattr(self.mode, way)(self.batched.views(rows, running), x, self.per_net), running
 
     @plain_operations()
     def plain(self) -> list[Tensor | None]:
