@@ -69,8 +69,7 @@ def nearest_by_answers(zoo_answers: Tensor, answers: Tensor, zoo: Nets) -> Nets:
 
     It reads the very same as the encoder, and can only give back a net of the zoo.
     """
-    alike = zoo_answers.dim() == 2 and answers.shape[1:] == zoo_answers.shape[1:]
-    if not alike or len(zoo_answers) != len(zoo):
+    if zoo_answers.dim() != 2 or zoo_answers.shape != (len(zoo), *answers.shape[1:]):
         given = f"{[*zoo_answers.shape]} and {[*answers.shape]}"
         raise ValueError(f"answers [N, F] of the zoo's {len(zoo)} nets come first, not {given}")
     distances = torch.cdist(answers.double(), zoo_answers.double())
