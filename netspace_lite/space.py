@@ -45,18 +45,16 @@ class SpaceConfig:
     parts: str = "ours"  # or "paper": the authors' encoder and decoder, see `netspace_lite.paper`
 
     def __post_init__(self):
-        for name, size in asdict(self).items():
-            if hasattr(size, "item"):  # a NumPy number, which JSON does not take
-                object.__setattr__(self, name, size := size.item())
-            least = int(name not in ("probes", "components"))
-            sizes = type(getattr(type(self), name)) is int
-            if sizes and not (type(size) is int and size >= least):
-                raise ValueError(f"SpaceConfig.{name} is a number from {least}, not {size!r}")
         known = {"parts": ("ours", "paper"), "weights": (True, False, "invariants")}
         known |= {"told": (True, False), "learn_probes": (True, False)}
-        for name, kinds in known.items():
-            if (given := getattr(self, name)) not in kinds:
-                raise ValueError(f"{name} should be one of {kinds}, not {given!r}")
+        for name, given in asdict(self).items():
+            if hasattr(given, "item"):  # a NumPy number, which JSON does not take
+                vars(self)[name] = given = given.item()
+            least = int(name not in ("probes", "components"))
+            if name in known and given not in known[name]:
+                raise ValueError(f"{name} should be one of {known[name]}, not {given!r}")
+            if name not in known and not (type(given) is int and given >= least):
+                raise ValueError(f"SpaceConfig.{name} is a number from {least}, not {given!r}")
 
 
 @dataclass

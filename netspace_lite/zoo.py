@@ -47,10 +47,8 @@ class Recipe:
     weight_decay: float = 1e-2
 
     def __post_init__(self):  # NumPy's numbers, too
-        for name in ("seed", "steps"):
-            object.__setattr__(self, name, whole(getattr(self, name), name))
-        for name in ("lr", "weight_decay"):
-            object.__setattr__(self, name, float(getattr(self, name)))
+        vars(self).update(seed=whole(self.seed, "seed"), steps=whole(self.steps, "steps"))
+        vars(self).update(lr=float(self.lr), weight_decay=float(self.weight_decay))
         if self.steps < 1 or not (self.lr >= 0 and self.weight_decay >= 0):
             raise ValueError(f"steps are at least 1, rates and decay at least 0, not as in {self}")
 
