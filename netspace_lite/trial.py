@@ -196,23 +196,9 @@ class Trial:
         return not self.close([alone.detach()], [outputs])
 
     def close(self, found: list[Tensor | None], expected: list[Tensor | None]) -> bool:
-        """Equal up to what the dtype can tell, in units of a column's largest value; to NaN all is.
-
-        Columns are the last axis, such as outputs, which may be of very different sizes.
-        """
-        eps = torch.finfo(self.rows.dtype).eps
-        tolerance = max(1e-5, 2 * eps**0.5)
-        for a, b in ((a, b) for a, b in zip(found, expected, strict=True) if b is not None):
-            if a.shape != b.shape:
-                return False
-            if b.numel() == 0:
-                continue
-            size = b.abs().nan_to_num(0.0, torch.inf)
-            column = size.amax(tuple(range(b.dim() - 1)), keepdim=True)
-            limit = tolerance * (size + column) + min(tolerance, 1e3 * eps) * size.max()
-            if not ((a == b) | ((a - b).abs() <= limit) | b.isnan()).all():
-                return False
-        return True
+        """Whether each is equal up to what the dtype can tell, see `_near`, or not expected."""
+        eps, pairs = torch.finfo(self.rows.dtype).eps, zip(found, expected, strict=True)
+        return all(_near(a, b, eps) for a, b in pairs if b is not None)
 
     def watch(self) -> None:
         """See what plain modules change as they run: inputs, or what all nets share or rows hold.
@@ -244,6 +230,19 @@ class Trial:
             return []
         left, given = _held(module, Tensor), _held(fresh, Tensor)
         return [name for name in left if left[name] != given.get(name)] or ["state"]
+
+
+def _near(a: Tensor, b: Tensor, eps: float) -> bool:
+    """Equal up to rounding, in units of a column's largest value; to NaN all is.
+
+    Columns are the last axis, such as outputs, which may be of very different sizes.
+    """
+    if a.shape != b.shape or b.numel() == 0:
+        return a.shape == b.shape
+    size, tolerance = b.abs().nan_to_num(0.0, torch.inf), max(1e-5, 2 * eps**0.5)
+    column = size.amax(tuple(range(b.dim() - 1)), keepdim=True)
+    limit = tolerance * (size + column) + min(tolerance, 1e3 * eps) * size.max()
+    return bool(((a == b) | ((a - b).abs() <= limit) | b.isnan()).all())
 
 
 def _leaves(out: Tensor) -> set[Tensor]:
