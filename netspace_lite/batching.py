@@ -100,9 +100,9 @@ class Batched:
 
         Inputs of other ``axes`` are tried anew; None: of those tried last.
         """
-        wanted = training, per_net
-        ways = (w for k, (w, _) in self._ways.items() if k[:2] == wanted and axes in (None, k[2]))
-        return [None, *ways][-1]
+        wanted, ways = (training, per_net), self._ways.copy()  # other threads add to them
+        found = (w for k, (w, _) in ways.items() if k[:2] == wanted and axes in (None, k[2]))
+        return [None, *found][-1]
 
     def mixes_samples(self, rows: Tensor, x: Tensor, per_net: bool = False) -> bool:
         """Whether answers to a sample depend on the others, as with a batch norm's own batch."""
