@@ -102,9 +102,18 @@ def _classifier(image, classes: int, convolutions, hidden=()) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(features, classes))
 
 
+class _Chain(nn.Module):
+    """Passes what it is given through its ``layers``, one after the other."""
+
+    def forward(self, x):
+        return self.layers(x)
+
+
 @architecture
-class LeNetLike(nn.Module):
+class LeNetLike(_Chain):
     """Strided convolutions, then linear layers, with leaky ReLU (paper section IV).
+
+    Images [B, C, H, W] -> logits [B, K].
 
     Args:
         image: (C, H, W) of one image.
@@ -121,14 +130,12 @@ class LeNetLike(nn.Module):
         windows = [(width, kernel, 2, 0 if kernel == 5 else kernel // 2) for width in channels]
         self.layers = _classifier(image, classes, windows, hidden)
 
-    def forward(self, x):
-        """x: [B, C, H, W] -> logits [B, K]."""
-        return self.layers(x)
-
 
 @architecture
-class VanillaCNN(nn.Module):
+class VanillaCNN(_Chain):
     """3×3 convolutions with leaky ReLU and one linear layer (paper section IV).
+
+    Images [B, C, H, W] -> logits [B, K].
 
     Args:
         image: (C, H, W) of one image.
@@ -141,10 +148,6 @@ class VanillaCNN(nn.Module):
         super().__init__()
         windows = [(width, 3, stride, 1) for width, stride in zip(channels, strides, strict=True)]
         self.layers = _classifier(image, classes, windows)
-
-    def forward(self, x):
-        """x: [B, C, H, W] -> logits [B, K]."""
-        return self.layers(x)
 
 
 def _norm(channels: int, batch_norm: bool) -> nn.Module:
@@ -225,8 +228,10 @@ class Sine(nn.Module):
 
 
 @architecture
-class Siren(nn.Module):
+class Siren(_Chain):
     """Signed distance net 3→hidden→hidden→1 with sine activations (paper section IV).
+
+    Points [B, 3] in the unit sphere -> signed distances [B, 1].
 
     Args:
         hidden: width of both hidden layers; the paper's 256 gives 67,073 parameters.
@@ -241,10 +246,6 @@ class Siren(nn.Module):
             deep = math.sqrt(6 / hidden) / omega
             for layer, bound in ((first, 1 / 3), (second, deep), (last, deep)):
                 layer.weight.uniform_(-bound, bound)
-
-    def forward(self, points):
-        """points: [B, 3] in the unit sphere -> signed distances [B, 1]."""
-        return self.layers(points)
 
 
 # name -> what makes the net of (image, classes)
