@@ -147,23 +147,22 @@ def train_nets(
     state = _state(batched, state or {"rows": initial_rows(make, seeds)}, lengths[0], device)
     hyper = [[recipe.lr, recipe.weight_decay, recipe.steps] for recipe in recipes]
     exact = torch.promote_types(state["rows"].dtype, torch.float32)
-    lr, decay, ends = torch.tensor(hyper, dtype=exact, device=device).T
+    lr, decay, ends = torch.tensor(hyper, dtype=exact, device=device).T[..., None]  # [N, 1] each
     started = time.perf_counter() - state["seconds"].item()
     for step in range(int(state["step"]), lengths[0]):
         n = sum(length > step for length in lengths)  # nets still in training
-        names = "rows", "running", "momentum", "variance"
-        rows, running, *adam = (state[name][:n] for name in names)
-        weights = rows.detach().requires_grad_()
+        own = {name: values[:n] for name, values in state.items() if values.dim()}
+        weights = own["rows"].detach().requires_grad_()
         # of dropout, also after a resume
         with own_draws(seeds[0] + 1_000_003 * step, [device] * (device.type == "cuda")):
             x, y = task.batch(recipes[:n], members[:n], step)
-            loss = task.loss(batched(weights, x, True, running), y)
+            loss = task.loss(batched(weights, x, True, own["running"]), y)
         if loss.shape != (n,):
             raise ValueError(f"the loss of {n} nets should be [{n}], not {list(loss.shape)}")
         (grad,) = torch.autograd.grad(loss.sum(), weights)
-        rate = lr[:n] * task.schedule(step / ends[:n])
-        adamw_step(rows, grad, *adam, step + 1, rate[:, None], decay[:n, None])
-        state["losses"][:n, step] = loss.detach()
+        rate = lr[:n] * task.schedule(step / ends[:n, 0])[:, None]
+        adamw_step(own["rows"], grad, own["momentum"], own["variance"], step + 1, rate, decay[:n])
+        own["losses"][:, step] = loss.detach()
         state["step"].fill_(step + 1)
         state["seconds"].fill_(time.perf_counter() - started)
         on_step(state)
