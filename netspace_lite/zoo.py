@@ -184,7 +184,8 @@ class Zoo(Nets):
         self, module, rows, scores=None, recipes=None, losses=None, members=None, about=None
     ):  # fmt: skip
         super().__init__(module, rows)
-        self.scores = {name: torch.as_tensor(of).float() for name, of in (scores or {}).items()}
+        given = (scores or {}).items()
+        self.scores = {n: torch.atleast_1d(torch.as_tensor(of)).float().cpu() for n, of in given}
         self.losses = losses if losses is None else torch.as_tensor(losses)
         self.recipes = recipes
         self.members = torch.arange(len(rows)) if members is None else torch.as_tensor(members)
@@ -222,7 +223,6 @@ class Zoo(Nets):
         zoo = self.to(device_of(task))
         scores = task.scores(zoo, zoo.members)
         check_kind(dict, "a task's scores are a dict of [N] each, as {'val_accuracy': ...}", scores)
-        scores = {n: torch.atleast_1d(torch.as_tensor(of)).cpu() for n, of in scores.items()}
         about = zoo.about | ({"task": fingerprint(task)} if "task" in zoo.about else {})
         return Zoo(zoo.batched, zoo.rows, scores, zoo.recipes, zoo.losses, zoo.members, about)
 
