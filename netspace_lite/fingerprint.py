@@ -34,7 +34,11 @@ PLAIN = (
 )  # fmt: skip
 _METHODS = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)
 _VALUES = (*_METHODS, *PLAIN, enum.Enum, Tensor, np.ndarray, tuple, list)
-_WRAPPERS = (staticmethod, classmethod, functools._lru_cache_wrapper)
+_MADE_OF = {  # kinds of objects, and the attributes that say what they are
+    types.MethodType: ("__func__", "__self__"), functools.partial: ("func", "args", "keywords"),
+    property: ("fget",), functools.cached_property: ("func",),
+    (staticmethod, classmethod, functools._lru_cache_wrapper): ("__wrapped__",),
+}  # fmt: skip
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 
 
@@ -176,18 +180,13 @@ def _parts(thing) -> list:
         return [plain(thing), type(thing), _held(thing), getattr(thing, "default_factory", None)]
     if isinstance(thing, types.FunctionType):
         return _parts_of_function(thing)
-    if isinstance(thing, types.MethodType):
-        return [thing.__func__, thing.__self__]
-    if isinstance(thing, functools.partial):
-        return [thing.func, thing.args, thing.keywords]
-    if isinstance(thing, property | functools.cached_property):
-        return [getattr(thing, "fget", None) or thing.func]
+    for kinds, names in _MADE_OF.items():
+        if isinstance(thing, kinds):
+            return [getattr(thing, name) for name in names]
     if isinstance(thing, type) and not _of_library(thing.__module__):
         kinds = {k: _METHODS if k[:2] == "__" else _VALUES for k in vars(thing)}
         own = {k: v for k, v in vars(thing).items() if k[0] != "_" or isinstance(v, kinds[k])}
         return [thing.__qualname__, thing.__bases__, own]
-    if isinstance(thing, _WRAPPERS):
-        return [thing.__wrapped__]
     named = inspect.isroutine(thing) and hasattr(thing, "__name__")  # also Cython's functions
     named = named and _of_library(getattr(thing, "__module__", None))
     if named or isinstance(thing, type | types.ModuleType | types.BuiltinFunctionType):
