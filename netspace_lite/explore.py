@@ -227,8 +227,9 @@ def optimise_weights(
 
 @torch.inference_mode(False)
 def refine(
-    space: NetSpace, nets: Nets, like, steps: int = 50, *, z: Tensor | None = None, lr=0.2, seed=0
-) -> Tensor:
+    space: NetSpace, nets: Nets, like, steps: int = 50, *, z: Tensor | None = None, lr=0.2, seed=0,
+    loss=kl_divergence,
+) -> Tensor:  # fmt: skip
     """Embeddings [N, E] polished until the decoded nets answer more like ``nets``.
 
     A search from the encoder's embeddings (or ``z``) whose last state is kept: what an encoder
@@ -238,8 +239,10 @@ def refine(
     Args:
         nets: N `Nets` of one architecture.
         like: inputs [S, ...] whose answers are compared, or a loss such as a `LikenessLoss`.
+        loss: how answers to inputs are compared, as in the `Distillation` that the space was fitted
+            by: ``squared_error`` where they are values. Values taken for logits come out worse.
     """
-    loss = LikenessLoss(nets, like) if isinstance(like, Tensor) else like
+    loss = LikenessLoss(nets, like, loss=loss) if isinstance(like, Tensor) else like
     config = Descent(steps, lr, every=max(1, steps), seed=seed)
     decode = partial(space.decode, architecture=space.index(nets))
     start = _start_points(space, nets if z is None else z, None, seed)

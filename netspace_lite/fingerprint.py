@@ -33,13 +33,13 @@ PLAIN = (
     np.generic, torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
 _METHODS = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)
-_VALUES = (*_METHODS, *PLAIN, enum.Enum, Tensor, np.ndarray, tuple, list)
+_CONTAINERS = (dict, list, tuple, set, frozenset)
+_VALUES = (*_METHODS, *PLAIN, enum.Enum, Tensor, np.ndarray, *_CONTAINERS)
 _MADE_OF = {  # kinds of objects, and the attributes that say what they are
     types.MethodType: ("__func__", "__self__"), functools.partial: ("func", "args", "keywords"),
-    property: ("fget",), functools.cached_property: ("func",),
+    property: ("fget", "fset", "fdel"), functools.cached_property: ("func",),
     (staticmethod, classmethod, functools._lru_cache_wrapper): ("__wrapped__",),
 }  # fmt: skip
-_CONTAINERS = (dict, list, tuple, set, frozenset)
 
 
 def fingerprint(*things, known=()) -> str:
@@ -182,7 +182,7 @@ def _parts(thing) -> list:
         return _parts_of_function(thing)
     for kinds, names in _MADE_OF.items():
         if isinstance(thing, kinds):
-            return [getattr(thing, name) for name in names]
+            return [part for part in (getattr(thing, name) for name in names) if part is not None]
     if isinstance(thing, type) and not _of_library(thing.__module__):
         kinds = {k: _METHODS if k[:2] == "__" else _VALUES for k in vars(thing)}
         own = {k: v for k, v in vars(thing).items() if k[0] != "_" or isinstance(v, kinds[k])}

@@ -16,6 +16,8 @@ from .data import Images
 from .nets import Nets, classes, correct
 from .space import NetSpace
 
+OF_ONE = "weights are of nets of one architecture, as zoo[mask] or mixed.groups[0]"
+
 
 def compare(predicted: Tensor, target: Tensor, y: Tensor) -> dict[str, float]:
     """How predicted nets answer beside target nets: logits [N, B, K] of both, labels y [B].
@@ -59,6 +61,7 @@ def nearest_by_weights(zoo: Nets, nets: Nets) -> Nets:
 
 def _alike(zoo: Nets, nets: Nets) -> tuple[Tensor, Tensor]:
     """Rows of both, if their weights can be compared; in fp64, or close nets are mixed up."""
+    check_kind(Nets, OF_ONE, zoo, nets)
     if zoo.batched.fingerprint != nets.batched.fingerprint:
         raise ValueError(f"{nets!r} and {zoo!r} compute something else: no comparing their weights")
     return zoo.rows.double(), nets.rows.double()
@@ -86,10 +89,10 @@ def pca_nets(zoo: Nets, nets: Nets, size: int) -> Nets:
 
 def noisy_nets(nets: Nets, share: float = 0.1, seed: int = 0) -> Nets:
     """Baseline: each net's weights plus Gaussian noise of ``share`` of their root mean square."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(nets.rows.shape, generator=generator).to(nets.rows)
-    size = nets.rows.square().mean(1, keepdim=True).sqrt()
-    return Nets(nets.batched, nets.rows + share * size * noise)
+    rows, generator = check_kind(Nets, OF_ONE, nets).rows, torch.Generator().manual_seed(seed)
+    noise = torch.randn(rows.shape, generator=generator).to(rows)
+    size = rows.square().mean(1, keepdim=True).sqrt()
+    return Nets(nets.batched, rows + share * size * noise)
 
 
 def line_drop(line: Tensor, ends: Tensor | None = None) -> Tensor:
@@ -144,7 +147,7 @@ def novelty(nets: Nets, x: Tensor, zoo: Nets | None = None) -> dict[str, Tensor]
 
 def averages(zoo: Nets, n: int, of: int = 2, seed: int = 0) -> Nets:
     """Baseline: ``n`` nets, each the mean of the weights of ``of`` random zoo nets."""
-    if n < 1 or not 1 <= of <= len(zoo):
+    if n < 1 or not 1 <= of <= len(check_kind(Nets, OF_ONE, zoo)):
         raise ValueError(f"{n} averages of {of} nets each can't be drawn from {len(zoo)}")
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.stack([torch.randperm(len(zoo), generator=generator)[:of] for _ in range(n)])

@@ -1,6 +1,7 @@
 """Trained nets as data: N nets of one architecture, or of several side by side."""
 
 import copy
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -100,10 +101,19 @@ class Nets:
         return same
 
     def split(self, val: int, test: int, seed: int = 0) -> tuple["Nets", "Nets", "Nets"]:
-        """Disjoint groups of the remaining, of ``val`` and of ``test`` nets, drawn by ``seed``."""
+        """Disjoint groups of the remaining, of ``val`` and of ``test`` nets, drawn by ``seed``.
+
+        Warns of nets held out that are copies of nets to learn from.
+        """
         if min(val, test, len(self) - val - test) < 1:
             raise ValueError(f"can't hold out {val} + {test} of {len(self)}: each part needs a net")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        held, learned = order.tolist()[: val + test], order.tolist()[val + test :]
+        rows = [fingerprint(row) for row in self.rows]
+        known = {rows[n] for n in learned}
+        if copies := sorted(n for n in held if rows[n] in known):
+            what = f"nets {copies}, held out, are copies of nets to learn from"
+            warnings.warn(f"{what}: figures of them would be too good", stacklevel=2)
         return self[order[val + test :]], self[order[:val]], self[order[val : val + test]]
 
     def save(self, folder) -> None:
@@ -122,7 +132,10 @@ class Nets:
         return module
 
     def state_dict(self, n: int = 0) -> dict[str, Tensor]:
-        """Net n's parameters, copied out of the packed row."""
+        """Net n's parameters, copied out of the packed row.
+
+        With buffers, and tied weights under all their names, it is ``to_module(n).state_dict()``.
+        """
         (state,) = self.layout.unpack(self[n].rows)
         return {name: value.detach().clone() for name, value in state.items()}
 
@@ -164,7 +177,7 @@ class MixedNets:
         if not sizes:
             raise ValueError("no nets: give at least one group")
         members = torch.arange(sum(sizes)).split(sizes) if members is None else members
-        self.members = [places.cpu() for places in members]
+        self.members = [torch.as_tensor(places).cpu() for places in members]
         places, taken = torch.cat(self.members), [len(places) for places in self.members]
         if taken != sizes or not torch.equal(places.sort().values, torch.arange(sum(sizes))):
             raise ValueError(f"groups of {sizes} nets need as many places each, all of them once")

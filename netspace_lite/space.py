@@ -31,18 +31,33 @@ from .randomness import ALONE, own_randomness
 
 @dataclass(frozen=True)
 class SpaceConfig:
-    """Sizes of a NetSpace."""
+    """Sizes of a NetSpace.
 
-    embedding: int = 128  # E, values in an embedding
-    chunk: int = 128  # L, values in a chunk of the PRep
-    chunk_features: int = 32  # what the encoder keeps of each chunk
-    probes: int = 128  # M, inputs that a net is asked about, or all there are; 0: weights only
-    components: int = 0  # how many principal components of answers are read; 0: answers themselves
-    weights: bool | str = True  # whether the encoder reads the weights: chunks or "invariants"
-    learn_probes: bool = False  # train the probes too; slower, since nets answer them every step
-    told: bool = True  # whether the encoder knows each net's architecture, and adds its offset
-    hidden: int = 256  # width of the decoder's hidden layer
-    parts: str = "ours"  # or "paper": the authors' encoder and decoder, see `netspace_lite.paper`
+    Args:
+        embedding: E, values in an embedding.
+        chunk: L, values in a chunk of the PRep.
+        chunk_features: what the encoder keeps of each chunk.
+        probes: M, inputs that a net is asked about, or all there are; 0: weights only.
+        components: how many principal components of answers are read; 0: answers themselves.
+        weights: whether the encoder reads the weights, in chunks or as "invariants".
+        learn_probes: train the probes, too; slower, since nets answer them in every step.
+        told: whether the encoder knows each net's architecture, and adds its offset.
+        hidden: width of the decoder's hidden layer.
+        parts: "ours", or "paper": the authors' encoder and decoder, see `netspace_lite.paper`.
+
+    Raises ValueError for a size or a name that there is not.
+    """
+
+    embedding: int = 128
+    chunk: int = 128
+    chunk_features: int = 32
+    probes: int = 128
+    components: int = 0
+    weights: bool | str = True
+    learn_probes: bool = False
+    told: bool = True
+    hidden: int = 256
+    parts: str = "ours"
 
     def __post_init__(self):
         known = {"parts": ("ours", "paper"), "weights": (True, False, "invariants")}

@@ -56,7 +56,8 @@ def squared_error(outputs: Tensor, targets: Tensor, scale) -> Tensor:
     """Mean squared difference of answers [N, B, K] in units of ``scale``: [N].
 
     A ``loss`` for nets whose answers are values instead of logits. Their scale is their root mean
-    square: standardise targets far from 0 before training. (Of several values to an input an
+    square: standardise targets far from 0, and values of different units, before training, and
+    give it to `refine`, too. (Of several values to an input an
     encoder's probes show how they differ from their mean, not the mean itself.)
     """
     return ((outputs - _as_many(targets, outputs)) / scale).square().mean((1, 2))
@@ -118,6 +119,9 @@ class LikenessLoss:
             own, scale = targets / scale, scale * (self.scale[p] / self.scale[q]) ** far
             targets = scale * (own + far * (up - down))
         losses = self.loss(outputs, targets, scale)
+        kind = list(losses.shape) if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+        if kind not in ([], [len(outputs)]):  # or their mean
+            raise ValueError(f"a loss of {len(outputs)} nets is a tensor of as many, not {kind}")
         if self.consensus:
             own, wanted = (_sides(x / scale, self.choice[s]) for x in (outputs, targets))
             losses = losses + self.consensus * (own - wanted).square()
@@ -261,7 +265,8 @@ class Distillation:
         loss: (outputs, targets, scale) -> [N]; ``kl_divergence`` for logits with the scale as
             temperature, or ``squared_error`` for values.
         consensus: see `LikenessLoss`.
-        draw: what else a step depends on, such as ``nets=48``: the fields of `Draw`.
+        draw: what a step draws: ``nets=48, samples=24, crossing=0.5, chances=None,
+            analogies=0.7``, see `netspace_lite.training.Draw`.
     """
 
     def __init__(
@@ -428,7 +433,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 def fit(
     space: NetSpace, objective: Objective, validate: Callable[[NetSpace], dict[str, float]],
     steps: int = 4000, *, lr: float = 2e-3, epoch: int = 250, folder=None,
-    log: Callable[[dict[str, float]], None] = lambda row: None,
+    log: Callable[[dict[str, float]], None] | None = None,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Train ``space`` in place and leave it in its best state.
 
@@ -468,10 +473,11 @@ def fit(
             if not best or score > max(earlier, default=-inf):
                 best = {k: v.detach().clone() for k, v in space.state_dict().items()}
             history.append(row | found)
-            log(history[-1])
             if step + 1 == steps:
                 space.load_state_dict(best)
             _checkpoint(folder, plan, space, optimiser, generator, history, best)
+            if log is not None:  # the epoch is kept, whatever it raises
+                log(history[-1])
     return history
 
 

@@ -64,12 +64,12 @@ def draw_recipes(
     """
     steps, lr, weight_decay = (np.broadcast_to(given, 2) for given in (steps, lr, weight_decay))
     for low, high in (steps, lr, weight_decay):
-        if not 0 < low <= high:
-            raise ValueError(f"a range is (low, high) with 0 < low ≤ high, not {(low, high)}")
+        if not 0 < low <= high and (low, high) != (0, 0):
+            raise ValueError(f"a range is (low, high) with 0 < low ≤ high, not ({low}, {high})")
     rng = np.random.default_rng([seed, zlib.crc32(stream.encode())] if stream else seed)
 
     def draw(low, high):
-        return np.exp(rng.uniform(np.log(low), np.log(high), count))
+        return np.exp(rng.uniform(*np.log([low or 1, high or 1]), count)) * (high > 0)
 
     columns = rng.integers(2**31, size=count), draw(*steps).round(), draw(*lr), draw(*weight_decay)
     return [Recipe(int(s), int(n), float(r), float(w)) for s, n, r, w in zip(*columns, strict=True)]
@@ -267,7 +267,9 @@ class Zoo(Nets):
             if structure(module) != batched.fingerprint:
                 what = f"module {n}, a {name_of(module)}, computes another function of its weights"
                 why = difference(modules[0], module)
-                raise ValueError(f"{what} than module 0 ({why}): one zoo holds one architecture")
+                cure = "set alike what answers don't depend on, or read state dicts by from_files"
+                what = f"{what} than module 0 ({why}): one zoo holds one architecture"
+                raise ValueError(f"{what}; {cure}")
         zoo = cls(batched, batched.layout.pack(modules))
         return zoo if task is None else zoo.scored(task)
 

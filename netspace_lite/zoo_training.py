@@ -112,6 +112,9 @@ def _template(make: Make | Batched) -> Batched:
         if structure(make) != structure(other):
             what = f"two {name_of(make)}s of the factory differ in more than their parameters"
             raise ValueError(f"{what}: draw its constants, such as buffers, from a fixed seed")
+        if all(map(torch.equal, make.parameters(), other.parameters())):
+            what = f"{name_of(make)}s of the factory start from the same values, whatever the seed"
+            warnings.warn(f"{what}: nets will differ by their data alone", stacklevel=3)
     elif isinstance(make, nn.Module):  # as `_make` leaves it
         make = Batched(make)
         for norm in statistics(make.module).values():

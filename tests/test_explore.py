@@ -26,7 +26,14 @@ from netspace_lite.explore import (
 )
 from netspace_lite.nets import Nets
 from netspace_lite.space import NetSpace, SpaceConfig
-from netspace_lite.training import Distillation, fit, kl_divergence, learning_rate, logit_scale
+from netspace_lite.training import (
+    Distillation,
+    fit,
+    kl_divergence,
+    learning_rate,
+    logit_scale,
+    squared_error,
+)
 
 QUIET = {"progress": False}
 
@@ -386,6 +393,19 @@ def test_refining_brings_decoded_nets_closer_and_leaves_the_space(nets, images):
     assert all(torch.equal(space.state_dict()[name], value) for name, value in before.items())
     again = refine(space, nets, images.x, 100, z=space.encode(nets))
     assert torch.equal(again, z)
+
+
+def test_values_are_refined_as_values():
+    """Seen before: as logits, whatever the space was fitted by, and so the worse the longer."""
+    nets, x = random_nets(mlp(nn.Tanh(), 4, 8, 2), 12), torch.randn(60, 4, generator=generator())
+    space = NetSpace.for_zoos(nets, x, SpaceConfig(embedding=6, probes=8, hidden=16, chunk=8))
+    targets, z = nets.outputs(x), {}
+    for name, loss in (("values", {"loss": squared_error}), ("logits", {})):
+        z[name] = refine(space, nets, x, 30, **loss)
+    errors = {k: (space.decode(v).outputs(x) - targets).square().mean() for k, v in z.items()}
+    like = LikenessLoss(nets, x, loss=squared_error)
+    assert torch.equal(z["values"], refine(space, nets, like, 30))
+    assert errors["values"] < errors["logits"]
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -294,6 +294,23 @@ class Linked:
         self.self = self
 
 
+def with_table(kind):
+    class Weighs:
+        _weights = kind
+
+        def loss(self, x):
+            return x * self._weights["a"]
+
+    return Weighs()
+
+
+def with_setter(step):
+    class Rates:
+        rate = property(None, step)
+
+    return Rates()
+
+
 def closing_over(value):
     return lambda x: x + value
 
@@ -415,6 +432,9 @@ THINGS = {
     "private attribute": (Settings(3, ONE, _least=1), Settings(3, ONE, _least=2)),
     "private attribute of a subclass of ours": (Warm(toy_data(), 1), Warm(toy_data(), 2)),
     "scores": (scored_zoo(1.0, 2.0), scored_zoo(2.0, 1.0)),
+    "table of a class": (with_table({"a": 1.0}), with_table({"a": 2.0})),
+    "set of a class": (with_table({"a"}), with_table({"b"})),
+    "setter": (with_setter(lambda self, x: x), with_setter(lambda self, x: x + 1)),
 }
 
 

@@ -229,6 +229,18 @@ def test_answers_come_in_blocks_that_fit_the_caches():
     torch.testing.assert_close(nets.outputs(own, per_net=True), nets(own, per_net=True))
 
 
+def test_copies_on_both_sides_of_a_split_are_told():
+    """Seen before: best and last checkpoints of one run, on both sides of it, flatter figures."""
+    nets = random_nets(mlp(nn.ReLU()), 6)
+    twice = Nets(nets.module, nets.rows.repeat(2, 1))
+    with pytest.warns(UserWarning, match=r"nets \[[0-9, ]+\], held out, are copies") as said:
+        learned, val, test = twice.split(1, 2, seed=1)
+    held = torch.cat([val.rows, test.rows])
+    count = sum(any(torch.equal(row, known) for known in learned.rows) for row in held)
+    assert count == str(said[0].message).split("]")[0].count(",") + 1
+    nets.split(1, 2)  # warnings are errors
+
+
 def test_nets_are_split_at_random_by_the_seed():
     nets = Nets(nn.Linear(1, 1, bias=False), torch.arange(60.0)[:, None])
     parts = [[part.rows[:, 0].tolist() for part in nets.split(10, 20, seed=s)] for s in (0, 0, 1)]

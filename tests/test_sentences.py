@@ -47,6 +47,18 @@ FIRST_TRIES = {
         lambda w: ns.optimise(w.space, w.nets, None),
         r"as ImageLoss\(images\), not a None",
     ),
+    "nets of two kinds for noise": (
+        lambda w: ns.noisy_nets(ns.MixedNets([w.nets, w.others])),
+        "of one architecture, as zoo.mask. or mixed.groups.0., not a MixedNets",
+    ),
+    "nets of two kinds for averages": (
+        lambda w: ns.averages(ns.MixedNets([w.nets, w.others]), 2),
+        "not a MixedNets",
+    ),
+    "nets of two kinds for novelty": (
+        lambda w: ns.novelty(ns.MixedNets([w.nets, w.others]), w.data.val.x),
+        "not a MixedNets",
+    ),
     "images for a loss": (lambda w: ns.refine(w.space, w.nets, w.data.train), "not a Images"),
     "data for inputs": (
         lambda w: ns.NetSpace.for_zoos(w.nets, w.data),

@@ -186,7 +186,8 @@ def test_a_consensus_moves_nets_and_is_part_of_what_an_objective_is(zoo, data):
     """Down its gradient alone a net of middling accuracy comes to side like a good one."""
     order = zoo.scores["val_accuracy"].argsort()
     one, best = zoo[order[len(order) // 2]], order[-1:]
-    like = LikenessLoss(zoo, data.train.x, loss=lambda *_: 0.0, samples=200, consensus=1.0)
+    none = torch.tensor(0.0)
+    like = LikenessLoss(zoo, data.train.x, loss=lambda *_: none, samples=200, consensus=1.0)
     rows, losses = one.rows.clone().requires_grad_(), []
     adam = torch.optim.Adam([rows], 3e-3)
     for _ in range(40):
@@ -535,11 +536,48 @@ def test_a_mean_loss_of_nets_teaches_as_the_loss_of_each(space, zoos, data):
         torch.testing.assert_close(*found)
 
 
+def test_nets_with_inputs_of_their_own_are_not_moved(zoo, data, monkeypatch):
+    """Answers to different inputs can't be compared, or added up."""
+    own = data.train.x[torch.randint(len(data.train.x), (len(zoo), 9), generator=generator())]
+    objective, seen = Distillation(make(zoo, data), zoo, own, per_net=True, nets=6, samples=4), []
+    like = lambda nets, g, n, analogy: (seen.append(analogy), nets.rows.sum(1))[1]  # noqa: E731
+    monkeypatch.setattr(objective, "_likeness", lambda: like)
+    objective(make(zoo, data), generator())
+    assert seen == [None]
+
+
+@pytest.mark.parametrize(
+    ("spread", "kind"),
+    [
+        (lambda x: x.square(), r"\[48, 24, 3\]"),
+        (lambda x: x.square().mean((0, 2)), r"\[24\]"),
+        (lambda x: 1.0, "a float"),
+    ],
+)
+def test_a_loss_of_answers_is_one_number_a_net(zoo, data, spread, kind):
+    """Seen before: what it gave was averaged, however it was spread."""
+    space = make(zoo, data)
+    objective = Distillation(space, zoo, data.train.x, loss=lambda o, t, scale: spread(o - t))
+    with pytest.raises(ValueError, match=f"a loss of 48 nets is a tensor of as many, not {kind}"):
+        objective(space, generator())
+
+
+def test_an_epoch_is_kept_whatever_the_log_raises(zoo, data, tmp_path):
+    space = make(zoo, data)
+    objective = distillation(space, zoo, data)
+    options = {"epoch": 2, "folder": tmp_path, "log": interrupted(lambda row: None, 1)}
+    with pytest.raises(Interrupted):
+        fit(space, objective, lambda _: {"x": 0.0}, 4, **options)
+    rows = []
+    fit(space, objective, lambda _: {"x": 0.0}, 4, **options | {"log": rows.append})
+    assert [row["step"] for row in rows] == [4]
+
+
 def rows_loss(nets, generator):
     return nets.rows.sum(1)
 
 
-def test_interpolation_follows_the_distance_rule(space, zoos):
+def test_interpolation_follows_the_distance_rule(space, zoos, data):
     objective = Interpolation(space, zoos, rows_loss, jitter=0)
     assert objective.apart == 2  # the paper's max(1, A - 2): only the ends
     assert objective.ends == [(0, 3)]
@@ -552,8 +590,11 @@ def test_interpolation_follows_the_distance_rule(space, zoos):
         assert (point - places).abs().amax(1).min() < 1e-5
     assert set(objective.points(space, generator(), 60, ends=True)[1].tolist()) == {0, 1, 2, 3}
     assert len(Interpolation(space, zoos, rows_loss, apart=1).ends) == 3
-    with pytest.raises(ValueError, match="nothing in between"):
+    with pytest.raises(ValueError, match="no zoos over 2 apart, nothing in between"):
         Interpolation(space, zoos[:2], rows_loss)
+    two = NetSpace.for_zoos(zoos[:2], data.train.x, CONFIG)
+    with pytest.raises(ValueError, match="no zoos over 1 apart, nothing in between"):
+        Interpolation(two, zoos[:2], rows_loss)
 
 
 def test_unseen_architectures_learn_from_the_line_alone(zoos, data):

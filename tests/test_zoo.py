@@ -124,6 +124,21 @@ def test_initialising_leaves_random_numbers_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_there_may_be_no_weight_decay():
+    assert {recipe.weight_decay for recipe in draw_recipes(9, weight_decay=0)} == {0}
+    with pytest.raises(
+        ValueError, match=r"a range is \(low, high\) with 0 < low ≤ high, not \(0, 1"
+    ):
+        draw_recipes(9, weight_decay=(0, 1))
+
+
+def test_a_factory_that_gives_one_start_for_all_is_told(task):
+    net = mlp(nn.ReLU(), 64, 5, 10)
+    flat = nn.Sequential(nn.Flatten(), net)
+    with pytest.warns(UserWarning, match="start from the same values, whatever the seed"):
+        train_zoo(lambda: flat, task, draw_recipes(2, steps=2), progress=False)
+
+
 def test_recipes_are_seeded_and_in_range():
     recipes = draw_recipes(200, seed=1, steps=(2, 50))
     assert recipes == draw_recipes(200, seed=1, steps=(2, 50))
