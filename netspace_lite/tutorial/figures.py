@@ -186,7 +186,7 @@ def bars(
     """Horizontal bars with their numbers: name -> value, or one value per label of a group.
 
     Names in ``highlight`` are coloured, others grey; ``spans``: name -> (low, high), its interval.
-    Where the axis begins at ``low`` dots stand for bars, as those would not be as long as they say.
+    Where the axis goes from ``low`` to 100 dots stand for bars, whose lengths would say nothing.
     """
     rows = np.array([np.atleast_1d(value) for value in values.values()])  # [names, labels]
     width = 5 + 0.08 * max(map(len, values))  # inches for bars, and for their names
@@ -204,7 +204,7 @@ def bars(
     ax.invert_yaxis()
     if low is not None:
         ax.scatter(rows[:, 0], range(len(rows)), 50, colours, zorder=4)
-        ax.set_xlim(low)
+        ax.set_xlim(low, 100)
     if len(labels) > 1:
         ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(labels))
     return ax
