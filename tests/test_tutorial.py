@@ -297,9 +297,25 @@ class TestFigures:
         heights = sorted((bar.get_y(), bar.get_y() + bar.get_height()) for bar in ax.patches)
         assert all(a[1] <= b[0] + 1e-9 for a, b in pairwise(heights))
 
+    def test_dots_stand_for_bars_on_an_axis_that_begins_elsewhere(self):
+        ax = figures.bars({"ours": 98.0, "theirs": 97.0}, "%", ["ours"], low=95)
+        assert ax.get_xlim() == (95, 100)
+        assert all(bar.get_alpha() == 0 for bar in ax.patches)
+        np.testing.assert_allclose(ax.collections[-1].get_offsets(), [[98, 0], [97, 1]])
+        assert "ours 98.0, theirs 97.0" in figures.describe(ax.figure)
+
     def test_a_matrix_writes_its_numbers(self):
         ax = figures.matrix(torch.tensor([[100.0, 0], [25, 75]]), ["a", "b"], "x", "y", "%")
         assert [text.get_text() for text in ax.texts] == ["100", "0", "25", "75"]
+        ax = figures.matrix(
+            torch.tensor([[100.0, 60], [80, 90]]), ["a", "b"], "x", "y", "%", low=60
+        )
+        assert ax.images[0].get_clim() == (60, 100)
+        assert [text.get_color() for text in ax.texts] == ["k", "w", "w", "k"]
+
+    def test_a_single_net_on_the_map_is_no_way(self):
+        ax = figures.space_map(torch.randn(9, 4), torch.rand(9), path=torch.randn(1, 1, 4))
+        assert [text.get_text() for text in ax.get_legend().get_texts()] == ["net shown"]
 
 
 def test_the_papers_nets_are_not_for_other_images():
