@@ -378,15 +378,17 @@ def _fused(graph: fx.Graph, root: nn.Sequential) -> fx.Graph | str:
 def _overwriting(graph: fx.Graph, root: nn.Sequential) -> list[str]:
     """The activations, by name, that can write over what they are given wherever they are called.
 
-    That is what a layer or a sum has made, which no gradient needs, and nothing else reads.
+    That is what a layer or a sum has made, which no gradient needs, and nothing else reads. Layers
+    and sums read the result: other steps might write over it in turn.
     """
     calls, found = [node for node in graph.nodes if node.op == "call_module"], {}
     layers = {node for node in calls if type(root.get_submodule(node.target)) in _BATCHED}
+    plain = layers | {node for node in graph.nodes if node.target is operator.add}
     for node in calls:
         part, sources = root.get_submodule(node.target), node.all_input_nodes
         if type(part) in (nn.ReLU, nn.LeakyReLU) and getattr(part, "negative_slope", 1) > 0:
-            made = all(s in layers or s.target is operator.add for s in sources)
-            able = made and all(len(source.users) == 1 for source in sources)
+            able = plain.issuperset(sources) and plain.issuperset(node.users)
+            able = able and all(len(source.users) == 1 for source in sources)
             found[node.target] = able and found.get(node.target, True)
     return [name.removeprefix("0").removeprefix(".") for name, able in found.items() if able]
 

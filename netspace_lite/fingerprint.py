@@ -34,7 +34,8 @@ PLAIN = (
 )  # fmt: skip
 _METHODS = (types.FunctionType, staticmethod, classmethod, property, functools.cached_property)
 _CONTAINERS = (dict, list, tuple, set, frozenset)
-_VALUES = (*_METHODS, *PLAIN, enum.Enum, Tensor, np.ndarray, *_CONTAINERS)
+_LEAVES = (*PLAIN, enum.Enum, Tensor, np.ndarray, tuple, list)
+_VALUES = (*_METHODS, *_LEAVES)
 _MADE_OF = {  # kinds of objects, and the attributes that say what they are
     types.MethodType: ("__func__", "__self__"), functools.partial: ("func", "args", "keywords"),
     property: ("fget", "fset", "fdel"), functools.cached_property: ("func",),
@@ -184,8 +185,7 @@ def _parts(thing) -> list:
         if isinstance(thing, kinds):
             return [part for part in (getattr(thing, name) for name in names) if part is not None]
     if isinstance(thing, type) and not _of_library(thing.__module__):
-        kinds = {k: _METHODS if k[:2] == "__" else _VALUES for k in vars(thing)}
-        own = {k: v for k, v in vars(thing).items() if k[0] != "_" or isinstance(v, kinds[k])}
+        own = {k: v for k, v in vars(thing).items() if k[0] != "_" or _counts(k, v)}
         return [thing.__qualname__, thing.__bases__, own]
     named = inspect.isroutine(thing) and hasattr(thing, "__name__")  # also Cython's functions
     named = named and _of_library(getattr(thing, "__module__", None))
@@ -203,6 +203,17 @@ def _parts(thing) -> list:
     if not hasattr(thing, "__dict__") or (_of_library(home) and not home.startswith(__package__)):
         return _parts_of_native(thing)
     return [type(thing), _held(thing)]
+
+
+def _counts(name: str, value) -> bool:
+    """Whether a private attribute of a class counts: methods and values, not what Python keeps."""
+    if name[:2] == "__":
+        return isinstance(value, _METHODS)
+    if not isinstance(value, dict | set | frozenset):
+        return isinstance(value, _VALUES)
+    leaves = list(value.values() if isinstance(value, dict) else value)
+    own = bool(leaves) and name[-1] != "_" and name != "_field_defaults"
+    return own and all(isinstance(leaf, _LEAVES) for leaf in leaves)
 
 
 def _held(thing) -> dict:

@@ -126,7 +126,7 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     if is_registered(folded) and folded.config.get("batch_norm"):
         folded.config = folded.config | {"batch_norm": False}
     asked = any(n.op == "get_attr" and n.target.rpartition(".")[0] in names for n in graph.nodes)
-    if asked or (names and str(graph) != str(_trace(folded, names))):
+    if asked or (graph.nodes and str(graph) != str(_trace(folded, names))):
         what = f"the forward of a {type(folded).__name__} asks what its batch norms are or hold"
         raise ValueError(f"{what}: let it only call them, or it would change once they are folded")
     return folded

@@ -163,7 +163,7 @@ def train_nets(
         if loss.shape != (n,):
             raise ValueError(f"the loss of {n} nets should be [{n}], not {list(loss.shape)}")
         (grad,) = torch.autograd.grad(loss.sum(), weights)
-        rate = lr[:n] * task.schedule(step / ends[:n, 0])[:, None]
+        rate = (lr[:n, 0] * task.schedule(step / ends[:n, 0]))[:, None]
         adamw_step(own["rows"], grad, own["momentum"], own["variance"], step + 1, rate, decay[:n])
         own["losses"][:, step] = loss.detach()
         state["step"].fill_(step + 1)

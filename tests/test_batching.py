@@ -217,7 +217,7 @@ class Rereads(nn.Module):
         y = self.flat(self.two(self.only(self.one(x))))
         y = self.two(self.twice(y)[..., 2:, 2:] + self.twice(self.two(y)))
         y = self.of_sum(self.again(y) + y)
-        return self.out(self.of_power((y / 9).exp()).mean((2, 3)))
+        return self.out(self.of_power((self.two(y) / 9).exp()).mean((2, 3)))
 
 
 def test_activations_overwrite_only_what_nothing_else_reads():
@@ -236,6 +236,16 @@ def test_activations_overwrite_only_what_nothing_else_reads():
     assert torch.equal(copy.deepcopy(batched)(rows, x), batched(rows, x))
     assert torch.equal(x, kept)
     assert not any(getattr(part, "inplace", False) for part in mode.module.modules())
+
+
+def test_what_dropout_writes_over_is_nobody_elses():
+    """Seen before: no gradient, as an activation in place keeps its result for that."""
+    layers = nn.Conv2d(3, 8, 3), nn.LeakyReLU(0.1), nn.Dropout(0.1, inplace=True)
+    module = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10))
+    batched, rows = Batched(module), random_nets(module, 2).rows.requires_grad_()
+    out = batched(rows, torch.randn(2, 64, 3, 32, 32), True, torch.empty(2, 0))
+    assert torch.autograd.grad(out.sum(), rows)[0].isfinite().all()
+    assert batched._mode(rows, True).may_reorder
 
 
 def test_one_net_and_one_sample():

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections import defaultdict, namedtuple
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, Flag
 from functools import cache, cached_property, partial, update_wrapper
 from threading import Lock
 from types import ModuleType
@@ -199,6 +199,21 @@ things = {"b": {3, 1, 2}, "a": torch.arange(3)}, nn.functional.relu, frozenset("
 both = fingerprint(lambda n: even(n) or odd(n))  # whichever is read first, it calls the other
 print(*map(structure, nets), fingerprint(*things, lambda x: {1, 2, "x"} and x), both)
 """
+
+
+def test_what_enums_and_locks_of_a_class_keep_does_not_count():
+    """Seen before: a flag's combinations, which Python keeps once they are asked for, did."""
+
+    class Sides(Flag):
+        LEFT, RIGHT = 1, 2
+
+    class Locks:
+        _locks = {"a": Lock()}  # noqa: RUF012
+
+    before = fingerprint(Sides.LEFT), fingerprint(Locks())
+    assert (Sides.LEFT | Sides.RIGHT).value == 3
+    Locks._locks["b"] = Lock()
+    assert (fingerprint(Sides.LEFT), fingerprint(Locks())) == before
 
 
 def test_another_process_finds_the_same():

@@ -180,3 +180,23 @@ def test_a_forward_that_looks_at_its_norms_is_refused(kind):
         ValueError, match=f"a {kind.__name__} asks what its batch norms are or hold"
     ):
         fold_batchnorm(kind().eval())
+
+
+class AsksItsSamples(nn.Module):
+    """Can't be traced for a step that it takes while it has a batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        y = self.norm(self.layer(x))
+        if isinstance(self.norm, nn.BatchNorm2d) and y.shape[0] > 1000:
+            y = y * 1
+        return y
+
+
+def test_what_can_be_traced_once_it_is_folded_is_folded():
+    module, x = AsksItsSamples(), torch.randn(5, 2, 6, 6)
+    module(3 * x + 1)
+    torch.testing.assert_close(fold_batchnorm(module)(x), module.eval()(x), rtol=1e-4, atol=1e-5)

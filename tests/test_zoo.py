@@ -132,6 +132,19 @@ def test_there_may_be_no_weight_decay():
         draw_recipes(9, weight_decay=(0, 1))
 
 
+def test_a_schedule_may_be_a_number(task):
+    class Constant(ImageTask):
+        def schedule(self, progress):
+            return 0.5
+
+    class Each(ImageTask):
+        def schedule(self, progress):
+            return torch.full_like(progress, 0.5)
+
+    one, each = (train_zoo(NET, t(toy_data()), RECIPES, **QUIET) for t in (Constant, Each))
+    assert torch.equal(one.rows, each.rows)
+
+
 def test_a_factory_that_gives_one_start_for_all_is_told(task):
     net = mlp(nn.ReLU(), 64, 5, 10)
     flat = nn.Sequential(nn.Flatten(), net)
