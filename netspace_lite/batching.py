@@ -382,8 +382,8 @@ def _overwriting(graph: fx.Graph, root: nn.Sequential) -> list[str]:
     and sums read the result: other steps might write over it in turn.
     """
     calls, found = [node for node in graph.nodes if node.op == "call_module"], {}
-    layers = {node for node in calls if type(root.get_submodule(node.target)) in _BATCHED}
-    plain = layers | {node for node in graph.nodes if node.target is operator.add}
+    plain = {node for node in calls if type(root.get_submodule(node.target)) in _BATCHED}
+    plain |= {node for node in graph.nodes if node.target is operator.add}
     for node in calls:
         part, sources = root.get_submodule(node.target), node.all_input_nodes
         if type(part) in (nn.ReLU, nn.LeakyReLU) and getattr(part, "negative_slope", 1) > 0:

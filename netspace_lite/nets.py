@@ -108,13 +108,13 @@ class Nets:
         if min(val, test, len(self) - val - test) < 1:
             raise ValueError(f"can't hold out {val} + {test} of {len(self)}: each part needs a net")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        held, learned = order.tolist()[: val + test], order.tolist()[val + test :]
+        held, learned = order.split([val + test, len(self) - val - test])
         rows = [fingerprint(row) for row in self.rows]
-        known = {rows[n] for n in learned}
-        if copies := sorted(n for n in held if rows[n] in known):
+        known = {rows[n] for n in learned.tolist()}
+        if copies := sorted(n for n in held.tolist() if rows[n] in known):
             what = f"nets {copies}, held out, are copies of nets to learn from"
             warnings.warn(f"{what}: figures of them would be too good", stacklevel=2)
-        return self[order[val + test :]], self[order[:val]], self[order[val : val + test]]
+        return self[learned], self[held[:val]], self[held[val:]]
 
     def save(self, folder) -> None:
         """Write the nets to ``folder``, atomically; `netspace_lite.Zoo.load` reads them back."""

@@ -57,8 +57,8 @@ def squared_error(outputs: Tensor, targets: Tensor, scale) -> Tensor:
 
     A ``loss`` for nets whose answers are values instead of logits. Their scale is their root mean
     square: standardise targets far from 0, and values of different units, before training, and
-    give it to `refine`, too. (Of several values to an input an
-    encoder's probes show how they differ from their mean, not the mean itself.)
+    give it to `refine`, too. (Of several values to an input an encoder's probes show how they
+    differ from their mean, not the mean itself.)
     """
     return ((outputs - _as_many(targets, outputs)) / scale).square().mean((1, 2))
 

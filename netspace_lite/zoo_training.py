@@ -150,7 +150,7 @@ def train_nets(
     state = _state(batched, state or {"rows": initial_rows(make, seeds)}, lengths[0], device)
     hyper = [[recipe.lr, recipe.weight_decay, recipe.steps] for recipe in recipes]
     exact = torch.promote_types(state["rows"].dtype, torch.float32)
-    lr, decay, ends = torch.tensor(hyper, dtype=exact, device=device).T[..., None]  # [N, 1] each
+    lr, decay, ends = torch.tensor(hyper, dtype=exact, device=device).T
     started = time.perf_counter() - state["seconds"].item()
     for step in range(int(state["step"]), lengths[0]):
         n = sum(length > step for length in lengths)  # nets still in training
@@ -163,8 +163,8 @@ def train_nets(
         if loss.shape != (n,):
             raise ValueError(f"the loss of {n} nets should be [{n}], not {list(loss.shape)}")
         (grad,) = torch.autograd.grad(loss.sum(), weights)
-        rate = (lr[:n, 0] * task.schedule(step / ends[:n, 0]))[:, None]
-        adamw_step(own["rows"], grad, own["momentum"], own["variance"], step + 1, rate, decay[:n])
+        rate, adam = lr[:n] * task.schedule(step / ends[:n]), (own["momentum"], own["variance"])
+        adamw_step(own["rows"], grad, *adam, step + 1, rate[:, None], decay[:n, None])
         own["losses"][:, step] = loss.detach()
         state["step"].fill_(step + 1)
         state["seconds"].fill_(time.perf_counter() - started)
