@@ -6,7 +6,7 @@ from threading import get_ident
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.optim.swa_utils import AveragedModel
 
 from .architectures import is_registered
@@ -104,32 +104,75 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     (``torch.nn.utils.fusion``); any other batch norm becomes an `Affine` layer. What is left is
     weights and biases only, so it can be packed. Without batch norms it is a plain copy.
     """
-    folded = evaluated_copy(module)
-    norms = statistics(folded)
-    for name, norm in norms.items():
-        if hooks(norm):
-            raise ValueError(f"norm {name!r} has hooks, which folding would lose: take them off")
-    graph, names = _trace(folded, norms) if norms else fx.Graph(), [*norms]
-    for name, layer in _layers_before(folded, graph, norms).items():
-        before, norm = folded.get_submodule(layer), norms.pop(name)
-        fused = fuse_conv_bn_eval(before, norm)
-        fused.bias.requires_grad_(fused.weight.requires_grad)  # a new one would be frozen
-        _replace(before, fused)
-        _replace(norm, nn.Identity())
-    for norm in norms.values():
-        with torch.no_grad():
-            weight = (norm.running_var + norm.eps).rsqrt()
-            weight = weight if norm.weight is None else weight * norm.weight
-            bias = 0 if norm.bias is None else norm.bias
-            layer = Affine(weight, bias - norm.running_mean * weight).eval()
-        _replace(norm, layer)
-    if is_registered(folded) and folded.config.get("batch_norm"):
-        folded.config = folded.config | {"batch_norm": False}
-    asked = any(n.op == "get_attr" and n.target.rpartition(".")[0] in names for n in graph.nodes)
-    if asked or (graph.nodes and str(graph) != str(_trace(folded, names))):
-        what = f"the forward of a {type(folded).__name__} asks what its batch norms are or hold"
-        raise ValueError(f"{what}: let it only call them, or it would change once they are folded")
-    return folded
+    return Folding(module).module
+
+
+class Folding:
+    """How nets of an architecture are folded, see `fold_batchnorm`: found once for all of them.
+
+    Called with a net's tensors by name, of tied ones the first, it gives those of the folded net.
+    ``module`` is a folded copy of the one given.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = folded = evaluated_copy(module)
+        norms, first = statistics(folded), {}
+        if hooked := [name for name, norm in norms.items() if hooks(norm)]:
+            what = f"norm {hooked[0]!r} has hooks"
+            raise ValueError(f"{what}, which folding would lose: take them off")
+        graph = _trace(folded, norms) if norms else fx.Graph()
+        before = _layers_before(folded, graph, norms)
+        self.norms = {name: (before.get(name), norm.eps) for name, norm in norms.items()}
+        tensors = *folded.named_parameters(remove_duplicate=False), *folded.named_buffers()
+        self.first = {name: first.setdefault(id(tensor), name) for name, tensor in tensors}
+        values = self(dict(tensors))
+        for name, norm in norms.items():
+            layer, left = None, Affine(norm.running_var, norm.running_mean)
+            if name in before:
+                layer, left = folded.get_submodule(before[name]), nn.Identity()
+            if layer is not None and layer.bias is None:
+                bias = torch.empty_like(layer.weight.detach()[:, 0].flatten(1)[:, 0])
+                layer.bias = nn.Parameter(bias, layer.weight.requires_grad)
+            _replace(norm, left.eval())
+        fill(folded, values)
+        if is_registered(folded) and folded.config.get("batch_norm"):
+            folded.config = folded.config | {"batch_norm": False}
+        read = (node.target.rpartition(".")[0] for node in graph.nodes if node.op == "get_attr")
+        changed = graph.nodes and str(graph) != str(_trace(folded, norms))
+        if changed or not norms.keys().isdisjoint(read):
+            what = f"the forward of a {type(folded).__name__} asks what its batch norms are or hold"
+            cure = "let it only call them, or it would change once they are folded"
+            raise ValueError(f"{what}: {cure}")
+
+    @torch.no_grad()
+    def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        given = {name: tensors[first] for name, first in self.first.items() if first in tensors}
+        folded, parts = dict(given), ("running_mean", "running_var", "weight", "bias")
+        for norm, (layer, eps) in self.norms.items():
+            mean, var, weight, bias = (given.get(_within(norm, part)) for part in parts)
+            if layer is None:
+                scale = (var + eps).rsqrt()
+                scale = scale if weight is None else scale * weight
+                own = scale, (0 if bias is None else bias) - mean * scale
+            else:
+                convolution = given[f"{layer}.weight"], given.get(f"{layer}.bias")
+                own = fuse_conv_bn_weights(*convolution, mean, var, eps, weight, bias)
+            names = (_within(norm if layer is None else layer, part) for part in parts[2:])
+            folded |= dict(zip(names, own, strict=True))
+        return folded
+
+
+@torch.no_grad()
+def fill(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Give a module's tensors values by name: all others stay, and what is tied stays tied."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name in state:
+            tensor.copy_(state[name])
+
+
+def _within(layer: str, name: str) -> str:
+    """The name of a layer's tensor in the module, which may be that layer itself."""
+    return f"{layer}.{name}".lstrip(".")
 
 
 def _around() -> list[bool]:

@@ -99,14 +99,6 @@ class Layout:
         return one_by_one(self.views(rows))
 
 
-@torch.no_grad()
-def fill(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Give a module's tensors values by name: all others stay, and what is tied stays tied."""
-    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
-    for name, value in state.items():
-        tensors[name].copy_(value)
-
-
 def one_by_one(views: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """All nets' tensors [N, ...] by name -> N state dicts."""
     nets = zip(*(view.unbind() for view in views.values()), strict=True)

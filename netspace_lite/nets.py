@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import store
-from .architectures import describe, name_of
+from .architectures import describe, listed, name_of
 from .batching import BLOCK, Batched, check_inputs, samples_per_block
 from .checks import check_pick, finite
 from .data import Images, check_labels
-from .fingerprint import fingerprint
-from .folding import moved
-from .layout import check_rows, fill
+from .fingerprint import difference, fingerprint, structure, template
+from .folding import Folding, fill, fold_batchnorm, moved, unwrapped
+from .layout import check_rows
 
 
 class Nets:
@@ -147,6 +147,31 @@ class Nets:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         state = self.to_module(n).state_dict()  # tied parameters under each of their names
         save_file({name: value.clone().contiguous() for name, value in state.items()}, path)
+
+
+def packed(modules: Iterable[nn.Module]) -> tuple[Batched, Tensor]:
+    """The architecture of modules, and their rows [N, P], batch norms folded on the way.
+
+    Raises ValueError naming the first module that computes another function of its weights than
+    module 0.
+    """
+    modules = [unwrapped(module) for module in listed(modules)]
+    if not modules:
+        raise ValueError("no modules: give at least one trained net")
+    folding, first = Folding(modules[0]), template(modules[0])
+    batched, nets = Batched(folding.module), []
+    for n, module in enumerate(modules):
+        if first is not None and template(module) == first:
+            nets.append(folding(dict(module.named_parameters()) | dict(module.named_buffers())))
+            continue
+        nets.append(folded := fold_batchnorm(module))
+        if structure(folded) != batched.fingerprint:
+            what = f"module {n}, a {name_of(folded)}, computes another function of its weights"
+            why = difference(batched.module, folded)
+            cure = "set alike what answers don't depend on, or read state dicts by from_files"
+            what = f"{what} than module 0 ({why}): take each architecture apart"
+            raise ValueError(f"{what}; {cure}")
+    return batched, batched.layout.pack(nets)
 
 
 def _places(index, count: int) -> Tensor:

@@ -20,11 +20,10 @@ from . import store
 from .architectures import build, describe, listed, name_of
 from .batching import BLOCK, TOKENS, Batched
 from .checks import check_finite, check_kind
-from .fingerprint import structure
 from .folding import fold_batchnorm
 from .kernels import chunk_pack
 from .layout import Layout, check_rows, invariants
-from .nets import MixedNets, Nets, members_of
+from .nets import MixedNets, Nets, members_of, packed
 from .paper import ConvDecoder, ConvEncoder
 from .randomness import ALONE, own_randomness
 
@@ -289,11 +288,10 @@ class NetSpace(nn.Module):
         architectures there are.
         """
         names, module, wanted = self.architectures, None, architecture
+        if isinstance(architecture, nn.Module):
+            return self.index(Nets(*packed([architecture])))
         if isinstance(architecture, Nets):
             module, wanted = architecture.module, architecture.batched.fingerprint
-        elif isinstance(architecture, nn.Module):
-            module = fold_batchnorm(architecture)
-            wanted = structure(module)
         elif architecture is None and len(names) == 1:
             wanted = 0
         elif getattr(architecture, "ndim", None) == 0:  # a number of NumPy's, or of `predict`
@@ -347,18 +345,20 @@ class NetSpace(nn.Module):
         alone = isinstance(nets, dict | Tensor) or not isinstance(nets, Iterable)
         nets = listed([nets] if alone else nets)
         check_kind(nn.Module | dict | Nets | Tensor, "nets, rows or modules are encoded", *nets)
+        if nets and all(isinstance(net, nn.Module) for net in nets):
+            nets = [Nets(*packed(nets))]
         if len(nets) > 1 and isinstance(nets[0], Nets | Tensor):
             return torch.cat([self.encode(group, architecture) for group in nets])
         known = [net for net in nets if isinstance(net, Nets | nn.Module)]
         known += [architecture] if architecture is not None or not known else []
         if len(found := {self.index(one) for one in known}) > 1:
-            raise ValueError("nets of several architectures, or of another: encode each kind apart")
+            raise ValueError("nets are not of the architecture given: encode each kind apart")
         (a,) = found
         if nets and isinstance(nets[0], Nets | Tensor):
             rows = getattr(nets[0], "rows", nets[0])
         else:
-            nets = [fold_batchnorm(net) if isinstance(net, nn.Module) else net for net in nets]
-            for state in (net for net in nets if isinstance(net, dict)):
+            check_kind(dict, "state dicts are encoded together, or modules", *nets)
+            for state in nets:
                 self.batched[a].check_constants(state)
             rows = self.batched[a].layout.pack(nets)
         check_rows(rows, self.batched[a].layout.size)

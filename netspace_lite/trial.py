@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from .architectures import name_of
 from .checks import finite
 from .fingerprint import fingerprint
-from .layout import fill
+from .folding import fill
 from .randomness import drawn, own_randomness
 
 LARGER = 1e3  # times the inputs, ways are compared again

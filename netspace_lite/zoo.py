@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from . import store
-from .architectures import build, listed, name_of
+from .architectures import build, name_of
 from .batching import Batched
 from .checks import check_kind, whole
 from .data import ImageData
-from .fingerprint import difference, fingerprint, structure
+from .fingerprint import fingerprint
 from .folding import fold_batchnorm, unwrapped
-from .nets import Nets, cross_entropy
+from .nets import Nets, cross_entropy, packed
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".th", ".ckpt")
 
@@ -259,18 +259,7 @@ class Zoo(Nets):
         Raises ValueError naming the first module that computes another function of its weights
         than module 0: other layers, settings, activations or constant buffers.
         """
-        modules = [fold_batchnorm(module) for module in listed(modules)]
-        if not modules:
-            raise ValueError("no modules: give at least one trained net")
-        batched = Batched(modules[0])
-        for n, module in enumerate(modules):
-            if structure(module) != batched.fingerprint:
-                what = f"module {n}, a {name_of(module)}, computes another function of its weights"
-                why = difference(modules[0], module)
-                cure = "set alike what answers don't depend on, or read state dicts by from_files"
-                what = f"{what} than module 0 ({why}): one zoo holds one architecture"
-                raise ValueError(f"{what}; {cure}")
-        zoo = cls(batched, batched.layout.pack(modules))
+        zoo = cls(*packed(modules))
         return zoo if task is None else zoo.scored(task)
 
     @classmethod

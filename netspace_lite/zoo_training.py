@@ -17,8 +17,8 @@ from .architectures import build, describe, is_registered, name_of
 from .batching import BLOCK, Batched
 from .checks import finite, whole
 from .fingerprint import fingerprint, structure
-from .folding import fold_batchnorm, statistics, unwrapped
-from .layout import Layout, fill, one_by_one
+from .folding import Folding, statistics, unwrapped
+from .layout import Layout, one_by_one
 from .nets import Nets
 from .processes import portion, rank, wait, world
 from .progress import progress_bar
@@ -271,7 +271,8 @@ class _Blocks:
         self.order = steps.argsort(descending=True, stable=True)
         self.members = self.order.split(plan["block"])
         self.costs = [int(steps[n].sum()) for n in self.members]
-        self.folded = Batched(fold_batchnorm(batched.module)) if batched.running.size else batched
+        self.folding = Folding(batched.module) if batched.running.size else None
+        self.folded = Batched(self.folding.module) if self.folding else batched
 
     def train(self, numbers: Sequence[int], progress: bool = False) -> list[State]:
         """These blocks as they `end`, each trained from where it is."""
@@ -325,12 +326,9 @@ class _Blocks:
     def end(self, state: State, members: Tensor) -> State:
         """What is kept of trained nets, on the CPU: folded rows, losses, seconds and scores."""
         rows = state["rows"]
-        if self.folded is not self.batched:
-            module, nets = copy.deepcopy(self.batched.module), []
-            for net in one_by_one(self.batched.views(rows, state["running"])):
-                fill(module, net)
-                nets.append(fold_batchnorm(module))
-            rows = self.folded.layout.pack(nets)
+        if self.folding is not None:
+            nets = one_by_one(self.batched.views(rows, state["running"]))
+            rows = self.folded.layout.pack(map(self.folding, nets))
         sound = rows.where(finite(rows)[:, None], 0)  # the others will be left out
         scores = Zoo(self.folded, sound, members=members).scored(self.task).scores
         kept = {"rows": rows.cpu(), "losses": state["losses"].cpu(), "seconds": state["seconds"]}

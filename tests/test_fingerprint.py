@@ -22,7 +22,7 @@ from torch import nn
 from toy import mlp, toy_data
 
 from netspace_lite.architectures import Siren, lite_net
-from netspace_lite.fingerprint import difference, fingerprint, structure
+from netspace_lite.fingerprint import difference, fingerprint, structure, template
 from netspace_lite.zoo import ImageTask, Recipe, Zoo
 
 
@@ -627,3 +627,78 @@ def test_what_differs_between_parametrised_layers_is_no_name():
     torch.manual_seed(0)
     one, other = (norm(nn.Linear(4, 3)).eval() for _ in range(2))
     assert difference(one, other) == "in shapes, ties, buffers or the steps of forward"
+
+
+class Held(nn.Module):
+    """A layer and whatever is given."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.layer, self.norm, self.held = nn.Linear(3, 3), nn.BatchNorm1d(3), held
+
+    def forward(self, x):
+        return self.norm(self.layer(x))
+
+
+class Secretive:
+    """Keeps what it holds out of pickles."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __getstate__(self):
+        return {}
+
+
+def doubled(self, x):
+    return 2 * self.norm(self.layer(x))
+
+
+def tripled(self, x):
+    return 3 * self.norm(self.layer(x))
+
+
+def with_forward(function):
+    module = Held(0)
+    module.forward = function.__get__(module)
+    return module
+
+
+def test_templates_tell_all_but_values_apart():
+    """Each is a kind of its own; another net of a kind has the same, whatever it learned."""
+    tripled.__name__ = doubled.__name__  # a pickle has methods by their names
+    tied = Held(0)
+    tied.held = tied.layer.weight
+    kinds = {
+        "number": lambda: Held(1),
+        "another number": lambda: Held(2),
+        "no number": lambda: Held(True),
+        "tensor": lambda: Held(torch.ones(2)),
+        "other values": lambda: Held(torch.zeros(2)),
+        "array": lambda: Held(np.ones(2)),
+        "names": lambda: Held(["a", {"b": np.arange(3)}]),
+        "layer": lambda: Held(nn.LeakyReLU(0.1)),
+        "another slope": lambda: Held(nn.LeakyReLU(0.2)),
+        "function": lambda: Held(doubled),
+        "another function": lambda: Held(tripled),
+        "class": lambda: Held(Held),
+        "another class": lambda: Held(Secretive),
+        "method": lambda: with_forward(doubled),
+        "another method": lambda: with_forward(tripled),
+        "frozen": lambda: Held(0).requires_grad_(False),
+        "double": lambda: Held(0).double(),
+        "tied": lambda: copy.deepcopy(tied),
+    }
+    found = {name: {template(make()) for _ in range(2)} for name, make in kinds.items()}
+    assert [name for name, of in found.items() if len(of) > 1 or None in of] == []
+    assert len(set.union(*found.values())) == len(kinds)
+    used = Held(1).train()
+    used(torch.randn(5, 3))
+    assert template(used) == template(Held(1))  # of other weights and statistics
+
+
+def test_templates_say_where_they_cannot_tell():
+    held = Secretive(1), Lock(), (n for n in range(3))
+    assert [template(Held(each)) for each in held] == [None] * 3
+    modules = [Held(Secretive(1)), Held(Secretive(1))]
+    assert len(Zoo.from_modules(modules)) == 2  # and are compared as before

@@ -196,7 +196,7 @@ def test_encode_takes_mixed_zoos_in_order(space, zoos):
     torch.testing.assert_close(z[6:12], space.encode(zoos[1], "VanillaCNN"))
     torch.testing.assert_close(z[18:20], space.encode([zoos[3].to_module(n) for n in (0, 1)]))
     torch.testing.assert_close(z[:6], space.encode(zoos[0].rows, 0))
-    with pytest.raises(ValueError, match="encode each kind apart"):
+    with pytest.raises(ValueError, match="take each architecture apart"):
         space.encode([zoos[2].to_module(1), zoos[0].to_module(4)])
 
 
