@@ -117,6 +117,7 @@ def translate(graph, parts, weights, parameters, image) -> Plan | None:
         does, result = _does(node, part, shape, [other for _, other in others])
         follows = node.all_input_nodes == [last] and len(last.users) == 1
         unsafe = getattr(part, "inplace", False) and not follows
+        unsafe |= part is not None and next(part.buffers(), None) is not None  # a constant weight
         if does is None or unsafe or min(result, default=0) < 1 or does.get("slope", 0) < 0:
             return None
         if does["kind"] == "sum" and follows and steps[-1].act == NONE:

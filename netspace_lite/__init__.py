@@ -23,7 +23,7 @@ from .folding import Affine, fold_batchnorm
 from .layout import Layout, from_prep, invariants, to_prep
 from .metrics import (
     averages, compare, disagreement, line_drop, mean_net, nearest_by_answers, nearest_by_weights,
-    noisy_nets, novelty, pca_nets, readout, scores,
+    noisy_nets, novelty, pca_nets, r_squared, readout, scores,
 )  # fmt: skip
 from .nets import MixedNets, Nets
 from .optimiser import Muon

@@ -37,12 +37,14 @@ BLOCK = 32  # nets evaluated together: on a CPU, blocks of 16 to 80 nets fit the
 NEAR = 1 << 18  # values of inputs whose activations, a few times as many, stay in the caches
 VMAPPED = 1 << 20  # input values of all nets that vmap takes at a time: attention makes much of few
 TOKENS = (torch.int32, torch.int64)  # inputs which a module may look up
+WIDE = 64  # values that a token may become
 UNLIKE = "its operations mix samples, draw at random, depend on the batch size or "
 UNLIKE += "have gradients of their own"
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _NORMS = (*_BATCH_NORMS, *_INSTANCE_NORMS, nn.GroupNorm, nn.LayerNorm, Affine)
-_BATCHED = (nn.Linear, *CONVOLUTIONS, *_NORMS)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_BATCHED = (nn.Linear, *CONVOLUTIONS, *_TRANSPOSED, *_NORMS)
 
 
 class Batched:
@@ -172,7 +174,7 @@ class Batched:
                 expected, random, known = trial.expected()
             except (torch.OutOfMemoryError, NotImplementedError):
                 raise
-            except (RuntimeError, IndexError) as error:  # what PyTorch says of shapes and tokens
+            except (RuntimeError, IndexError, TypeError) as error:  # of shapes, tokens, arguments
                 what = f"{name_of(self.module)} can't take inputs {list(x.shape)} of {x.dtype}"
                 raise ValueError(f"{what}: {error}") from error
             if not expected[0].isfinite().all():
@@ -211,7 +213,8 @@ def check_inputs(rows: Tensor, x: Tensor, per_net: bool) -> None:
         raise ValueError(f"inputs are a {type(x).__name__}: give a tensor")
     if x.device != rows.device or not (x.dtype in TOKENS or x.dtype == rows.dtype):
         given, nets = f"{x.dtype} on {x.device}", f"{rows.dtype} on {rows.device}"
-        raise ValueError(f"inputs are {given}, nets are {nets}: convert one of them with .to()")
+        cure = "convert one of them with .to(), and tokens to int64"
+        raise ValueError(f"inputs are {given}, nets are {nets}: {cure}")
     if per_net and len(x) != len(rows):
         raise ValueError(f"per-net inputs {list(x.shape)} should start with {len(rows)} nets")
     if x.dim() < 1 + per_net or x.numel() == 0:
@@ -232,7 +235,8 @@ def samples_per_block(inputs: Tensor) -> int:
 
     ResNet8 answers 85 CIFAR images at a time twice as fast as 4,096, on a CPU.
     """
-    near = NEAR // inputs[0].numel() if inputs.device.type == "cpu" else 4096
+    values = inputs[0].numel() * (WIDE if inputs.dtype in TOKENS else 1)
+    near = NEAR // values if inputs.device.type == "cpu" else 4096
     return min(4096, max(32, near))
 
 
@@ -277,6 +281,7 @@ class _Mode:
         moved(root, like), moved(self.module, like)
         self.interpreter = None if isinstance(self.graph, str) else _Interpreter(self)
         self.idle = {False: [], True: []}  # copies of the module that no call is running
+        self.buffers = {name for name, _ in self.module.named_buffers()}
 
     def interpreted(self, views: dict[str, Tensor], x: Tensor, per_net: bool) -> Tensor:
         """Through the graph, all nets at once."""
@@ -325,7 +330,12 @@ class _Mode:
             raise TypeError("vmap passes over hooks on gradients")
         with self.a_copy() as module:
             one_net, axes = functools.partial(functional_call, module), (0, 0 if per_net else None)
-            return vmap(one_net, axes, randomness="different")(views, self._own(x))
+            running = {name: views[name] for name in views.keys() & self.buffers}
+            own = {name: view.clone() for name, view in running.items()}  # or updates are lost
+            outputs = vmap(one_net, axes, randomness="different")(views | own, self._own(x))
+            for name, view in running.items():
+                view.copy_(own[name])
+            return outputs
 
     @plain_operations()
     def loop(self, views: dict[str, Tensor], x: Tensor, per_net: bool, sparing=False) -> Tensor:
@@ -466,7 +476,12 @@ class _Interpreter(fx.Interpreter):
 
     def _of(self, node: fx.Node, *names: str) -> list[Tensor | None]:
         """All nets' tensors of a layer, [N, ...] each, or None where the layer has none."""
-        return [self.views.get(self.names.get(f"{node.target}.{name}")) for name in names]
+        layer, found = self.submodules[node.target], []
+        for name in names:
+            view = self.views.get(self.names.get(f"{node.target}.{name}"))
+            same = getattr(layer, name, None) if view is None else None  # of a frozen layer
+            found.append(view if same is None else same.expand(self.nets, *same.shape))
+        return found
 
     def _layer(self, node: fx.Node, layer: nn.Module) -> Tensor:
         """Outputs [B, N, ...] of a layer with weights."""
@@ -546,7 +561,11 @@ class _Interpreter(fx.Interpreter):
 
 def _grouped_conv(x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Module) -> Tensor:
     """Any other convolution of x [B, N, C, ...] by PyTorch alone, nets as groups."""
-    nets, convolve = len(weight), getattr(F, f"conv{weight.dim() - 3}d")
-    bias = None if bias is None else bias.flatten()
+    nets, kind = len(weight), "conv"
     settings = layer.stride, layer.padding, layer.dilation, layer.groups * nets
+    if isinstance(layer, _TRANSPOSED):
+        kind, (*settings, dilation, groups) = "conv_transpose", settings
+        settings += layer.output_padding, groups, dilation
+    convolve = getattr(F, f"{kind}{weight.dim() - 3}d")
+    bias = None if bias is None else bias.flatten()
     return convolve(x.flatten(1, 2), weight.flatten(0, 1), bias, *settings).unflatten(1, (nets, -1))

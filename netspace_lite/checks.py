@@ -18,6 +18,11 @@ def check_kind(kinds, wanted: str, *given):
     return given[0] if given else None
 
 
+def shape_of(given) -> list[int] | str:
+    """The shape of a tensor, what kind of thing anything else is."""
+    return list(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
+
+
 def whole(given, what: str) -> int:
     """A whole number, NumPy's too, as Python's; ValueError for any other."""
     try:

@@ -18,12 +18,12 @@ from sklearn.neighbors import KernelDensity
 from torch import Tensor, nn
 
 from .batching import samples_per_block
-from .checks import check_finite, check_kind, whole
+from .checks import check_finite, check_kind, shape_of, whole
 from .data import Images, check_labels
 from .nets import MixedNets, Nets, cross_entropy
 from .progress import progress_bar
 from .space import NetSpace
-from .training import LikenessLoss, NetsLoss, kl_divergence, learning_rate
+from .training import LikenessLoss, NetsLoss, kl_divergence, learning_rate, own_loss
 
 Validation = Images | Callable[[Nets], Tensor] | None
 CONFIG = "a config is a Descent, as Descent(steps=50)"
@@ -145,7 +145,7 @@ class Search:
 
     def __repr__(self) -> str:
         first, last = self.scores[0].median(), self.score.median()
-        return f"Search({len(self.score)} starts, median score {first:.1f} → {last:.1f})"
+        return f"Search({len(self.score)} starts, median score {first:.4g} → {last:.4g})"
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def optimise_weights(
 @torch.inference_mode(False)
 def refine(
     space: NetSpace, nets: Nets, like, steps: int = 50, *, z: Tensor | None = None, lr=0.2, seed=0,
-    loss=kl_divergence,
+    loss=None,
 ) -> Tensor:  # fmt: skip
     """Embeddings [N, E] polished until the decoded nets answer more like ``nets``.
 
@@ -240,9 +240,10 @@ def refine(
         nets: N `Nets` of one architecture.
         like: inputs [S, ...] whose answers are compared, or a loss such as a `LikenessLoss`.
         loss: how answers to inputs are compared, as in the `Distillation` that the space was fitted
-            by: ``squared_error`` where they are values. Values taken for logits come out worse.
+            by, whose default is this one's. Values taken for logits come out worse.
     """
-    loss = LikenessLoss(nets, like, loss=loss) if isinstance(like, Tensor) else like
+    how = {"loss": loss or own_loss(space), "values": space.config.values or None}
+    loss = LikenessLoss(nets, like, **how) if isinstance(like, Tensor) else like
     config = Descent(steps, lr, every=max(1, steps), seed=seed)
     decode = partial(space.decode, architecture=space.index(nets))
     start = _start_points(space, nets if z is None else z, None, seed)
@@ -281,7 +282,7 @@ def _descend(decode, start, loss, validate, goal, config, progress) -> Search:
             for step in range(config.steps + 1):
                 if step % config.every == 0 or step == config.steps:
                     path.append(_visit(decode, z.detach().clone(), validate, goal))
-                    bar.set_postfix(score=f"{float(path[-1][1].median()):.1f}")
+                    bar.set_postfix(score=f"{float(path[-1][1].median()):.4g}")
                 if step == config.steps:
                     break
                 found = _checked(loss(decode(z), generator), len(z), step)
@@ -323,8 +324,7 @@ class LossError(ValueError):
 
 def _checked(loss, nets: int, step: int) -> Tensor:
     """What a loss returned, as a loss of each net, [N]."""
-    shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-    if shape not in ([], [nets]):
+    if (shape := shape_of(loss)) not in ([], [nets]):
         raise LossError(f"a loss of nets is one number a net, [{nets}], or their mean; not {shape}")
     if not loss.requires_grad:
         cure = "compute it from nets(x); accuracy and .outputs() have no gradient"
@@ -343,8 +343,7 @@ def _visit(decode, z: Tensor, validate: Validation, goal) -> tuple[Tensor, Tenso
     if validate is not None:
         nets = decode(z)
         score = validate(nets) if callable(validate) else nets.accuracy(validate)
-    found = list(score.shape) if isinstance(score, Tensor) else type(score).__name__
-    if found != [len(z)]:
+    if (found := shape_of(score)) != [len(z)]:
         raise ValueError(f"validate returns one score a net, [{len(z)}], not {found}")
     there = torch.as_tensor(goal(z)[1]).cpu().expand(len(z))
     score = score.to(torch.promote_types(score.dtype, torch.float32))

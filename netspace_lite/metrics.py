@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .checks import check_kind
 from .data import Images
-from .nets import Nets, classes, correct
+from .nets import Nets, as_answers, classes, correct
 from .space import NetSpace
 
 OF_ONE = "weights are of nets of one architecture, as zoo[mask] or mixed.groups[0]"
@@ -22,11 +22,13 @@ OF_ONE = "weights are of nets of one architecture, as zoo[mask] or mixed.groups[
 def compare(predicted: Tensor, target: Tensor, y: Tensor) -> dict[str, float]:
     """How predicted nets answer beside target nets: logits [N, B, K] of both, labels y [B].
 
+    Or logits [N, B, T, K] and labels [B, T], of T places a sample, such as tokens.
+
     Returns ``agreement`` (share of samples both put in the same class), ``mae`` and ``r`` (mean
     absolute error and Pearson correlation of the nets' accuracies).
     """
     check_kind(Tensor, "logits are compared, as nets.outputs(x), and labels", predicted, target, y)
-    if predicted.shape != target.shape or y.shape != target.shape[1:2]:
+    if predicted.shape != target.shape or y.shape != target.shape[1:-1]:
         given = f"{[*predicted.shape]}, {[*target.shape]} and {[*y.shape]} labels"
         raise ValueError(f"answers are [N, B, K] of as many nets each and B labels, not {given}")
     accuracies = [correct(outputs, y).double() for outputs in (predicted, target)]
@@ -38,6 +40,21 @@ def compare(predicted: Tensor, target: Tensor, y: Tensor) -> dict[str, float]:
         "mae": float((accuracies[0] - accuracies[1]).abs().mean()),
         "r": 0.0 if constant else float(torch.corrcoef(torch.stack(accuracies))[0, 1]),
     }
+
+
+def r_squared(predicted: Tensor, target: Tensor) -> Tensor:
+    """Share of the variance of target nets' values [N, B, ...] that predicted nets explain: [N].
+
+    1 where both answer alike, 0 for a constant, the mean of the targets, and less for what is
+    worse. What `compare` is to classes: nets that answer values are compared by this.
+    """
+    check_kind(Tensor, "values are compared, as nets.outputs(x)", predicted, target)
+    if predicted.shape != target.shape or target.dim() < 2:
+        given = f"{[*predicted.shape]} and {[*target.shape]}"
+        raise ValueError(f"values are [N, B, ...] of as many nets each, not {given}")
+    predicted, target = (as_answers(t.double(), values=True) for t in (predicted, target))
+    around = (target - target.mean(1, keepdim=True)).square().sum((1, 2))
+    return (1 - (predicted - target).square().sum((1, 2)) / around).to(torch.float32)
 
 
 def scores(space: NetSpace, nets: Nets, images) -> dict[str, float]:
@@ -56,15 +73,16 @@ def mean_net(zoo: Nets, nets: Nets) -> Nets:
 def nearest_by_weights(zoo: Nets, nets: Nets) -> Nets:
     """Baseline: for each of ``nets`` the zoo's net with the closest weights."""
     rows, others = _alike(zoo, nets)
-    return Nets(zoo.batched, zoo.rows[torch.cdist(others, rows).argmin(1)])
+    distances = [torch.cdist(others.double(), part.double()) for part in rows.split(4096)]
+    return Nets(zoo.batched, zoo.rows[torch.cat(distances, 1).argmin(1)])
 
 
 def _alike(zoo: Nets, nets: Nets) -> tuple[Tensor, Tensor]:
-    """Rows of both, if their weights can be compared; in fp64, or close nets are mixed up."""
+    """Rows of both, if their weights can be compared: in fp64, or close nets are mixed up."""
     check_kind(Nets, OF_ONE, zoo, nets)
     if zoo.batched.fingerprint != nets.batched.fingerprint:
         raise ValueError(f"{nets!r} and {zoo!r} compute something else: no comparing their weights")
-    return zoo.rows.double(), nets.rows.double()
+    return zoo.rows, nets.rows
 
 
 def nearest_by_answers(zoo_answers: Tensor, answers: Tensor, zoo: Nets) -> Nets:
@@ -81,7 +99,7 @@ def nearest_by_answers(zoo_answers: Tensor, answers: Tensor, zoo: Nets) -> Nets:
 
 def pca_nets(zoo: Nets, nets: Nets, size: int) -> Nets:
     """Baseline: weights squeezed through the zoo's first ``size`` principal components."""
-    rows, others = (rows.detach().cpu() for rows in _alike(zoo, nets))
+    rows, others = (rows.detach().cpu().double() for rows in _alike(zoo, nets))
     pca = PCA(min(size, *rows.shape), svd_solver="full").fit(rows)
     found = torch.from_numpy(pca.inverse_transform(pca.transform(others)))
     return Nets(nets.batched, found.to(nets.rows))
@@ -121,7 +139,8 @@ def disagreement(a: Tensor, b: Tensor) -> Tensor:
         given = f"{[*a.shape]} and {[*b.shape]}"
         raise ValueError(f"logits are of the same samples and classes, not {given}")
     a, b = classes(a), classes(b)
-    return torch.stack([((net != b) | (net < 0)).float().mean(1) * 100 for net in a])
+    differ = torch.cdist(a.float(), b.where(b >= 0, -2).float(), p=0)  # no choice, -1, is like none
+    return differ / a.shape[1] * 100
 
 
 def novelty(nets: Nets, x: Tensor, zoo: Nets | None = None) -> dict[str, Tensor]:
@@ -138,7 +157,8 @@ def novelty(nets: Nets, x: Tensor, zoo: Nets | None = None) -> dict[str, Tensor]
     others = nets if zoo is None else zoo
     distances = {"function": disagreement(nets.outputs(x), others.outputs(x))}
     exact = "donot_use_mm_for_euclid_dist"  # products would not give 0 for copies
-    distances["weights"] = torch.cdist(*_alike(nets, others), compute_mode=exact)
+    rows = (rows.double() for rows in _alike(nets, others))
+    distances["weights"] = torch.cdist(*rows, compute_mode=exact)
     if zoo is None:
         for distance in distances.values():
             distance.fill_diagonal_(torch.inf)

@@ -88,7 +88,8 @@ class Nets:
         whole numbers 0..K-1.
         """
         images = Images.of(images)
-        return correct(self.outputs(images.x), images.y).cpu()
+        parts = (Nets(self.batched, rows) for rows in self.rows.split(8 * BLOCK))
+        return torch.cat([correct(part.outputs(images.x), images.y) for part in parts]).cpu()
 
     def finite(self) -> Tensor:
         """Which nets hold no NaN and no infinite value: [N], on the CPU."""
@@ -253,26 +254,49 @@ class MixedNets:
         return self.join([group.accuracy(images) for group in self.groups])
 
 
+def as_answers(outputs: Tensor, values: bool = False) -> Tensor:
+    """What nets answer as [N, B, K], K logits or values to each sample.
+
+    Logits [N, B, T, K] are of T places a sample, such as tokens, which count as samples: [N, B·T,
+    K]. Values may have any shape [N, B, ...]. Raises ValueError for other shapes.
+    """
+    if values and outputs.dim() > 1:
+        return outputs.reshape(*outputs.shape[:2], -1)
+    if outputs.dim() not in (3, 4):
+        what = f"answers of shape {list(outputs.shape)} are not [N, B, K], or [N, B, T, K]"
+        cure = "let the module give [B, K], classes last, or say SpaceConfig(values=True)"
+        raise ValueError(f"{what}: {cure}")
+    return outputs.flatten(1, -2)
+
+
 def classes(outputs: Tensor) -> Tensor:
     """The class that each answer stands for: logits [N, B, K] -> [N, B]; -1 if not finite.
 
-    Raises ValueError for answers that are no logits of two classes or more: the largest of one
-    value is always the first, and all nets would agree.
+    Logits of several places a sample, [N, B, T, K], give [N, B·T]. Raises ValueError for answers
+    that are no logits of two classes or more: the largest of one value is always the first, and all
+    nets would agree.
     """
-    if outputs.dim() != 3 or outputs.shape[-1] < 2:
+    outputs = as_answers(outputs)
+    if outputs.shape[-1] < 2:
         given = f"answers of shape {list(outputs.shape)}"
-        raise ValueError(f"{given} are no logits [N, B, K] of K ≥ 2 classes: measure them yourself")
+        raise ValueError(f"{given} are no logits of 2 classes or more: measure them yourself")
     return outputs.argmax(-1).where(finite(outputs), -1)  # or NaN would be class 0
 
 
 def correct(outputs: Tensor, y: Tensor) -> Tensor:
-    """Share in percent of each net's logits [N, B, K] that are largest for the class y [B]: [N]."""
+    """Share in percent of each net's logits [N, B, K] that are largest for the class y [B]: [N].
+
+    Of logits [N, B, T, K] for the classes y [B, T].
+    """
     found = classes(outputs)
     check_labels(y, outputs.shape[-1])
-    return (found == y).float().mean(1) * 100
+    return (found == y.flatten()).float().mean(1) * 100
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of each net's logits [N, B, K] against labels y, [B] or [N, B]: [N]."""
-    each = F.cross_entropy(logits.movedim(-1, 1), y.expand(len(logits), -1), reduction="none")
-    return each.mean(1)
+    """Cross-entropy of each net's logits [N, B, K] against labels y, [B] or [N, B]: [N].
+
+    Of logits [N, B, T, K] against y [B, T] or [N, B, T].
+    """
+    labels = y.expand(logits.shape[:-1])
+    return F.cross_entropy(logits.movedim(-1, 1), labels, reduction="none").flatten(1).mean(1)

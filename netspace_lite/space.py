@@ -23,7 +23,7 @@ from .checks import check_finite, check_kind
 from .folding import fold_batchnorm
 from .kernels import chunk_pack
 from .layout import Layout, check_rows, invariants
-from .nets import MixedNets, Nets, members_of, packed
+from .nets import MixedNets, Nets, as_answers, members_of, packed
 from .paper import ConvDecoder, ConvEncoder
 from .randomness import ALONE, own_randomness
 
@@ -43,6 +43,8 @@ class SpaceConfig:
         told: whether the encoder knows each net's architecture, and adds its offset.
         hidden: width of the decoder's hidden layer.
         parts: "ours", or "paper": the authors' encoder and decoder, see `netspace_lite.paper`.
+        values: whether nets answer values, which count as they are and are compared by their
+            squared error, instead of logits, whose mean over the classes says nothing.
 
     Raises ValueError for a size or a name that there is not.
     """
@@ -57,10 +59,11 @@ class SpaceConfig:
     told: bool = True
     hidden: int = 256
     parts: str = "ours"
+    values: bool = False
 
     def __post_init__(self):
         known = {"parts": ("ours", "paper"), "weights": (True, False, "invariants")}
-        known |= {"told": (True, False), "learn_probes": (True, False)}
+        known |= dict.fromkeys(("told", "learn_probes", "values"), (True, False))
         for name, given in asdict(self).items():
             if hasattr(given, "item"):  # a NumPy number, which JSON does not take
                 vars(self)[name] = given = given.item()
@@ -69,6 +72,8 @@ class SpaceConfig:
                 raise ValueError(f"{name} should be one of {known[name]}, not {given!r}")
             if name not in known and not (type(given) is int and given >= least):
                 raise ValueError(f"SpaceConfig.{name} is a number from {least}, not {given!r}")
+        if not (self.weights or self.probes):
+            raise ValueError("an encoder needs weights=True, or probes > 0, to read anything")
 
 
 @dataclass
@@ -195,8 +200,6 @@ class NetSpace(nn.Module):
             check_finite(inputs, "inputs")
         if config.learn_probes and not inputs.is_floating_point():
             raise ValueError("probes that are tokens can't be learned: pass learn_probes=False")
-        if not (config.weights or config.probes):
-            raise ValueError("an encoder needs weights=True, or probes > 0, to read anything")
         modules = listed(modules)
         reads = len(modules), config.weights, config.probes
         if config.parts == "paper" and reads != (1, True, 0):
@@ -212,15 +215,17 @@ class NetSpace(nn.Module):
         for a, shape in enumerate(shapes):
             self.register_buffer(f"mean{a}", torch.zeros(shape))
             self.register_buffer(f"std{a}", torch.ones(shape))
+            self.register_buffer(f"constant{a}", None)
         with own_randomness(self.seed), torch.no_grad():
             if config.probes:
                 probes = inputs[torch.randperm(len(inputs))[: config.probes]]
                 self.probes = nn.Parameter(probes.clone(), requires_grad=config.learn_probes)
                 pairs = zip(self.batched, bases, strict=True)
-                sizes = [b(base[None].to(like), probes).numel() for b, base in pairs]
+                found = (b(base[None].to(like), probes) for b, base in pairs)
+                sizes = [normalised_answers(own, config.values).shape[1] for own in found]
                 if len(set(sizes)) > 1:
                     raise ValueError(f"architectures give {sizes} outputs on the probes: not alike")
-                answers = sizes[0] + 1
+                answers = sizes[0]
             if config.parts == "paper":
                 self.encoder = ConvEncoder(config.embedding)
                 self.decoder = ConvDecoder(config.embedding, *shapes[0], bases[0])
@@ -258,6 +263,8 @@ class NetSpace(nn.Module):
             check_finite(rows := zoo.rows.detach())
             scores = getattr(zoo, "scores", {}).get("val_accuracy", torch.zeros(len(zoo)))
             base = rows[scores.nan_to_num(-torch.inf).argmax()]
+            if len(zoo) > 1 and (same := (rows == base).all(0)).any():  # such as frozen layers
+                setattr(space, f"constant{a}", base.where(same, torch.nan))
             space.decoder.bias[a].data.copy_(base)
             space.decoder.scale[a].data.fill_(_spread(base))
             rows = space._weights(rows, a)
@@ -315,7 +322,7 @@ class NetSpace(nn.Module):
         """What nets [N, P] answer to the probes, as the encoder takes it: [N, M·K + 1]."""
         batched = self.batched[architecture]
         blocks = [batched(part, self.probes) for part in rows.split(2 * BLOCK)]
-        return normalised_answers(torch.cat(blocks))
+        return normalised_answers(torch.cat(blocks), self.config.values)
 
     def features(self, rows: Tensor, architecture: int = 0) -> Features:
         """What the encoder reads of packed nets: rows [N, P] -> Features.
@@ -362,14 +369,15 @@ class NetSpace(nn.Module):
                 self.batched[a].check_constants(state)
             rows = self.batched[a].layout.pack(nets)
         check_rows(rows, self.batched[a].layout.size)
-        with torch.no_grad():
-            return self.encoder(self.features(rows, a), a)
+        with torch.no_grad():  # in parts: what is read of nets is several times their size
+            parts = (self.features(part, a) for part in rows.split(4096))
+            return torch.cat([self.encoder(part, a) for part in parts])
 
     def decode(self, z: Tensor, architecture=None) -> Nets | MixedNets:
         """Nets of an architecture (index or name) that embeddings z [N, E] (or [E]) stand for.
 
         Without a name, a space of several architectures predicts which one each embedding stands
-        for and returns `MixedNets`.
+        for and returns `MixedNets`. Parameters that are the same in all nets of a zoo stay so.
 
         Differentiable: gradients of anything the nets answer flow back to ``z``.
         """
@@ -378,7 +386,9 @@ class NetSpace(nn.Module):
             groups = [(self.decode(z[n], a), n) for a, n in members_of(self.predict(z))]
             return MixedNets(*zip(*groups, strict=True))
         a = self.index(architecture)
-        return Nets(self.batched[a], self.decoder(z, a))
+        rows, constant = self.decoder(z, a), getattr(self, f"constant{a}")
+        rows = rows if constant is None else rows.where(constant.isnan(), constant)
+        return Nets(self.batched[a], rows)
 
     def classify(self, z: Tensor) -> Tensor:
         """Logits [N, A] of the architecture that embeddings z [N, E] stand for.
@@ -434,6 +444,8 @@ class NetSpace(nn.Module):
             if [b.fingerprint for b in space.batched] != [about["fingerprint"] for about in known]:
                 names = ", ".join(about["name"] for about in known)
                 raise ValueError(f"{folder} holds a space of {names}: other modules were given")
+            for name in (f"constant{a}" for a in range(len(known)) if f"constant{a}" in state):
+                setattr(space, name, state[name])
             space.load_state_dict(state)
         kinds = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
         if len(kinds) > 1:
@@ -446,34 +458,34 @@ def _spread(row: Tensor) -> float:
     return float(row.std(correction=int(len(row) > 1))) or 1.0
 
 
-def _centred(outputs: Tensor) -> Tensor:
+def _centred(outputs: Tensor, values: bool) -> Tensor:
     """Logits [N, B, K] without their mean over classes, which softmax ignores; values as they are.
 
-    Raises ValueError for answers of other shapes.
+    See `as_answers` for other shapes.
     """
-    if outputs.dim() != 3:
-        what = f"answers of shape {list(outputs.shape)} are not [N, B, K]"
-        raise ValueError(f"{what}: let the module give [B, K], [B, 1] for one value")
-    return outputs - outputs.mean(-1, keepdim=True) if outputs.shape[-1] > 1 else outputs
+    outputs = as_answers(outputs, values)
+    alone = values or outputs.shape[-1] == 1
+    return outputs if alone else outputs - outputs.mean(-1, keepdim=True)
 
 
-def logit_scale(outputs: Tensor) -> Tensor:
+def logit_scale(outputs: Tensor, values: bool = False) -> Tensor:
     """Root mean square of each net's centred logits [N, B, K]: [N, 1, 1], its natural temperature.
 
     Nets at the start of training have logits a hundred times smaller than trained ones; measured in
-    their own scale, all nets weigh the same in the loss. For K = 1 the values aren't centred. 1 for
-    nets whose answers say nothing: in a scale of nearly 0 they would weigh more than all others.
+    their own scale, all nets weigh the same in the loss. 1 for nets whose answers say nothing: in a
+    scale of nearly 0 they would weigh more than all others. ``values`` aren't centred.
     """
-    blocks = outputs.split(BLOCK)  # few at a time: a zoo's answers may be a gigabyte
-    scale = torch.cat([_centred(own).square().mean((1, 2), keepdim=True).sqrt() for own in blocks])
+    # few at a time: a zoo's answers may be a gigabyte
+    blocks = (_centred(own, values).square() for own in outputs.split(BLOCK))
+    scale = torch.cat([own.mean((1, 2), keepdim=True).sqrt() for own in blocks])
     return scale.where(scale > 1e-6, 1.0)
 
 
-def normalised_answers(outputs: Tensor) -> Tensor:
+def normalised_answers(outputs: Tensor, values: bool = False) -> Tensor:
     """Answers [N, M, K] -> [N, M·K + 1]: each net's own level and spread apart from its shape.
 
     Logits are centred, then divided by their spread, whose logarithm is kept as the last value.
     """
-    flat = _centred(outputs).flatten(1)
+    flat = _centred(outputs, values).flatten(1)
     spread = flat.square().mean(1, keepdim=True).sqrt().clamp_min(1e-6)
     return torch.cat([flat / spread, spread.log()], dim=1)

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import store
-from .checks import check_finite, check_kind, whole
+from .checks import check_finite, check_kind, shape_of, whole
 from .fingerprint import fingerprint
 from .kernels import distillation_loss
-from .nets import MixedNets, Nets, classes, members_of
+from .nets import MixedNets, Nets, as_answers, classes, members_of
 from .optimiser import Muon
 from .processes import agreed, average, rank, share, wait
 from .progress import progress_bar
@@ -44,23 +44,28 @@ def kl_divergence(outputs: Tensor, targets: Tensor, temperature) -> Tensor:
     Raises ValueError for K = 1: one value's softmax is 1, whatever it is.
     """
     if outputs.shape[-1] == 1:
-        cure = "pass loss=squared_error to Distillation or LikenessLoss"
+        cure = "SpaceConfig(values=True), or pass loss=squared_error to this loss"
         raise ValueError(f"answers of one value have no softmax to compare: {cure}")
-    targets = _as_many(targets, outputs)
+    targets, outputs = as_answers(_as_many(targets, outputs)), as_answers(outputs)
     if isinstance(temperature, Tensor):
         temperature = temperature.flatten().expand(len(outputs))
     return distillation_loss(outputs, targets, temperature=temperature) / temperature**2
 
 
 def squared_error(outputs: Tensor, targets: Tensor, scale) -> Tensor:
-    """Mean squared difference of answers [N, B, K] in units of ``scale``: [N].
+    """Mean squared difference of answers [N, B, ...] in units of ``scale``: [N].
 
-    A ``loss`` for nets whose answers are values instead of logits. Their scale is their root mean
-    square: standardise targets far from 0, and values of different units, before training, and
-    give it to `refine`, too. (Of several values to an input an encoder's probes show how they
-    differ from their mean, not the mean itself.)
+    A ``loss`` for nets whose answers are values instead of logits, and that of spaces with
+    ``SpaceConfig(values=True)``. Their scale is their root mean square: standardise targets far
+    from 0, and values of different units, before training.
     """
-    return ((outputs - _as_many(targets, outputs)) / scale).square().mean((1, 2))
+    apart = as_answers(outputs - _as_many(targets, outputs), values=True)
+    return (apart / scale).square().mean((1, 2))
+
+
+def own_loss(space: NetSpace):
+    """How answers of a space's nets are compared unless that is said."""
+    return squared_error if space.config.values else kl_divergence
 
 
 def _as_many(targets: Tensor, outputs: Tensor) -> Tensor:
@@ -78,6 +83,8 @@ class LikenessLoss:
         nets: N `Nets` (or `MixedNets`, on shared inputs) to be like.
         inputs: [S, ...] shared, or with ``per_net`` [N, S, ...], each net's own.
         loss: (outputs, targets, scale) -> [N], as in `Distillation`.
+        values: whether answers are values, whose scale is their root mean square. None: with
+            `squared_error`.
         samples: B, inputs drawn in each step.
         consensus: weight of a second term: how often a net chooses the class that ``nets`` choose
             most, less how often its like does, squared. What an encoder is unsure of is decoded to
@@ -90,8 +97,9 @@ class LikenessLoss:
     """
 
     def __init__(
-        self, nets, inputs: Tensor, *, per_net=False, loss=kl_divergence, samples=64, consensus=0.0
-    ):
+        self, nets, inputs: Tensor, *, per_net=False, loss=kl_divergence, samples=64,
+        consensus=0.0, values: bool | None = None,
+    ):  # fmt: skip
         self.consensus = _consensus(consensus, per_net)
         kinds = Nets if per_net else Nets | MixedNets
         check_kind(kinds, "a loss of likeness is to nets, as zoo[n]", nets)
@@ -100,32 +108,39 @@ class LikenessLoss:
         with torch.autocast(inputs.device.type, enabled=False):  # it may be used outside of one
             self.targets = nets.outputs(inputs, True) if per_net else nets.outputs(inputs)
         check_finite(self.targets, "the answers of nets")
-        self.scale = logit_scale(self.targets)
+        if (found := self.targets.shape[1:2]) != inputs.shape[per_net:][:1]:
+            given = f"{[*found]} to {[*inputs.shape[per_net:][:1]]} inputs"
+            raise ValueError(f"nets give one answer to each input, not {given}")
+        self.values = loss is squared_error if values is None else values
+        self.scale = logit_scale(self.targets, self.values)
         if self.consensus:
             chosen, count = classes(self.targets), self.targets.shape[-1]
             votes = torch.stack([(chosen == k).sum(0) for k in range(count)])
-            self.choice = votes.argmax(0)  # [S], of equals the first
+            self.choice = votes.argmax(0).view(len(inputs), -1)  # of equals the first
 
     def __call__(self, nets: Nets, generator: torch.Generator, like=None, analogy=None) -> Tensor:
         s = torch.randint(self.targets.shape[1], (self.samples,), generator=generator)
         n = torch.arange(len(self.targets)) if like is None else like
         n, s = n.to(self.targets.device), s.to(self.targets.device)
         outputs = nets(self.inputs[n[:, None], s], True) if self.per_net else nets(self.inputs[s])
-        targets, scale = self.targets[n[:, None], s], self.scale[n]
+        outputs, targets, scale = as_answers(outputs, self.values), self._asked(n, s), self.scale[n]
         if analogy is not None:  # in each net's own scale, and in the scales' logarithms
             far, p, q = (part.to(n.device) for part in analogy)
             far = far.to(scale).view(-1, *[1] * (scale.dim() - 1))
-            up, down = (self.targets[m[:, None], s] / self.scale[m] for m in (p, q))
+            up, down = (self._asked(m, s) / self.scale[m] for m in (p, q))
             own, scale = targets / scale, scale * (self.scale[p] / self.scale[q]) ** far
             targets = scale * (own + far * (up - down))
         losses = self.loss(outputs, targets, scale)
-        kind = list(losses.shape) if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
-        if kind not in ([], [len(outputs)]):  # or their mean
-            raise ValueError(f"a loss of {len(outputs)} nets is a tensor of as many, not {kind}")
+        if (found := shape_of(losses)) not in ([], [len(outputs)]):  # or their mean
+            raise ValueError(f"a loss of {len(outputs)} nets is a tensor of as many, not {found}")
         if self.consensus:
-            own, wanted = (_sides(x / scale, self.choice[s]) for x in (outputs, targets))
+            own, wanted = (_sides(x / scale, self.choice[s].flatten()) for x in (outputs, targets))
             losses = losses + self.consensus * (own - wanted).square()
         return losses
+
+    def _asked(self, n: Tensor, s: Tensor) -> Tensor:
+        """What nets n answer to the inputs s."""
+        return as_answers(self.targets[n[:, None], s], self.values)
 
 
 def _sides(logits: Tensor, choice: Tensor) -> Tensor:
@@ -262,22 +277,25 @@ class Distillation:
         space: the space to be trained.
         zoos: the nets to learn from, a zoo or a list of one per architecture.
         inputs: [S, ...] shared by all nets, or with ``per_net`` (one zoo only) [N, S, ...].
-        loss: (outputs, targets, scale) -> [N]; ``kl_divergence`` for logits with the scale as
-            temperature, or ``squared_error`` for values.
+        loss: (outputs, targets, scale) -> [N]; None: ``kl_divergence`` for logits, with the scale
+            as temperature, or ``squared_error`` in a space of ``values``.
         consensus: see `LikenessLoss`.
         draw: what a step draws: ``nets=48, samples=24, crossing=0.5, chances=None,
             analogies=0.7``, see `netspace_lite.training.Draw`.
     """
 
     def __init__(
-        self, space: NetSpace, zoos, inputs: Tensor, *, per_net=False, loss=kl_divergence,
-        consensus=0.0, **draw,
+        self, space: NetSpace, zoos, inputs: Tensor, *, per_net=False, loss=None, consensus=0.0,
+        **draw,
     ):  # fmt: skip
         self.pool, self.draw = MixedZoo(space, zoos), Draw(**draw)
+        loss = loss or own_loss(space)
         check_kind(Tensor, INPUTS, inputs)
         self.inputs, self.options, zoos = inputs, {"per_net": per_net, "loss": loss}, self.pool.zoos
         if weight := _consensus(consensus, per_net):  # without one it is the objective of before
             self.options["consensus"] = weight
+        if space.config.values:
+            self.options["values"] = True
         self._asked = self._like = None
         if per_net and len(zoos) > 1:
             raise ValueError(f"inputs per net need one zoo, not {len(zoos)}: share the inputs")
@@ -293,6 +311,10 @@ class Distillation:
         if asked != self._asked:
             nets = MixedNets(self.pool.zoos) if len(self.pool.zoos) > 1 else self.pool.zoos[0]
             like = LikenessLoss(nets, self.inputs, samples=self.draw.samples, **self.options)
+            count = like.targets.shape[2:].numel()
+            if like.values and count > 1 and "values" not in self.options:
+                what = f"probes show {count} values less their mean"
+                warnings.warn(f"{what}: SpaceConfig(values=True) shows all", stacklevel=3)
             self._asked, self._like = asked, like
         return self._like
 
@@ -468,7 +490,7 @@ def fit(
             found = _scored(space, validate)
             row = {"step": step + 1, "seconds": time.monotonic() - started, "loss": fmean(losses)}
             name, score = next(iter(found.items()))
-            bar.set_postfix(loss=f"{row['loss']:.4f}", **{name: f"{score:.2f}"})
+            bar.set_postfix(loss=f"{row['loss']:.4f}", **{name: f"{score:.4g}"})
             earlier = (past[name] for past in history if not isnan(past.get(name, nan)))
             if not best or score > max(earlier, default=-inf):
                 best = {k: v.detach().clone() for k, v in space.state_dict().items()}

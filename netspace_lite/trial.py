@@ -13,6 +13,7 @@ from threading import Lock
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from .architectures import name_of
@@ -53,6 +54,7 @@ def plain_operations():
             mha = torch.backends.mha
             _settings.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
             mha.set_fastpath_enabled(False)
+            _settings.enter_context(sdpa_kernel(SDPBackend.MATH))  # the others vmap would loop over
             _settings.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "There is a performance drop")
         _inside.append(None)
@@ -289,5 +291,6 @@ def may_lie_innermost(module: nn.Module) -> bool:
     """
     convolutions = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
     strided = [c for c in convolutions if max(c.kernel_size) == 1 < max(c.stride)]
-    grouped = any(isinstance(m, nn.GroupNorm) for m in module.modules())
+    untried = nn.GroupNorm, nn.ConvTranspose2d
+    grouped = any(isinstance(m, untried) for m in module.modules())
     return not grouped and all(c.in_channels % 8 == 0 for c in strided)

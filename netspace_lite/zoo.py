@@ -85,6 +85,9 @@ class Task(Protocol):
     def batch(self, recipes: Sequence[Recipe], members: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Inputs [N, B, ...] and targets of N nets in one step, from nothing but the arguments.
 
+        A loss that differentiates answers by inputs gives the inputs as targets, too: ``return
+        x.requires_grad_(), x``.
+
         ``members`` [N] are the nets' places in the zoo, for tasks where each has data of its own.
         """
 
@@ -191,7 +194,8 @@ class Zoo(Nets):
         self.members = torch.arange(len(rows)) if members is None else torch.as_tensor(members)
         self.about = about or {}
         parts = *self.scores.values(), recipes, losses, members
-        if any(part is not None and len(part) != len(rows) for part in parts):
+        flat = all(values.dim() == 1 for values in self.scores.values())
+        if not flat or any(part is not None and len(part) != len(rows) for part in parts):
             raise ValueError(f"scores, recipes, losses or members are not of {len(rows)} nets each")
         if not (good := self.finite()).all():
             said = f"nets {self.members[~good].tolist()} are not finite"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import store
 from .architectures import build, describe, is_registered, name_of
 from .batching import BLOCK, Batched
-from .checks import finite, whole
+from .checks import finite, shape_of, whole
 from .fingerprint import fingerprint, structure
 from .folding import Folding, statistics, unwrapped
 from .layout import Layout, one_by_one
@@ -160,8 +160,9 @@ def train_nets(
         with own_draws(seeds[0] + 1_000_003 * step, [device] * (device.type == "cuda")):
             x, y = task.batch(recipes[:n], members[:n], step)
             loss = task.loss(batched(weights, x, True, own["running"]), y)
-        if loss.shape != (n,):
-            raise ValueError(f"the loss of {n} nets should be [{n}], not {list(loss.shape)}")
+        if (shape := shape_of(loss)) != [n] or not loss.requires_grad:
+            shape = "without a gradient" if shape == [n] else shape
+            raise ValueError(f"the loss of {n} nets should be [{n}], not {shape}")
         (grad,) = torch.autograd.grad(loss.sum(), weights)
         rate, adam = lr[:n] * task.schedule(step / ends[:n]), (own["momentum"], own["variance"])
         adamw_step(own["rows"], grad, *adam, step + 1, rate[:, None], decay[:n, None])

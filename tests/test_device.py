@@ -283,6 +283,7 @@ def measured(w):
     found = [*ns.novelty(w.zoo, w.x).values(), *ns.novelty(w.zoo[:1], w.x, w.zoo).values()]
     found += [ns.disagreement(w.zoo.outputs(w.x), w.zoo.outputs(w.x))]
     found += [ns.blends(w.seen)]
+    found += [ns.r_squared(w.zoo.outputs(w.x), w.zoo.outputs(w.x).roll(1, 0))]
     return [*found, ns.readout(z, y, z, y)[0], ns.few_shot(w.images, 2).x]
 
 
@@ -316,7 +317,7 @@ CALLS = {  # what is called -> the public names that it shows
     searched: "optimise optimise_weights refine Descent Search",
     walked: "interpolate weight_line line_drop sample Gaussian",
     baselines: "mean_net nearest_by_weights pca_nets noisy_nets averages nearest_by_answers",
-    measured: "novelty disagreement readout few_shot blends",
+    measured: "novelty disagreement r_squared readout few_shot blends",
     recognised: "fingerprint",
 }
 NO_TENSORS = """

@@ -237,13 +237,13 @@ def test_bad_losses_are_refused_at_once(space, images):
     starts = torch.zeros(2, 6)
     for loss, message in (
         (lambda nets, g: nets(images.x), r"one number a net, \[2\].*not \[2, 60, 3\]"),
-        (lambda nets, g: 1.0, "not float"),
+        (lambda nets, g: 1.0, "not a float"),
         (lambda nets, g: nets.accuracy(images), "does not depend on the nets"),
         (lambda nets, g: nets.rows.sum(1) * torch.nan, r"nan at step 0 for starts \[0, 1\]"),
     ):
         with pytest.raises(ValueError, match=message):
             optimise(space, starts, loss, images, **QUIET)
-    with pytest.raises(ValueError, match=r"one score a net, \[2\], not float"):
+    with pytest.raises(ValueError, match=r"one score a net, \[2\], not a float"):
         optimise(space, starts, ImageLoss(images), lambda nets: 1.0, **QUIET)
 
 

@@ -65,11 +65,13 @@ def test_lines_are_counted_as_said():
         # first inputs, other seeds and traces hide 48, encoders left alone, state dicts of other
         # modules, searches and fits that were stopped, and mixed precision 47, caches, locks and
         # constants told from what counts 49, copies held out, one start for all nets and losses of
-        # another shape 13, tables of classes 9, what else gave wrong answers without a word 350
-        (list(LIBRARY.glob("*.py")), 3463),
+        # another shape 13, tables of classes 9, modules traced once for all that hold the same 74,
+        # values and places 32, what all nets of a zoo share 6, transposed convolutions, constants
+        # and statistics in vmap 20, what else gave wrong answers without a word 350
+        (list(LIBRARY.glob("*.py")), 3598),
         (list((LIBRARY / "shapes").rglob("*.py")), 465),
         (list((LIBRARY / "tutorial").rglob("*.py")), 405),
-        ([p for p in KERNELS.glob("*.py") if p.stem not in STUDIES], 1199),
+        ([p for p in KERNELS.glob("*.py") if p.stem not in STUDIES], 1200),
         ([p for p in KERNELS.glob("*.py") if p.stem in STUDIES], 400),
     ],
     ids=["core", "shapes", "tutorial", "kernels", "studies of kernels"],

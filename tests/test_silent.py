@@ -46,7 +46,6 @@ from netspace_lite import (
     refine,
     sample,
     scores,
-    squared_error,
     train_zoo,
 )
 
@@ -403,13 +402,13 @@ def test_nets_that_answer_values_are_learned(values):
     net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, values))
     nets = Nets(net, initial_rows(net, range(12)))
     x = torch.randn(64, 3, generator=generator(1))
-    space = NetSpace.for_zoos(nets, x, SpaceConfig(chunk=32))
+    space = NetSpace.for_zoos(nets, x, SpaceConfig(chunk=32, values=True))
 
     def error(space):
         difference = space.decode(space.encode(nets)).outputs(x) - nets.outputs(x)
         return {"score": -float(difference.square().mean())}
 
-    fit(space, Distillation(space, nets, x, loss=squared_error), error, 200, epoch=200)
+    fit(space, Distillation(space, nets, x), error, 200, epoch=200)
     assert error(space)["score"] > -nets.outputs(x).var(0).mean() / 20
 
 
@@ -513,7 +512,7 @@ def test_columns_are_read_out_as_vectors_are():
 
 def test_answers_of_other_axes_are_refused():
     net = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))  # one number a sample, no axis of classes
-    with pytest.raises(ValueError, match=r"answers of shape \[4, 8\] are not \[N, B, K\]"):
+    with pytest.raises(ValueError, match=r"answers of shape \[1, 8\] are not \[N, B, K\]"):
         NetSpace.for_zoos(random_nets(net, 4), torch.randn(20, 4), CONFIG).encode(
             random_nets(net, 4)
         )
