@@ -168,6 +168,8 @@ class Descent:
             object.__setattr__(self, name, whole(getattr(self, name), name))
         if self.steps < 0 or self.every < 1:
             raise ValueError(f"no search of {self.steps} steps validates every {self.every}")
+        if not self.lr >= 0:
+            raise ValueError(f"a rate is at least 0, not {self.lr}")
 
 
 def optimise(
@@ -382,6 +384,8 @@ class Gaussian:
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """Random embeddings [n, E]."""
+        if whole(n, "n") < 1:
+            raise ValueError(f"at least one is drawn, not {n}")
         noise = torch.randn(n, len(self.axes), generator=torch.Generator().manual_seed(seed))
         return self.mean + ((noise.to(self.mean) @ self.axes.T) * self.spread) @ self.axes
 

@@ -11,7 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from .checks import check_kind
+from .checks import check_kind, whole
 from .data import Images
 from .nets import Nets, as_answers, classes, correct
 from .space import NetSpace
@@ -167,7 +167,7 @@ def novelty(nets: Nets, x: Tensor, zoo: Nets | None = None) -> dict[str, Tensor]
 
 def averages(zoo: Nets, n: int, of: int = 2, seed: int = 0) -> Nets:
     """Baseline: ``n`` nets, each the mean of the weights of ``of`` random zoo nets."""
-    if n < 1 or not 1 <= of <= len(check_kind(Nets, OF_ONE, zoo)):
+    if whole(n, "n") < 1 or not 1 <= whole(of, "of") <= len(check_kind(Nets, OF_ONE, zoo)):
         raise ValueError(f"{n} averages of {of} nets each can't be drawn from {len(zoo)}")
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.stack([torch.randperm(len(zoo), generator=generator)[:of] for _ in range(n)])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import store
 from .architectures import describe, listed, name_of
 from .batching import BLOCK, Batched, check_inputs, samples_per_block
-from .checks import check_pick, finite
+from .checks import check_pick, finite, whole
 from .data import Images, check_labels
 from .fingerprint import difference, fingerprint, structure, template
 from .folding import Folding, fill, fold_batchnorm, moved, unwrapped
@@ -69,6 +69,8 @@ class Nets:
         """
         check_inputs(self.rows, x, per_net)
         samples = samples_per_block(x[0] if per_net else x) if samples is None else samples
+        if whole(samples, "samples") < 1:
+            raise ValueError(f"samples are asked at least one at a time, not {samples}")
         if samples < x.shape[per_net] and self.batched.mixes_samples(self.rows, x, per_net):
             samples = x.shape[per_net]  # all together, as a call asks them
         blocks = -(-x.shape[per_net] // samples)  # alike: one sample alone is easily squeezed
@@ -106,7 +108,7 @@ class Nets:
 
         Warns of nets held out that are copies of nets to learn from.
         """
-        if min(val, test, len(self) - val - test) < 1:
+        if min(whole(val, "val"), whole(test, "test"), len(self) - val - test) < 1:
             raise ValueError(f"can't hold out {val} + {test} of {len(self)}: each part needs a net")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         held, learned = order.split([val + test, len(self) - val - test])

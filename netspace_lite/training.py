@@ -559,9 +559,13 @@ def _descend(space, objective, generator, optimiser, step: int) -> float:
         raise ValueError(f"step {step}: {error}") from error
     optimiser.zero_grad()
     loss.backward()
-    loss = average(loss, optimiser.param_groups[0]["params"])
-    if not nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], 1.0).isfinite():
+    learned = optimiser.param_groups[0]["params"]
+    loss = average(loss, learned)
+    norm = nn.utils.get_total_norm([p.grad for p in learned if p.grad is not None])
+    if not norm.isfinite():
         raise ValueError(f"step {step}: the gradient is not finite")
+    if norm + 1e-6 > 1:  # or all of it would be multiplied by 1
+        nn.utils.clip_grads_with_norm_(learned, 1.0, norm)
     optimiser.step()
     return loss.item()
 

@@ -13,7 +13,9 @@ from toy import generator, random_nets, toy_data
 
 from netspace_lite import (
     Batched,
+    Descent,
     Distillation,
+    Gaussian,
     ImageTask,
     LeNetLike,
     LikenessLoss,
@@ -22,6 +24,7 @@ from netspace_lite import (
     Recipe,
     SpaceConfig,
     Zoo,
+    averages,
     compare,
     disagreement,
     fit,
@@ -457,3 +460,19 @@ def test_what_can_not_be_asked_or_trained_is_said():
         net = LeNetLike((1, 8, 8), 3, (4,), (8,), kernel=3)
         with pytest.raises(ValueError, match=said):
             train_zoo(net, task, [Recipe(0, 1), Recipe(1, 1)], progress=False)
+
+
+def test_numbers_that_mean_nothing_are_refused():
+    """Seen before: ZeroDivisionError, foreign errors, or all of it NaN."""
+    nets = random_nets(nn.Linear(3, 2), 6)
+    z = torch.randn(5, 4, generator=generator())
+    for call, said in (
+        (lambda: nets.outputs(X, samples=0), "at least one at a time"),
+        (lambda: nets.split(1.5, 1), "val should be a whole number"),
+        (lambda: averages(nets, 2.0), "n should be a whole number"),
+        (lambda: averages(nets, 2, 1.5), "of should be a whole number"),
+        (lambda: Gaussian(z).sample(-1), "at least one is drawn"),
+        (lambda: Descent(lr=torch.nan), "a rate is at least 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()
