@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from .folding import Tracer, hooks, statistics
+from .folding import STATISTICS, Tracer, hooks, statistics
 from .randomness import own_randomness
 
 PLAIN = (
@@ -83,28 +83,31 @@ def template(module: nn.Module) -> bytes | None:
     Modules of one process with the same template have the same `structure`, which is a hundred
     times as slow to tell. None where pickling, which nothing reads, can't tell.
     """
-    learned = [*module.parameters()]
-    for norm in statistics(module).values():
-        learned += norm.buffers(recurse=False)
+    norms = statistics(module).values()
+    own = [id(norm._buffers[name]) for norm in norms for name in STATISTICS]
     template = io.BytesIO()
     try:
-        _Template(template, {id(tensor) for tensor in learned}).dump(module)
+        _Template(template, {id(norm) for norm in norms}).dump(module)
     except Exception:  # each kind of object fails on its own terms
         return None
-    return template.getvalue()
+    return template.getvalue() if len(set(own)) == len(own) else None  # norms may share them
 
 
 class _Template(pickle.Pickler):
-    """Writes of tensors that are ``learned`` the kind, of code and of classes which they are."""
+    """Writes of parameters the kind, of code and classes which they are, norms less statistics."""
 
-    def __init__(self, file, learned: set[int]):
+    def __init__(self, file, norms: set[int]):
         super().__init__(file)
-        self.learned = learned
+        self.norms = norms
 
     def reducer_override(self, thing):
+        if isinstance(thing, nn.Parameter):
+            return str, (f"{thing.shape}{thing.dtype}{thing.requires_grad}",)
         if isinstance(thing, Tensor):
-            same = f"{thing.shape}{thing.dtype}{thing.requires_grad}"
-            return str, (same if id(thing) in self.learned else fingerprint(thing),)
+            return str, (fingerprint(thing),)
+        if id(thing) in self.norms:
+            left = {k: v for k, v in thing._buffers.items() if k not in STATISTICS}
+            return tuple, ([type(thing), vars(thing) | {"_buffers": left}],)
         if isinstance(thing, types.MethodType):
             return tuple, ([thing.__func__, thing.__self__],)
         kind = thing if isinstance(thing, type) else type(thing)

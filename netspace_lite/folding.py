@@ -14,6 +14,7 @@ from .randomness import ALONE
 
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+STATISTICS = "running_mean", "running_var", "num_batches_tracked"
 HOOKS = "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"
 
 
@@ -111,7 +112,7 @@ class Folding:
     """How nets of an architecture are folded, see `fold_batchnorm`: found once for all of them.
 
     Called with a net's tensors by name, of tied ones the first, it gives those of the folded net.
-    ``module`` is a folded copy of the one given.
+    ``module`` is a folded copy of the one given, whose buffers stand in for those that aren't.
     """
 
     def __init__(self, module: nn.Module):
@@ -123,16 +124,18 @@ class Folding:
         graph = _trace(folded, norms) if norms else fx.Graph()
         before = _layers_before(folded, graph, norms)
         self.norms = {name: (before.get(name), norm.eps) for name, norm in norms.items()}
-        tensors = *folded.named_parameters(remove_duplicate=False), *folded.named_buffers()
+        tensors = *folded.named_parameters(remove_duplicate=False), *_all_buffers(folded)
         self.first = {name: first.setdefault(id(tensor), name) for name, tensor in tensors}
-        values = self(dict(tensors))
+        self.constants = {name: tensor.clone() for name, tensor in _all_buffers(folded)}
+        values = self(dict(tensors)) if norms else {}
         for name, norm in norms.items():
             layer, left = None, Affine(norm.running_var, norm.running_mean)
             if name in before:
                 layer, left = folded.get_submodule(before[name]), nn.Identity()
-            if layer is not None and layer.bias is None:
-                bias = torch.empty_like(layer.weight.detach()[:, 0].flatten(1)[:, 0])
-                layer.bias = nn.Parameter(bias, layer.weight.requires_grad)
+            if layer is not None:
+                bias = layer.weight.detach().new_empty(len(layer.weight))
+                bias = nn.Parameter(bias) if layer.bias is None else layer.bias
+                layer.bias = bias.requires_grad_(layer.weight.requires_grad)
             _replace(norm, left.eval())
         fill(folded, values)
         if is_registered(folded) and folded.config.get("batch_norm"):
@@ -146,8 +149,10 @@ class Folding:
 
     @torch.no_grad()
     def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        given = {name: tensors[first] for name, first in self.first.items() if first in tensors}
-        folded, parts = dict(given), ("running_mean", "running_var", "weight", "bias")
+        like = next(iter(tensors.values()))
+        tensors = {k: t.to(like.device) for k, t in self.constants.items()} | tensors
+        given = {name: tensors[first] for name, first in self.first.items()}
+        folded, parts = dict(given), (*STATISTICS[:2], "weight", "bias")
         for norm, (layer, eps) in self.norms.items():
             mean, var, weight, bias = (given.get(_within(norm, part)) for part in parts)
             if layer is None:
@@ -168,6 +173,11 @@ def fill(module: nn.Module, state: dict[str, Tensor]) -> None:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if name in state:
             tensor.copy_(state[name])
+
+
+def _all_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """All buffers under all of their names."""
+    return [*module.named_buffers(remove_duplicate=False)]
 
 
 def _within(layer: str, name: str) -> str:
@@ -244,6 +254,7 @@ def _layers_before(module: nn.Module, graph: fx.Graph, norms: dict) -> dict[str,
             before = module.get_submodule(layer.target)
             alone = all(tied.count(id(p)) == 1 for p in before.parameters())
             once = calls.count(norm) == calls.count(layer.target) == 1
-            if type(before) in CONVOLUTIONS and alone and once and not hooks(before):
+            learned = next(before.buffers(), None) is None  # or it would not stay a constant
+            if type(before) in CONVOLUTIONS and alone and once and learned and not hooks(before):
                 found[norm] = layer.target
     return found

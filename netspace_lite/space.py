@@ -240,6 +240,7 @@ class NetSpace(nn.Module):
         self.to(like)
 
     @classmethod
+    @torch.inference_mode(False)  # or buffers could never be loaded
     def for_zoos(
         cls, zoos, inputs: Tensor, config: SpaceConfig | None = None, seed: int = 0, modules=None
     ):
@@ -263,7 +264,8 @@ class NetSpace(nn.Module):
             check_finite(rows := zoo.rows.detach())
             scores = getattr(zoo, "scores", {}).get("val_accuracy", torch.zeros(len(zoo)))
             base = rows[scores.nan_to_num(-torch.inf).argmax()]
-            if len(zoo) > 1 and (same := (rows == base).all(0)).any():  # such as frozen layers
+            same = (rows == base).all(0)  # such as frozen layers
+            if same.any() and not same.all():  # of one net, or copies of it, there is no telling
                 setattr(space, f"constant{a}", base.where(same, torch.nan))
             space.decoder.bias[a].data.copy_(base)
             space.decoder.scale[a].data.fill_(_spread(base))
@@ -422,6 +424,12 @@ class NetSpace(nn.Module):
             raise ValueError(f"embeddings should be [N, {size}] of floats, not {given}")
         return z.to(self.decoder.bias[0].dtype)  # of autocast's, or of another precision
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in (f"constant{a}" for a in range(len(self.batched))):  # there if nets share some
+            given = state_dict.get(prefix + name)
+            setattr(self, name, None if given is None else given.clone())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def save(self, folder) -> None:
         """Write the space to ``folder`` (JSON and safetensors), atomically."""
         known = [{**describe(b.module), "fingerprint": b.fingerprint} for b in self.batched]
@@ -444,8 +452,6 @@ class NetSpace(nn.Module):
             if [b.fingerprint for b in space.batched] != [about["fingerprint"] for about in known]:
                 names = ", ".join(about["name"] for about in known)
                 raise ValueError(f"{folder} holds a space of {names}: other modules were given")
-            for name in (f"constant{a}" for a in range(len(known)) if f"constant{a}" in state):
-                setattr(space, name, state[name])
             space.load_state_dict(state)
         kinds = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
         if len(kinds) > 1:

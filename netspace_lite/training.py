@@ -292,6 +292,8 @@ class Distillation:
         loss = loss or own_loss(space)
         check_kind(Tensor, INPUTS, inputs)
         self.inputs, self.options, zoos = inputs, {"per_net": per_net, "loss": loss}, self.pool.zoos
+        if consensus and space.config.values:
+            raise ValueError("values have no classes that most nets choose: consensus=0")
         if weight := _consensus(consensus, per_net):  # without one it is the objective of before
             self.options["consensus"] = weight
         if space.config.values:

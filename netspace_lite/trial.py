@@ -13,7 +13,6 @@ from threading import Lock
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from .architectures import name_of
@@ -54,7 +53,6 @@ def plain_operations():
             mha = torch.backends.mha
             _settings.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
             mha.set_fastpath_enabled(False)
-            _settings.enter_context(sdpa_kernel(SDPBackend.MATH))  # the others vmap would loop over
             _settings.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "There is a performance drop")
         _inside.append(None)

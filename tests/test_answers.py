@@ -137,6 +137,8 @@ def test_values_of_any_shape_are_compared():
     found, wanted = nets.outputs(X), nets.outputs(X).roll(1, 0)
     error = squared_error(found, wanted, 2.0)
     torch.testing.assert_close(error, ((found - wanted) / 2).square().flatten(1).mean(1))
+    with pytest.raises(ValueError, match="values have no classes"):
+        Distillation(space, nets, X, consensus=0.1)
     loss = LikenessLoss(nets, X, values=True, loss=squared_error)
     assert loss(nets, generator()).equal(torch.zeros(4))
 
@@ -281,8 +283,23 @@ def test_only_zoos_say_what_is_shared():
     state = NetSpace.for_zoos(zoo, X, SMALL).state_dict()
     shared = {name for name, values in state.items() if values.isnan().any()}
     assert shared == {"constant0"}
-    for nets in (zoo[:1], random_nets(zoo.module, 8)):  # of one net nothing is known to be shared
+    copies = Nets(zoo.batched, zoo.rows[:1].expand(3, -1))
+    for nets in (zoo[:1], copies, random_nets(zoo.module, 8)):  # of one net nothing is known
         assert "constant0" not in NetSpace.for_zoos(nets, X, SMALL).state_dict()
+
+
+def test_states_of_spaces_fit_each_other_whatever_is_shared():
+    zoo, _ = frozen_zoo()
+    with torch.inference_mode():
+        shared = NetSpace.for_zoos(zoo, X, SMALL)
+    other = NetSpace.for_zoos(random_nets(zoo.module, 8), X, SMALL)
+    state = {name: value.clone() for name, value in other.state_dict().items()}
+    other.load_state_dict(shared.state_dict())
+    z = torch.randn(2, 8, generator=generator())
+    assert other.decode(z).rows.equal(shared.decode(z).rows)
+    other.load_state_dict(state)
+    assert other.constant0 is None
+    fit(shared, Distillation(shared, zoo, X), lambda s: {"score": 0.0}, 2, epoch=1)
 
 
 class Backbone(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from netspace_lite import Zoo
+from netspace_lite import Batched, Zoo
 from netspace_lite.architectures import ResNet, describe
 from netspace_lite.folding import Affine, Folding, _trace, fold_batchnorm
 from netspace_lite.layout import Layout
@@ -253,3 +253,95 @@ def test_what_folds_one_net_folds_all_of_its_kind(make):
     x = torch.randn(5, *((2, 6, 6) if make is Shared else (3, 16, 16)))
     expected = torch.stack([net(x) for net in nets])
     torch.testing.assert_close(zoo.outputs(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def held(module, *names):
+    """The module, with parameters of these names as constants."""
+    for name in names:
+        value = getattr(module, name).detach().clone()
+        delattr(module, name)
+        module.register_buffer(name, value)
+    return module
+
+
+def normal(norm):
+    """A norm that has seen something."""
+    nn.init.normal_(norm.running_mean)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    return norm
+
+
+class Mean(nn.Module):
+    """Norms, and adds their mean again, a constant of another layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = normal(nn.BatchNorm1d(5, affine=False)), nn.Linear(5, 5)
+        del self.linear.bias
+        self.linear.register_buffer("bias", self.norm.running_mean)
+
+    def forward(self, x):
+        return self.linear(self.norm(x))
+
+
+class Alike(nn.Module):
+    """Two norms of the same statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = normal(nn.BatchNorm1d(5)), nn.BatchNorm1d(5)
+        for name in ("running_mean", "running_var"):
+            setattr(self.other, name, getattr(self.one, name))
+
+    def forward(self, x):
+        return self.other(torch.tanh(self.one(x)))
+
+
+FIXED = {
+    "convolution's weight": (["weight"], []),
+    "convolution's bias": (["bias"], []),
+    "all of the convolution": (["weight", "bias"], []),
+    "norm's weight": ([], ["weight"]),
+    "all of the norm": ([], ["weight", "bias"]),
+}
+
+
+def normed_convolution(of_convolution, of_norm):
+    torch.manual_seed(0)
+    convolution = held(nn.Conv2d(1, 4, 3), *of_convolution)
+    norm = nn.BatchNorm2d(4)
+    nn.init.constant_(norm.weight, 3.0)
+    nn.init.constant_(norm.bias, 0.5)
+    after = nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)
+    return nn.Sequential(convolution, held(norm, *of_norm), *after)
+
+
+@pytest.mark.parametrize("case", FIXED)
+def test_constants_in_or_before_norms_are_folded_in_each_net(case):
+    """Seen before: all nets got what the first one's came to, or a norm its initial values."""
+    nets = [normed_convolution(*FIXED[case]) for _ in range(3)]
+    for n, net in enumerate(nets):
+        nn.init.normal_(net[4].weight, generator=torch.Generator().manual_seed(n))
+        net(torch.randn(8, 1, 8, 8) * (n + 1))
+    x = torch.randn(5, 1, 8, 8)
+    expected = torch.stack([net.eval()(x) for net in nets])
+    zoo = Zoo.from_modules(nets)
+    torch.testing.assert_close(zoo.outputs(x), expected, rtol=1e-4, atol=1e-4)
+    batched, folding = Batched(nets[0]), Folding(nets[0])
+    states = [dict(net.named_parameters()) | statistics_of(net) for net in nets]  # as in training
+    rows = Batched(folding.module).layout.pack([folding(state) for state in states])
+    assert torch.equal(rows, zoo.rows)
+    assert batched.running.size == 8
+
+
+def statistics_of(net):
+    return {name: b for name, b in net.named_buffers() if name.startswith("1.running_")}
+
+
+def test_statistics_that_are_constants_too_are_told_apart():
+    """Seen before: merged, or a TypeError."""
+    with pytest.raises(ValueError, match="module 1, a Mean, computes another function"):
+        Zoo.from_modules([Mean().eval(), Mean().eval()])
+    nets, x = [Alike().eval() for _ in range(3)], torch.randn(7, 5)
+    expected = torch.stack([net(x) for net in nets])
+    torch.testing.assert_close(Zoo.from_modules(nets).outputs(x), expected, rtol=1e-4, atol=1e-5)
