@@ -281,7 +281,6 @@ class _Mode:
         moved(root, like), moved(self.module, like)
         self.interpreter = None if isinstance(self.graph, str) else _Interpreter(self)
         self.idle = {False: [], True: []}  # copies of the module that no call is running
-        self.buffers = {name for name, _ in self.module.named_buffers()}
 
     def interpreted(self, views: dict[str, Tensor], x: Tensor, per_net: bool) -> Tensor:
         """Through the graph, all nets at once."""
@@ -330,11 +329,11 @@ class _Mode:
             raise TypeError("vmap passes over hooks on gradients")
         with self.a_copy() as module:
             one_net, axes = functools.partial(functional_call, module), (0, 0 if per_net else None)
-            running = {name: views[name] for name in views.keys() & self.buffers}
-            own = {name: view.clone() for name, view in running.items()}  # or updates are lost
-            outputs = vmap(one_net, axes, randomness="different")(views | own, self._own(x))
-            for name, view in running.items():
-                view.copy_(own[name])
+            running = {name for name, _ in module.named_buffers()} & views.keys()
+            own = views | {name: views[name].clone() for name in running}  # or updates are lost
+            outputs = vmap(one_net, axes, randomness="different")(own, self._own(x))
+            for name in running:
+                views[name].copy_(own[name])
             return outputs
 
     @plain_operations()
@@ -561,11 +560,10 @@ class _Interpreter(fx.Interpreter):
 
 def _grouped_conv(x: Tensor, weight: Tensor, bias: Tensor | None, layer: nn.Module) -> Tensor:
     """Any other convolution of x [B, N, C, ...] by PyTorch alone, nets as groups."""
-    nets, kind = len(weight), "conv"
-    settings = layer.stride, layer.padding, layer.dilation, layer.groups * nets
-    if isinstance(layer, _TRANSPOSED):
-        kind, (*settings, dilation, groups) = "conv_transpose", settings
-        settings += layer.output_padding, groups, dilation
+    kind, names = "conv", ["stride", "padding", "dilation"]
+    if layer.transposed:
+        kind, names = "conv_transpose", [*names, "output_padding"]
+    settings, nets = {name: getattr(layer, name) for name in names}, len(weight)
+    given = x.flatten(1, 2), weight.flatten(0, 1), None if bias is None else bias.flatten()
     convolve = getattr(F, f"{kind}{weight.dim() - 3}d")
-    bias = None if bias is None else bias.flatten()
-    return convolve(x.flatten(1, 2), weight.flatten(0, 1), bias, *settings).unflatten(1, (nets, -1))
+    return convolve(*given, **settings, groups=layer.groups * nets).unflatten(1, (nets, -1))
