@@ -285,10 +285,10 @@ def may_lie_innermost(module: nn.Module) -> bool:
     """Whether PyTorch 2.13 computes gradients with channels innermost without ruining memory.
 
     oneDNN writes beyond what it has in a 1×1 convolution with a stride over 2 to 7 channels, and a
-    group norm of what needs no gradient itself reads what isn't there.
+    group norm of what needs no gradient itself reads what isn't there. Transposed convolutions are
+    untried.
     """
     convolutions = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
     strided = [c for c in convolutions if max(c.kernel_size) == 1 < max(c.stride)]
-    untried = nn.GroupNorm, nn.ConvTranspose2d
-    grouped = any(isinstance(m, untried) for m in module.modules())
-    return not grouped and all(c.in_channels % 8 == 0 for c in strided)
+    untried = any(isinstance(m, nn.GroupNorm | nn.ConvTranspose2d) for m in module.modules())
+    return not untried and all(c.in_channels % 8 == 0 for c in strided)
