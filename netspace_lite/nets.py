@@ -172,8 +172,7 @@ def packed(modules: Iterable[nn.Module]) -> tuple[Batched, Tensor]:
             what = f"module {n}, a {name_of(folded)}, computes another function of its weights"
             why = difference(batched.module, folded)
             cure = "set alike what answers don't depend on, or read state dicts by from_files"
-            what = f"{what} than module 0 ({why}): take each architecture apart"
-            raise ValueError(f"{what}; {cure}")
+            raise ValueError(f"{what} than module 0 ({why}): take each architecture apart; {cure}")
     return batched, batched.layout.pack(nets)
 
 
