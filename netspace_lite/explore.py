@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from operator import methodcaller
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from .data import Images, check_labels
 from .nets import MixedNets, Nets, cross_entropy
 from .progress import progress_bar
 from .space import NetSpace
-from .training import LikenessLoss, NetsLoss, kl_divergence, learning_rate, own_loss
+from .training import LikenessLoss, NetsLoss, compared, kl_divergence, learning_rate
 
 Validation = Images | Callable[[Nets], Tensor] | None
 CONFIG = "a config is a Descent, as Descent(steps=50)"
@@ -244,8 +245,7 @@ def refine(
         loss: how answers to inputs are compared, as in the `Distillation` that the space was fitted
             by, whose default is this one's. Values taken for logits come out worse.
     """
-    how = {"loss": loss or own_loss(space), "values": space.config.values or None}
-    loss = LikenessLoss(nets, like, **how) if isinstance(like, Tensor) else like
+    loss = LikenessLoss(nets, like, **compared(space, loss)) if isinstance(like, Tensor) else like
     config = Descent(steps, lr, every=max(1, steps), seed=seed)
     decode = partial(space.decode, architecture=space.index(nets))
     start = _start_points(space, nets if z is None else z, None, seed)
@@ -275,7 +275,8 @@ def _descend(decode, start, loss, validate, goal, config, progress) -> Search:
     ``goal`` says of z what is added to its loss, and whether it is what was wanted, [N] each.
     """
     check_kind(Callable, "a loss of nets is a function, as ImageLoss(images)", loss)
-    validate = validate if validate is None or callable(validate) else Images.of(validate)
+    if not (validate is None or callable(validate)):
+        validate = methodcaller("accuracy", Images.of(validate))
     z, stopped = start.detach().clone().requires_grad_(), ""
     adam, generator = torch.optim.Adam([z], config.lr), torch.Generator().manual_seed(config.seed)
     path, losses = [], []  # states (z, score, whether it is what was wanted), losses of steps
@@ -339,12 +340,10 @@ def _checked(loss, nets: int, step: int) -> Tensor:
 
 
 @torch.no_grad()
-def _visit(decode, z: Tensor, validate: Validation, goal) -> tuple[Tensor, Tensor, Tensor]:
+def _visit(decode, z: Tensor, validate: Callable | None, goal) -> tuple[Tensor, Tensor, Tensor]:
     """A state of the search: z [N, E], its scores [N] and whether it is what was wanted [N]."""
-    score = torch.zeros(len(z))  # without validation all states are equal: the last one is kept
-    if validate is not None:
-        nets = decode(z)
-        score = validate(nets) if callable(validate) else nets.accuracy(validate)
+    # without validation all states are equal: the last one is kept
+    score = torch.zeros(len(z)) if validate is None else validate(decode(z))
     if (found := shape_of(score)) != [len(z)]:
         raise ValueError(f"validate returns one score a net, [{len(z)}], not {found}")
     there = torch.as_tensor(goal(z)[1]).cpu().expand(len(z))

@@ -63,9 +63,11 @@ def squared_error(outputs: Tensor, targets: Tensor, scale) -> Tensor:
     return (apart / scale).square().mean((1, 2))
 
 
-def own_loss(space: NetSpace):
-    """How answers of a space's nets are compared unless that is said."""
-    return squared_error if space.config.values else kl_divergence
+def compared(space: NetSpace, loss=None) -> dict:
+    """How a `LikenessLoss` compares answers of a space's nets: by ``loss``, or its own if None."""
+    if space.config.values:
+        return {"loss": loss or squared_error, "values": True}
+    return {"loss": loss or kl_divergence}
 
 
 def _as_many(targets: Tensor, outputs: Tensor) -> Tensor:
@@ -289,15 +291,12 @@ class Distillation:
         **draw,
     ):  # fmt: skip
         self.pool, self.draw = MixedZoo(space, zoos), Draw(**draw)
-        loss = loss or own_loss(space)
         check_kind(Tensor, INPUTS, inputs)
         self.inputs, self.options, zoos = inputs, {"per_net": per_net, "loss": loss}, self.pool.zoos
         if consensus and space.config.values:
             raise ValueError("values have no classes that most nets choose: consensus=0")
         if weight := _consensus(consensus, per_net):  # without one it is the objective of before
             self.options["consensus"] = weight
-        if space.config.values:
-            self.options["values"] = True
         self._asked = self._like = None
         if per_net and len(zoos) > 1:
             raise ValueError(f"inputs per net need one zoo, not {len(zoos)}: share the inputs")
