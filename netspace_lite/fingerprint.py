@@ -21,6 +21,7 @@ import sys
 import types
 from collections.abc import Iterator
 from dataclasses import is_dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -123,11 +124,10 @@ class _Template(pickle.Pickler):
 
 def _settings(module: nn.Module) -> dict:
     """Plain attributes of a layer (strides, slopes, numbers of heads) and its functions."""
-    kinds = (*PLAIN, enum.Enum, tuple, list, dict, set, Tensor, np.ndarray)
 
     def counts(value) -> bool:
         called = callable(value) and not isinstance(value, nn.Module)
-        return called or is_dataclass(value) or isinstance(value, kinds)
+        return called or is_dataclass(value) or isinstance(value, (*_LEAVES, dict, set))
 
     found = {k: v for k, v in vars(module).items() if k[0] != "_" and k != "training"}
     return hooks(module) | {k: v for k, v in found.items() if counts(v)}
