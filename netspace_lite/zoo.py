@@ -158,9 +158,7 @@ class ImageTask:
         """Factor on each net's learning rate at ``progress`` [N] (0 to 1) of its training."""
         return torch.ones_like(progress)
 
-    def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy of logits [N, B, K] against y [N, B]: [N]."""
-        return cross_entropy(outputs, y)
+    loss = staticmethod(cross_entropy)
 
     def scores(self, nets: Nets, members: Tensor) -> dict[str, Tensor]:
         """Accuracies in percent of each net: {"val_accuracy": [N], "test_accuracy": [N]}."""
