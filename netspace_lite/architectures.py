@@ -41,8 +41,8 @@ def architecture(cls):
     def remember(self, *args, **kwargs):
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
-        config = dict(zip(names, bound.args[1:], strict=False)) | bound.kwargs
-        config = copy.deepcopy(config)  # lists stay the caller's, who may change them
+        # a copy: lists stay the caller's, who may change them
+        config = copy.deepcopy(dict(zip(names, bound.args[1:], strict=False)) | bound.kwargs)
         init(self, *args, **kwargs)
         self.config = config
 
