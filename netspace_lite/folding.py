@@ -129,7 +129,7 @@ class Folding:
         self.constants = {name: tensor.clone() for name, tensor in _all_buffers(folded)}
         values = self(dict(tensors)) if norms else {}
         for name, norm in norms.items():
-            layer, left = None, Affine(norm.running_var, norm.running_mean)
+            left = Affine(norm.running_var, norm.running_mean)
             if name in before:
                 layer, left = folded.get_submodule(before[name]), nn.Identity()
             if layer is not None:
@@ -187,8 +187,7 @@ def _within(layer: str, name: str) -> str:
 
 def _around() -> list[bool]:
     """The settings under which steps run, and which no graph keeps."""
-    autocast = (torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
-    return [torch.is_grad_enabled(), *autocast]
+    return [torch.is_grad_enabled(), *map(torch.is_autocast_enabled, ("cpu", "cuda"))]
 
 
 class Tracer(fx.Tracer):
