@@ -22,7 +22,7 @@ from .batching import BLOCK, TOKENS, Batched
 from .checks import check_finite, check_kind
 from .folding import fold_batchnorm
 from .kernels import chunk_pack
-from .layout import Layout, check_rows, invariants
+from .layout import check_rows, invariants
 from .nets import MixedNets, Nets, as_answers, members_of, packed
 from .paper import ConvDecoder, ConvEncoder
 from .randomness import ALONE, own_randomness
@@ -296,11 +296,11 @@ class NetSpace(nn.Module):
         nets of ReLU and Tanh with the same layout are told apart. Raises ValueError saying which
         architectures there are.
         """
-        names, module, wanted = self.architectures, None, architecture
+        names, wanted = self.architectures, architecture
         if isinstance(architecture, nn.Module):
             return self.index(Nets(*packed([architecture])))
         if isinstance(architecture, Nets):
-            module, wanted = architecture.module, architecture.batched.fingerprint
+            wanted = architecture.batched.fingerprint
         elif architecture is None and len(names) == 1:
             wanted = 0
         elif getattr(architecture, "ndim", None) == 0:  # a number of NumPy's, or of `predict`
@@ -309,9 +309,9 @@ class NetSpace(nn.Module):
             if wanted in (name, batched.fingerprint) or (type(wanted) is int and wanted == a):
                 return a
         what = f"architecture {architecture!r}"
-        if module is not None:
-            size = Layout.of(module).size
-            what = f"a {name_of(module)} of {size:,} parameters, recognised by what it computes"
+        if isinstance(architecture, Nets):
+            what = f"a {name_of(architecture.module)} of {architecture.layout.size:,} parameters"
+            what += ", recognised by what it computes"
         known = (f"{n} ({b.layout.size:,})" for n, b in zip(names, self.batched, strict=True))
         raise ValueError(f"{what}, is not one of this space, which holds {', '.join(known)}")
 
