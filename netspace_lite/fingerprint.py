@@ -21,7 +21,6 @@ import sys
 import types
 from collections.abc import Iterator
 from dataclasses import is_dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np

@@ -132,8 +132,7 @@ class Folding:
             left = Affine(norm.running_var, norm.running_mean)
             if name in before:
                 layer, left = folded.get_submodule(before[name]), nn.Identity()
-            if layer is not None:
-                bias = layer.weight.detach().new_empty(len(layer.weight))
+                bias = layer.weight.detach().new_empty(layer.out_channels)
                 bias = nn.Parameter(bias) if layer.bias is None else layer.bias
                 layer.bias = bias.requires_grad_(layer.weight.requires_grad)
             _replace(norm, left.eval())

@@ -40,6 +40,7 @@ SHARP = 10.0  # logits in units of their spread times this make a softmax that n
 def kl_divergence(outputs: Tensor, targets: Tensor, temperature) -> Tensor:
     """KL of softened predictions from softened targets, mean over samples: [N, B, K] -> [N].
 
+    Logits [N, B, T, K] are of T places a sample, which count as samples.
     ``targets`` are [N, B, K], or [1, B, K] for all nets; ``temperature`` is a number or [N, 1, 1].
     Raises ValueError for K = 1: one value's softmax is 1, whatever it is.
     """
@@ -110,9 +111,9 @@ class LikenessLoss:
         with torch.autocast(inputs.device.type, enabled=False):  # it may be used outside of one
             self.targets = nets.outputs(inputs, True) if per_net else nets.outputs(inputs)
         check_finite(self.targets, "the answers of nets")
-        if (found := self.targets.shape[1:2]) != inputs.shape[per_net:][:1]:
-            given = f"{[*found]} to {[*inputs.shape[per_net:][:1]]} inputs"
-            raise ValueError(f"nets give one answer to each input, not {given}")
+        asked, found = inputs.shape[per_net], [*self.targets.shape[1:2]]
+        if found != [asked]:
+            raise ValueError(f"nets give one answer to each of {asked} inputs, not {found}")
         self.values = loss is squared_error if values is None else values
         self.scale = logit_scale(self.targets, self.values)
         if self.consensus:
@@ -292,7 +293,8 @@ class Distillation:
     ):  # fmt: skip
         self.pool, self.draw = MixedZoo(space, zoos), Draw(**draw)
         check_kind(Tensor, INPUTS, inputs)
-        self.inputs, self.options, zoos = inputs, {"per_net": per_net, "loss": loss}, self.pool.zoos
+        self.inputs, zoos = inputs, self.pool.zoos
+        self.options = {"per_net": per_net} | compared(space, loss)
         if consensus and space.config.values:
             raise ValueError("values have no classes that most nets choose: consensus=0")
         if weight := _consensus(consensus, per_net):  # without one it is the objective of before

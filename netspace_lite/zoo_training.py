@@ -161,8 +161,8 @@ def train_nets(
             x, y = task.batch(recipes[:n], members[:n], step)
             loss = task.loss(batched(weights, x, True, own["running"]), y)
         if (shape := shape_of(loss)) != [n] or not loss.requires_grad:
-            shape = "without a gradient" if shape == [n] else shape
-            raise ValueError(f"the loss of {n} nets should be [{n}], not {shape}")
+            shape = f"{shape} without a gradient" if shape == [n] else shape
+            raise ValueError(f"the loss of {n} nets should be [{n}] with a gradient, not {shape}")
         (grad,) = torch.autograd.grad(loss.sum(), weights)
         rate, adam = lr[:n] * task.schedule(step / ends[:n]), (own["momentum"], own["variance"])
         adamw_step(own["rows"], grad, *adam, step + 1, rate[:, None], decay[:n, None])

@@ -469,8 +469,8 @@ def test_what_can_not_be_asked_or_trained_is_said():
     with pytest.raises(ValueError, match="not of 2 nets each"):
         Zoo(nn.Linear(3, 2), torch.randn(2, 8), {"val_accuracy": torch.ones(2, 2)})
     for loss, said in (
-        (lambda outputs, y: 1.0, r"\[2\], not a float"),
-        (lambda outputs, y: outputs.detach().mean((1, 2)), r"\[2\], not without a gradient"),
+        (lambda outputs, y: 1.0, r"\[2\] with a gradient, not a float"),
+        (lambda outputs, y: outputs.detach().mean((1, 2)), r"not \[2\] without a gradient"),
     ):
         task = ImageTask(toy_data())
         task.loss = loss
