@@ -66,9 +66,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, decay, beta = group["lr"], group["weight_decay"], group["momentum"]
             for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                if not state:
-                    state |= self.initial(p)
+                state = self.state[p] = self.state[p] or self.initial(p)
                 state["step"] += 1
                 if p in self._matrices:
                     with torch.autocast(p.device.type, enabled=False):  # or directions are bf16's
