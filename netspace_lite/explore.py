@@ -91,9 +91,8 @@ class ImageLoss:
         self, images: Images, teacher=None, *, distil=0.9, loss=None, temperature=4.0, samples=256
     ):
         images, samples = Images.of(images), whole(samples, "samples")
-        if min(samples, len(images.x)) < 1:
-            given = f"{samples} of {len(images.x)}"
-            raise ValueError(f"a loss on images needs some to draw, not {given}")
+        if min(samples, len(images)) < 1:
+            raise ValueError(f"a loss on images needs some to draw, not {samples} of {len(images)}")
         if not 0 <= distil <= 1:
             raise ValueError(f"distil is a share of the loss, from 0 to 1, not {distil}")
         self.images, self.loss = images, loss or cross_entropy

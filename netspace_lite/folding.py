@@ -118,9 +118,8 @@ class Folding:
     def __init__(self, module: nn.Module):
         self.module = folded = evaluated_copy(module)
         norms, first = statistics(folded), {}
-        if hooked := [name for name, norm in norms.items() if hooks(norm)]:
-            what = f"norm {hooked[0]!r} has hooks"
-            raise ValueError(f"{what}, which folding would lose: take them off")
+        if bad := [name for name, norm in norms.items() if hooks(norm)]:
+            raise ValueError(f"norm {bad[0]!r} has hooks, which folding would lose: take them off")
         graph = _trace(folded, norms) if norms else fx.Graph()
         before = _layers_before(folded, graph, norms)
         self.norms = {name: (before.get(name), norm.eps) for name, norm in norms.items()}
