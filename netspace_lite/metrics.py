@@ -46,7 +46,8 @@ def r_squared(predicted: Tensor, target: Tensor) -> Tensor:
     """Share of the variance of target nets' values [N, B, ...] that predicted nets explain: [N].
 
     1 where both answer alike, 0 for a constant, the mean of the targets, and less for what is
-    worse; NaN or -inf where target nets answer the same to all samples. What `compare` is to classes: nets that answer values are compared by this.
+    worse; NaN or -inf where target nets answer the same to all samples. What `compare` is to
+    classes: nets that answer values are compared by this.
     """
     check_kind(Tensor, "values are compared, as nets.outputs(x)", predicted, target)
     if predicted.shape != target.shape or target.dim() < 2:

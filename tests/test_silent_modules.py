@@ -200,7 +200,9 @@ def test_frozen_parameters_are_refused():
 
 def test_a_loss_for_all_nets_together_is_refused(monkeypatch):
     monkeypatch.setattr(Sums, "loss", lambda self, outputs, y: F.mse_loss(outputs, y))
-    with pytest.raises(ValueError, match=r"the loss of 3 nets should be \[3\] with a gradient, not \[\]"):
+    with pytest.raises(
+        ValueError, match=r"loss of 3 nets should be \[3\] with a gradient, not \[\]"
+    ):
         train_nets(nn.Linear(4, 1), Sums(), [Recipe(seed, 2) for seed in range(3)])
 
 
