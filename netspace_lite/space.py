@@ -425,9 +425,9 @@ class NetSpace(nn.Module):
         return z.to(self.decoder.bias[0].dtype)  # of autocast's, or of another precision
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        for name in (f"constant{a}" for a in range(len(self.batched))):  # there if nets share some
-            given = state_dict.get(prefix + name)
-            setattr(self, name, None if given is None else given.clone())
+        for a in range(len(self.batched)):  # in a state if nets share some
+            given, like = state_dict.get(f"{prefix}constant{a}"), getattr(self, f"mean{a}")
+            setattr(self, f"constant{a}", None if given is None else given.to(like, copy=True))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def save(self, folder) -> None:

@@ -59,7 +59,10 @@ class World:
 
 def normed():
     layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.GroupNorm(2, 4), nn.Flatten()
-    return nn.Sequential(*layers, nn.Linear(144, 3), nn.BatchNorm1d(3))
+    last = nn.BatchNorm1d(3)
+    del last.weight
+    last.register_buffer("weight", torch.full((3,), 2.0))  # a constant, which folding reads
+    return nn.Sequential(*layers, nn.Linear(144, 3), last)
 
 
 def trained_outputs(w, module):
@@ -86,7 +89,15 @@ def constants(w):
     found = zoo.outputs(w.x)
     assert zoo.batched.way() == "interpreted"
     space = ns.NetSpace.for_zoos(zoo, w.x, SMALL)
-    return [found, space.encode(zoo.to_module(1).state_dict())]
+    shared = ns.Nets(zoo.batched, torch.cat([zoo.rows[:1, :9].expand(2, -1), zoo.rows[:, 9:]], 1))
+    holds = ns.NetSpace.for_zoos(shared, w.x, SMALL)
+    states = {name: value.cpu() for name, value in holds.state_dict().items()}
+    z = torch.ones(2, 6).to(w.device)
+    rows = [holds.decode(z).rows]
+    holds.load_state_dict(states)  # from a file, wherever the space is
+    assert holds.constant0 is not None
+    rows.append(holds.decode(z).rows)
+    return [found, space.encode(zoo.to_module(1).state_dict()), *rows]
 
 
 def choices(w):
