@@ -291,6 +291,8 @@ def correct(outputs: Tensor, y: Tensor) -> Tensor:
     """
     found = classes(outputs)
     check_labels(y, outputs.shape[-1])
+    if y.numel() != found.shape[1]:
+        raise ValueError(f"{found.shape[1]} answers need as many labels, not {[*y.shape]}")
     return (found == y.flatten()).float().mean(1) * 100
 
 

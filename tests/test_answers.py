@@ -184,6 +184,8 @@ def test_places_of_a_sample_count_as_samples():
     torch.testing.assert_close(kl, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="B labels"):
         compare(logits[1:], logits[:-1], y[:, :2])
+    with pytest.raises(ValueError, match=r"80 answers need as many labels, not \[20\]"):
+        nets.accuracy((TOKENS, y[:, 0]))
 
 
 @pytest.mark.filterwarnings("ignore:.*which is slower")

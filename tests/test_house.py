@@ -69,7 +69,7 @@ def test_lines_are_counted_as_said():
         # values and places 32, what all nets of a zoo share 12, transposed convolutions, constants
         # and statistics in vmap 18, numbers that mean nothing 10, what else gave wrong answers
         # without a word 350
-        (list(LIBRARY.glob("*.py")), 3609),
+        (list(LIBRARY.glob("*.py")), 3611),
         (list((LIBRARY / "shapes").rglob("*.py")), 465),
         (list((LIBRARY / "tutorial").rglob("*.py")), 405),
         ([p for p in KERNELS.glob("*.py") if p.stem not in STUDIES], 1200),
