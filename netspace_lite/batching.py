@@ -281,6 +281,7 @@ class _Mode:
         moved(root, like), moved(self.module, like)
         self.interpreter = None if isinstance(self.graph, str) else _Interpreter(self)
         self.idle = {False: [], True: []}  # copies of the module that no call is running
+        self.buffers = {name for name, _ in self.module.named_buffers()}
 
     def interpreted(self, views: dict[str, Tensor], x: Tensor, per_net: bool) -> Tensor:
         """Through the graph, all nets at once."""
@@ -329,10 +330,10 @@ class _Mode:
             raise TypeError("vmap passes over hooks on gradients")
         with self.a_copy() as module:
             one_net, axes = functools.partial(functional_call, module), (0, 0 if per_net else None)
-            running = {name for name, _ in module.named_buffers()} & views.keys()
-            own = views | {name: views[name].clone() for name in running}  # or updates are lost
+            # a norm's updates of strided statistics would be lost
+            own = views | {name: views[name].clone() for name in self.buffers & views.keys()}
             outputs = vmap(one_net, axes, randomness="different")(own, self._own(x))
-            for name in running:
+            for name in self.buffers & views.keys():
                 views[name].copy_(own[name])
             return outputs
 

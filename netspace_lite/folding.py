@@ -123,10 +123,11 @@ class Folding:
         graph = _trace(folded, norms) if norms else fx.Graph()
         before = _layers_before(folded, graph, norms)
         self.norms = {name: (before.get(name), norm.eps) for name, norm in norms.items()}
-        tensors = *folded.named_parameters(remove_duplicate=False), *_all_buffers(folded)
-        self.first = {name: first.setdefault(id(tensor), name) for name, tensor in tensors}
-        self.constants = {name: tensor.clone() for name, tensor in _all_buffers(folded)}
-        values = self(dict(tensors)) if norms else {}
+        buffers = dict(folded.named_buffers(remove_duplicate=False))
+        tensors = dict(folded.named_parameters(remove_duplicate=False)) | buffers
+        self.first = {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
+        self.constants = {name: tensor.clone() for name, tensor in buffers.items()}
+        values = self(tensors) if norms else {}
         for name, norm in norms.items():
             left = Affine(norm.running_var, norm.running_mean)
             if name in before:
@@ -147,12 +148,12 @@ class Folding:
 
     @torch.no_grad()
     def __call__(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        like = next(iter(tensors.values()))
-        tensors = {k: t.to(like.device) for k, t in self.constants.items()} | tensors
+        like, missing = next(iter(tensors.values())), self.constants.keys() - tensors.keys()
+        tensors = tensors | {name: self.constants[name].to(like.device) for name in missing}
         given = {name: tensors[first] for name, first in self.first.items()}
         folded, parts = dict(given), (*STATISTICS[:2], "weight", "bias")
         for norm, (layer, eps) in self.norms.items():
-            mean, var, weight, bias = (given.get(_within(norm, part)) for part in parts)
+            mean, var, weight, bias = (given.get(within(norm, part)) for part in parts)
             if layer is None:
                 scale = (var + eps).rsqrt()
                 scale = scale if weight is None else scale * weight
@@ -160,7 +161,7 @@ class Folding:
             else:
                 convolution = given[f"{layer}.weight"], given.get(f"{layer}.bias")
                 own = fuse_conv_bn_weights(*convolution, mean, var, eps, weight, bias)
-            names = (_within(norm if layer is None else layer, part) for part in parts[2:])
+            names = (within(norm if layer is None else layer, part) for part in parts[2:])
             folded |= dict(zip(names, own, strict=True))
         return folded
 
@@ -173,12 +174,7 @@ def fill(module: nn.Module, state: dict[str, Tensor]) -> None:
             tensor.copy_(state[name])
 
 
-def _all_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """All buffers under all of their names."""
-    return [*module.named_buffers(remove_duplicate=False)]
-
-
-def _within(layer: str, name: str) -> str:
+def within(layer: str, name: str) -> str:
     """The name of a layer's tensor in the module, which may be that layer itself."""
     return f"{layer}.{name}".lstrip(".")
 

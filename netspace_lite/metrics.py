@@ -74,12 +74,13 @@ def mean_net(zoo: Nets, nets: Nets) -> Nets:
 def nearest_by_weights(zoo: Nets, nets: Nets) -> Nets:
     """Baseline: for each of ``nets`` the zoo's net with the closest weights."""
     rows, others = _alike(zoo, nets)
-    distances = [torch.cdist(others.double(), part.double()) for part in rows.split(4096)]
+    others, parts = others.double(), rows.split(4096)  # a zoo in fp64 is twice its size
+    distances = [torch.cdist(others, part.double()) for part in parts]
     return Nets(zoo.batched, zoo.rows[torch.cat(distances, 1).argmin(1)])
 
 
 def _alike(zoo: Nets, nets: Nets) -> tuple[Tensor, Tensor]:
-    """Rows of both, if their weights can be compared: in fp64, or close nets are mixed up."""
+    """Rows of both, if their weights can be compared: by fp64, or close nets are mixed up."""
     check_kind(Nets, OF_ONE, zoo, nets)
     if zoo.batched.fingerprint != nets.batched.fingerprint:
         raise ValueError(f"{nets!r} and {zoo!r} compute something else: no comparing their weights")

@@ -161,10 +161,10 @@ def packed(modules: Iterable[nn.Module]) -> tuple[Batched, Tensor]:
     modules = [unwrapped(module) for module in listed(modules)]
     if not modules:
         raise ValueError("no modules: give at least one trained net")
-    folding, first = Folding(modules[0]), template(modules[0])
+    folding, first = Folding(modules[0]), template(modules[0]) if len(modules) > 1 else None
     batched, nets = Batched(folding.module), []
     for n, module in enumerate(modules):
-        if first is not None and template(module) == first:
+        if n == 0 or (first is not None and template(module) == first):
             nets.append(folding(dict(module.named_parameters()) | dict(module.named_buffers())))
             continue
         nets.append(folded := fold_batchnorm(module))

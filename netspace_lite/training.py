@@ -103,7 +103,7 @@ class LikenessLoss:
         self, nets, inputs: Tensor, *, per_net=False, loss=kl_divergence, samples=64,
         consensus=0.0, values: bool | None = None,
     ):  # fmt: skip
-        self.consensus = _consensus(consensus, per_net)
+        self.consensus = _consensus(consensus, per_net, values)
         kinds = Nets if per_net else Nets | MixedNets
         check_kind(kinds, "a loss of likeness is to nets, as zoo[n]", nets)
         check_finite(check_kind(Tensor, INPUTS, inputs), "inputs")
@@ -126,11 +126,11 @@ class LikenessLoss:
         n = torch.arange(len(self.targets)) if like is None else like
         n, s = n.to(self.targets.device), s.to(self.targets.device)
         outputs = nets(self.inputs[n[:, None], s], True) if self.per_net else nets(self.inputs[s])
-        outputs, targets, scale = as_answers(outputs, self.values), self._asked(n, s), self.scale[n]
+        outputs, targets, scale = as_answers(outputs, self.values), self._goal(n, s), self.scale[n]
         if analogy is not None:  # in each net's own scale, and in the scales' logarithms
             far, p, q = (part.to(n.device) for part in analogy)
             far = far.to(scale).view(-1, *[1] * (scale.dim() - 1))
-            up, down = (self._asked(m, s) / self.scale[m] for m in (p, q))
+            up, down = (self._goal(m, s) / self.scale[m] for m in (p, q))
             own, scale = targets / scale, scale * (self.scale[p] / self.scale[q]) ** far
             targets = scale * (own + far * (up - down))
         losses = self.loss(outputs, targets, scale)
@@ -141,7 +141,7 @@ class LikenessLoss:
             losses = losses + self.consensus * (own - wanted).square()
         return losses
 
-    def _asked(self, n: Tensor, s: Tensor) -> Tensor:
+    def _goal(self, n: Tensor, s: Tensor) -> Tensor:
         """What nets n answer to the inputs s."""
         return as_answers(self.targets[n[:, None], s], self.values)
 
@@ -155,12 +155,14 @@ def _sides(logits: Tensor, choice: Tensor) -> Tensor:
     return sure.gather(-1, at.expand(len(sure), -1, 1)).mean((1, 2))
 
 
-def _consensus(weight, per_net: bool) -> float:
+def _consensus(weight, per_net: bool, values: bool | None) -> float:
     """The weight of a consensus as a number; ValueError where there can be none."""
     if not 0 <= weight < inf:
         raise ValueError(f"consensus is a weight from 0, not {weight}")
     if weight and per_net:
         raise ValueError("nets that are asked different things have no consensus: consensus=0")
+    if weight and values:
+        raise ValueError("values have no classes that most nets choose: consensus=0")
     return float(weight)
 
 
@@ -295,9 +297,8 @@ class Distillation:
         check_kind(Tensor, INPUTS, inputs)
         self.inputs, zoos = inputs, self.pool.zoos
         self.options = {"per_net": per_net} | compared(space, loss)
-        if consensus and space.config.values:
-            raise ValueError("values have no classes that most nets choose: consensus=0")
-        if weight := _consensus(consensus, per_net):  # without one it is the objective of before
+        # without one it is the objective of before
+        if weight := _consensus(consensus, per_net, space.config.values):
             self.options["consensus"] = weight
         self._asked = self._like = None
         if per_net and len(zoos) > 1:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from .architectures import name_of
 from .checks import finite
 from .fingerprint import fingerprint
-from .folding import fill
+from .folding import fill, within
 from .randomness import drawn, own_randomness
 
 LARGER = 1e3  # times the inputs, ways are compared again
@@ -277,7 +277,7 @@ def _held(module: nn.Module, kinds=int | float) -> dict[str, str]:
     held = dict(module.named_buffers())
     for name, part in module.named_modules():
         found = {k: v for k, v in vars(part).items() if isinstance(v, kinds)}
-        held |= {f"{name}.{k}".lstrip("."): v for k, v in found.items()}
+        held |= {within(name, k): v for k, v in found.items()}
     return {k: fingerprint(v) for k, v in held.items() if not k.endswith("num_batches_tracked")}
 
 
